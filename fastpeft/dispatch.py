@@ -1,0 +1,115 @@
+"""Which function computes an operator: one table, op × backend, and what each backend requires.
+
+The order of ``BACKENDS`` is the order of preference; the choice is made once, in the public function, and backward
+receives the same name. An explicit backend that cannot serve is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+BACKENDS = ("cpp", "triton", "eager")
+"""cpp: csrc/, on the CPU · triton: kernels/, on CUDA or under TRITON_INTERPRET=1 · eager: reference/, anywhere."""
+
+_MODULES = {"cpp": "fastpeft._native", "triton": "fastpeft.kernels.{file}", "eager": "fastpeft.reference.{file}"}
+
+_FILES = {
+    "lora_shrink": "lora_shrink",
+    "lora_expand": "lora_expand",
+    "lora_expand_add": "lora_expand",
+    "lora_grad_b": "lora_grad_b",
+    "lora_grad_a": "lora_grad_a",
+    "lora_linear_fused_fwd": "lora_linear_fused",
+    "lora_linear_fused_dx": "lora_linear_fused",
+    "lora_linear_fwd": "lora_linear",
+    "lora_linear_bwd": "lora_linear",
+}
+"""launcher -> base name of its file, the same in every folder."""
+
+# The GEMM of strategy "fused" exists because a GPU's matrix units leave the memory idle; a CPU has no such gap.
+_NO_CPP = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
+
+TABLE: dict[str, dict[str, str]] = {
+    op: {
+        backend: f"{_MODULES[backend].format(file=file)}:{op}"
+        for backend in BACKENDS
+        if not (backend == "cpp" and op in _NO_CPP)
+    }
+    for op, file in _FILES.items()
+}
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@cache
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """The requirement that ``backend`` fails for ``op`` on tensors of this device type and dtype; None if it serves."""
+    if backend not in TABLE[op]:
+        return f"an implementation of {op}"
+    if backend == "eager":
+        return None
+    if dtype not in _KERNEL_DTYPES:
+        return "float32, bfloat16 or float16"
+    if backend == "cpp":
+        if device != "cpu":
+            return "tensors on the CPU"
+        if _import_error("fastpeft._native"):
+            return f"the compiled extension ({_import_error('fastpeft._native')})"
+        return None
+    if _import_error("triton"):
+        return f"triton ({_import_error('triton')})"
+    if device != "cuda" and not _interpreted():
+        return "tensors on a CUDA device, or TRITON_INTERPRET=1"
+    return None
+
+
+@cache
+def _select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+    if backend is None:
+        return next(name for name in BACKENDS if unmet(op, name, device, dtype) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    missing = unmet(op, backend, device, dtype)
+    if missing is not None:
+        able = [name for name in BACKENDS if unmet(op, name, device, dtype) is None]
+        raise ValueError(
+            f"{op}: backend must be able to serve {dtype} on {device} (one of: {', '.join(able)}), got {backend!r}, "
+            f"which requires {missing}"
+        )
+    return backend
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+    """The backend that will serve; ``FASTPEFT_BACKEND`` stands in for None.
+
+    Raises ValueError: an unknown backend, or one whose requirement does not hold.
+    """
+    return _select(op, backend or os.environ.get("FASTPEFT_BACKEND") or None, device, dtype)
+
+
+@cache
+def load(op: str, backend: str) -> Callable[..., Any]:
+    """The function of a table entry; its module is imported on first use."""
+    module, name = TABLE[op][backend].split(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,22 @@
+"""What one read of x gives: ``da = dsᵀ drop(x)`` and the adapter's share of dx, ``mask ∘ (ds a) / keep``."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft.reference._dropout import dropped
+
+
+def lora_grad_a(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float,
+    seed: torch.Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K], ds [M, R], a [R, K] -> da [R, K] in a.dtype, dx [M, K] in ds.dtype; [0] where not needed."""
+    da = (ds.t() @ dropped(x, p, seed)).to(a.dtype) if need_da else a.new_empty(0)
+    dx = dropped(ds @ a.to(ds.dtype), p, seed) if need_dx else ds.new_empty(0)
+    return da, dx
