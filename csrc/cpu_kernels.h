@@ -1,0 +1,79 @@
+// The CPU kernels of the LoRA primitives behind one table of function pointers, one table for each instruction set.
+//
+// Letters as everywhere: x [M,K], a [R,K], b [N,R], s [M,R], y and dy [M,N]. Rows of x, dy, y, dx are contiguous in their
+// last dimension; a and b are packed by the caller to fp32 with the long dimension first (`panel`). All sums are in fp32.
+#pragma once
+#include <cstdint>
+
+namespace fastpeft {
+
+enum class Type : int { f32, bf16, f16 };
+
+// The rows that one task walks through at a time: enough that the accumulators of a weight gradient are loaded and stored
+// rarely, few enough that a block of 256 fp32 columns stays in a 512 KiB L2 beside its operands.
+constexpr int64_t kRows = 96;
+// The columns of one Philox block (see dropout.h), and so of one block of work.
+constexpr int64_t kCols = 256;
+// Packed panels are padded to this many floats: one AVX-512 vector.
+constexpr int64_t kPad = 16;
+
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+struct Rows {  // [M, width], last dimension contiguous
+  const void* data;
+  Type type;
+  int64_t stride;  // elements between rows
+};
+
+struct Dropout {  // threshold 0: none
+  uint32_t threshold;
+  uint64_t seed;
+};
+
+struct Bits {  // the keep mask of a task's rows: bit (column % 8) of byte column / 8; null keeps everything
+  const uint8_t* data;
+  int64_t ld;  // bytes between rows
+  const uint8_t* row(int64_t m, int64_t column) const { return data ? data + m * ld + column / 8 : nullptr; }
+};
+
+struct Strided {  // any strides, for the thin parameters
+  const void* data;
+  Type type;
+  int64_t row, col;  // elements
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[i * ld + j] = scale * src[i, j] in fp32 for i < rows, j < cols; zero up to ld.
+  void (*pack)(Strided src, int64_t rows, int64_t cols, float scale, float* out, int64_t ld);
+
+  // The keep mask of rows [m0, m1) to `bits`, row m0 first, ld bytes apart; ld is a multiple of kCols / 8 that covers width.
+  void (*draw)(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld);
+
+  // s[m, 0:R] = sum_k mask(x)[m, k] * panel[k, 0:R] for m in [m0, m1): shrink with panel = aᵀ, ds with panel = scale·b;
+  // `s` is fp32 [rows, ldp] of this task with row m0 first, or null. The 1/keep factor of dropout is the caller's.
+  // Where `grad` is not null, the same read of x adds  grad[r, k] += left[m, r] * mask(x)[m, k]  for r < R (fp32 [R, ldg]),
+  // and where `sums` is not null, sums[k] += mask(x)[m, k]. ldg and `sums` have padded(width) floats.
+  void (*reduce)(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
+                 float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums);
+
+  // y[m, n] = mask(bias[n] + sum_r s[m, r] * panel[r, n]), or y += the same where `add`; s fp32 [rows, lds] of this task,
+  // panel fp32 [R, ldp], bias fp32 [ldp] or null, ldp = padded(width).
+  void (*expand)(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
+                 const float* bias, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width);
+
+  // Conversions of n values.
+  void (*to_float)(const void* src, Type type, int64_t n, float* out);
+  void (*from_float)(const float* src, int64_t n, void* out, Type type);
+};
+
+const Kernels* kernels_base();
+const Kernels* kernels_avx2();    // null where the compiler or the architecture has no such thing
+const Kernels* kernels_avx512();
+
+// The table in use: the best that this processor runs, or the one that set_isa has named.
+const Kernels& kernels();
+bool set_isa(const char* name);  // "auto", or a table's name; false where it cannot run here
+
+}  // namespace fastpeft

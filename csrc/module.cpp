@@ -1,0 +1,29 @@
+// The Python module: what was built, and which kernels run. Importing it registers the operators.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu_kernels.h"
+
+namespace fastpeft {
+void set_native_gemm(bool bf16, bool f16);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of fastpeft";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = __VERSION__;
+    info["isa"] = fastpeft::kernels().name;
+    return info;
+  });
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (!fastpeft::set_isa(name.c_str()))
+          throw pybind11::value_error("set_isa: name must be auto, base, avx2 or avx512 and run on this processor, got '" +
+                                      name + "'");
+      },
+      pybind11::arg("name"));
+  m.def("set_native_gemm", &fastpeft::set_native_gemm, pybind11::arg("bf16"), pybind11::arg("f16"));
+}

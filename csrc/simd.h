@@ -1,0 +1,159 @@
+// Vectors of the instruction set that the including file has named by FP_ISA (0 plain, 1 AVX2, 2 AVX-512).
+//
+// The arithmetic is GCC's and clang's vector extension, so that the kernels are written once; intrinsics stand only where
+// it has no word: the 32 x 32 -> 64 bit product, and fp16. Include after the target pragma, inside no namespace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if FP_ISA > 0
+#include <immintrin.h>
+#endif
+#include "cpu_kernels.h"
+
+namespace {
+
+using fastpeft::Type;
+
+#if FP_ISA == 2
+constexpr int kLanes = 16;
+#elif FP_ISA == 1
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+inline vf splat(float f) { return f - vf{}; }  // x - 0 is x for every x: folds to a broadcast
+
+// Counters of Philox.
+struct Counter {
+  vu v;
+  Counter() = default;
+  explicit Counter(uint32_t u) : v(vu{} + u) {}
+  explicit Counter(vu u) : v(u) {}
+  Counter operator^(Counter o) const { return Counter(v ^ o.v); }
+  static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
+#if FP_ISA == 2
+    const __m512i x = reinterpret_cast<__m512i>(a.v), k = _mm512_set1_epi32(static_cast<int>(m));
+    const __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
+    lo.v = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+    hi.v = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+#elif FP_ISA == 1
+    const __m256i x = reinterpret_cast<__m256i>(a.v), k = _mm256_set1_epi32(static_cast<int>(m));
+    const __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
+    lo.v = reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+    hi.v = reinterpret_cast<vu>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t product = static_cast<uint64_t>(a.v[i]) * m;
+      hi.v[i] = static_cast<uint32_t>(product >> 32);
+      lo.v[i] = static_cast<uint32_t>(product);
+    }
+#endif
+  }
+};
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  uint32_t rest = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  float f;
+  if (rest >= 0x0f800000u) {  // infinity or NaN
+    rest |= 0x7f800000u;
+    std::memcpy(&f, &rest, 4);
+  } else {  // a multiplication by 2^112 mends the exponent, of denormals too
+    std::memcpy(&f, &rest, 4);
+    f *= 5192296858534827628530496329220096.0f;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 65536 or above
+  if (bits < 0x38800000u) {                        // denormal: the addition rounds at bit 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
+  }
+  bits += 0xfffu + (bits >> 13 & 1u);
+  return sign | static_cast<uint16_t>((bits - 0x38000000u) >> 13);
+}
+
+template <Type T>
+inline vf load_as_float(const void* base, int64_t i) {
+  if constexpr (T == Type::f32) return load<vf>(static_cast<const float*>(base) + i);
+  const uint16_t* p = static_cast<const uint16_t*>(base) + i;
+  if constexpr (T == Type::bf16) {
+    return reinterpret_cast<vf>(__builtin_convertvector(load<vh>(p), vu) << 16);
+  } else {
+#if FP_ISA == 2
+    return _mm512_cvtph_ps(load<__m256i>(p));
+#elif FP_ISA == 1
+    return _mm256_cvtph_ps(load<__m128i>(p));
+#else
+    vf v;
+    for (int j = 0; j < kLanes; ++j) v[j] = half_to_float(p[j]);
+    return v;
+#endif
+  }
+}
+
+template <Type T>
+inline void store_from_float(void* base, int64_t i, vf v) {
+  if constexpr (T == Type::f32) {
+    store(static_cast<float*>(base) + i, v);
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(base) + i;
+  if constexpr (T == Type::bf16) {
+    // Round to nearest even; a NaN would round up to infinity, so it is set apart.
+    const vu bits = reinterpret_cast<vu>(v);
+    const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const vu nan = reinterpret_cast<vu>(v != v);
+    store(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh));
+  } else {
+#if FP_ISA == 2
+    store(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif FP_ISA == 1
+    store(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int j = 0; j < kLanes; ++j) p[j] = float_to_half(v[j]);
+#endif
+  }
+}
+
+inline float scalar_to_float(const void* base, Type type, int64_t i) {
+  if (type == Type::f32) return static_cast<const float*>(base)[i];
+  const uint16_t h = static_cast<const uint16_t*>(base)[i];
+  if (type == Type::f16) return half_to_float(h);
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+}  // namespace

@@ -1,0 +1,79 @@
+// The little that the operators need of libtorch, through its stable ABI.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "cpu_kernels.h"
+
+namespace fastpeft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// fp32 scratch, aligned to a vector and not initialised.
+struct Scratch {
+  explicit Scratch(int64_t n) : data(static_cast<float*>(::operator new[](bytes(n), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete[](data, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator float*() const { return data; }
+  float* const data;
+
+ private:
+  static size_t bytes(int64_t n) { return static_cast<size_t>(n > 0 ? n : 1) * sizeof(float); }
+};
+
+inline bool has_kernels(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline Type type_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(has_kernels(type), "fastpeft: a tensor must be float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Type::f32 : type == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
+}
+
+inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// A thin parameter in a type that the kernels read; fp64 and other floats go through fp32.
+inline Tensor readable(const Tensor& t) {
+  return has_kernels(t.scalar_type()) ? t : torch::stable::to(t, ScalarType::Float);
+}
+
+inline Strided strided(const Tensor& t) {
+  return {t.const_data_ptr(), type_of(t), t.stride(0), t.stride(1)};
+}
+inline Strided transposed(const Tensor& t) {
+  return {t.const_data_ptr(), type_of(t), t.stride(1), t.stride(0)};
+}
+inline Rows rows_of(const Tensor& t) {
+  return {t.const_data_ptr(), type_of(t), t.stride(0)};
+}
+
+inline Tensor empty_like(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(t, {sizes.begin(), sizes.size()});
+}
+inline Tensor nothing(const Tensor& t) { return empty_like(t, {0}); }
+
+inline Tensor transpose(const Tensor& t) {
+  const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+  int64_t offset;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &view));
+  return Tensor(view);
+}
+
+// y = beta · y + a b: the vendor GEMM.
+inline void gemm(const Tensor& y, const Tensor& a, const Tensor& b, double beta = 1.0) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace fastpeft

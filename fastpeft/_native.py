@@ -1,0 +1,23 @@
+"""The C++ launchers of csrc/, under the names of the dispatch table; ImportError where the extension was not built."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft import _C
+
+_ops = torch.ops.fastpeft_cpp
+
+lora_shrink = _ops.lora_shrink.default
+lora_expand = _ops.lora_expand.default
+lora_expand_add = _ops.lora_expand_add.default
+lora_grad_b = _ops.lora_grad_b.default
+lora_grad_a = _ops.lora_grad_a.default
+lora_linear_fwd = _ops.lora_linear_fwd.default
+lora_linear_bwd = _ops.lora_linear_bwd.default
+
+set_isa = _C.set_isa
+build_info = _C.build_info
+
+# A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of its speed.
+_C.set_native_gemm(torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported())
