@@ -1,0 +1,19 @@
+"""The operators: each checks its input, picks a backend once, and is differentiable where its docstring says so."""
+
+from fastpeft.ops.lora_expand import lora_expand, lora_expand_add
+from fastpeft.ops.lora_grad_a import lora_grad_a
+from fastpeft.ops.lora_grad_b import lora_grad_b
+from fastpeft.ops.lora_linear import lora_linear
+from fastpeft.ops.lora_linear_fused import lora_linear_fused_dx, lora_linear_fused_fwd
+from fastpeft.ops.lora_shrink import lora_shrink
+
+__all__ = [
+    "lora_expand",
+    "lora_expand_add",
+    "lora_grad_a",
+    "lora_grad_b",
+    "lora_linear",
+    "lora_linear_fused_dx",
+    "lora_linear_fused_fwd",
+    "lora_shrink",
+]

@@ -1,0 +1,62 @@
+"""The only place that words an error: ``<op>: <argument> must <rule>, got <value>``."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(holds: bool, op: str, argument: str, rule: str, got: object) -> None:
+    """Raise the ValueError of the house unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{op}: {argument} must {rule}, got {got}")
+
+
+def require_dtype(holds: bool, op: str, argument: str, rule: str, got: object) -> None:
+    """Raise the TypeError of the house unless ``holds``."""
+    if not holds:
+        raise TypeError(f"{op}: {argument} must {rule}, got {got}")
+
+
+def tensor(op: str, argument: str, value: object) -> None:
+    require_dtype(isinstance(value, torch.Tensor), op, argument, "be a tensor", type(value).__name__)
+
+
+def matrix(op: str, argument: str, value: torch.Tensor, shape: tuple[int | None, int | None], names: str) -> None:
+    """A float tensor of two dimensions; None in ``shape`` leaves that one free."""
+    tensor(op, argument, value)
+    ok = value.dim() == 2 and all(want is None or have == want for have, want in zip(value.shape, shape, strict=True))
+    sizes = ", ".join("any" if want is None else str(want) for want in shape)
+    require(ok, op, argument, f"have shape {names} = [{sizes}]", list(value.shape))
+    require_dtype(value.is_floating_point(), op, argument, "be a floating point tensor", value.dtype)
+
+
+def vector(op: str, argument: str, value: torch.Tensor | None, size: int, name: str) -> None:
+    if value is None:
+        return
+    tensor(op, argument, value)
+    require(value.shape == (size,), op, argument, f"have shape [{name}] = [{size}]", list(value.shape))
+    require_dtype(value.is_floating_point(), op, argument, "be a floating point tensor", value.dtype)
+
+
+def same_device(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    for argument, value in tensors.items():
+        if value is not None and value.device != device:
+            require(False, op, argument, f"be on the device of x, {device}", value.device)
+
+
+def probability(op: str, argument: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        require_dtype(False, op, argument, "be a float", type(value).__name__)
+    require(0.0 <= value < 1.0, op, argument, "be in [0, 1)", value)
+
+
+def seed(op: str, value: torch.Tensor | None, p: float) -> None:
+    """A mask needs its seed: an int64 tensor of one element."""
+    if p == 0.0:
+        return
+    require(value is not None, op, "seed", "be given where p > 0", None)
+    assert value is not None
+    require_dtype(value.dtype == torch.int64, op, "seed", "be int64", value.dtype)
+    require(value.numel() == 1, op, "seed", "have one element", value.numel())

@@ -1,0 +1,67 @@
+"""``da = dsᵀ drop(x)`` and ``mask ∘ (ds a) / keep``, in one read of x."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft.ops import _checks, _library
+
+
+def _fake(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float,
+    seed: torch.Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        a.new_empty(a.shape) if need_da else a.new_empty(0),
+        ds.new_empty(ds.shape[0], a.shape[1]) if need_dx else ds.new_empty(0),
+    )
+
+
+_library.register(
+    "lora_grad_a",
+    "Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da",
+    "(Tensor, Tensor)",
+    _fake,
+)
+
+
+def lora_grad_a(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_da: bool = True,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one read of x gives; no autograd.
+
+    x      [M, K]  fp32 | bf16 | fp16, last dim contiguous; not read where need_da is False
+    ds     [M, R]  dtype of x
+    a      [R, K]  any float dtype, any strides
+    p, seed    as in lora_shrink: the same mask
+    Returns    da = dsᵀ drop(x) [R, K] in a.dtype · dx = mask ∘ (ds a) / keep [M, K] in x.dtype;
+               an output not asked for has shape [0]
+    Cost       2MKR FLOP each; reads x once, writes dx once
+    Raises     ValueError: shape, p or backend.  TypeError: dtype.
+    """
+    op = "lora_grad_a"
+    _checks.matrix(op, "x", x, (None, None), "[M, K]")
+    _checks.matrix(op, "a", a, (None, x.shape[1]), "[R, K]")
+    _checks.matrix(op, "ds", ds, (x.shape[0], a.shape[0]), "[M, R]")
+    _checks.require_dtype(ds.dtype == x.dtype, op, "ds", f"have the dtype of x, {x.dtype}", ds.dtype)
+    _checks.same_device(op, x.device, ds=ds, a=a)
+    _checks.probability(op, "p", p)
+    _checks.seed(op, seed, p)
+    chosen = dispatch.select(op, backend, x.device.type, x.dtype)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return _library.call(op, chosen, x, ds.contiguous(), a, p, seed if p else None, need_dx, need_da)

@@ -1,0 +1,59 @@
+"""``ds = scale · dy b``, ``db = scale · dyᵀ s`` and the bias gradient, in one read of dy."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft.ops import _checks, _library
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _fake(
+    dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, need_db: bool, need_bias: bool, backend: str
+) -> Triple:
+    return (
+        dy.new_empty(dy.shape[0], b.shape[1]),
+        b.new_empty(b.shape) if need_db else b.new_empty(0),
+        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32),
+    )
+
+
+_library.register(
+    "lora_grad_b",
+    "Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias",
+    "(Tensor, Tensor, Tensor)",
+    _fake,
+)
+
+
+def lora_grad_b(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    need_db: bool = True,
+    need_bias: bool = False,
+    backend: str | None = None,
+) -> Triple:
+    """What one read of dy gives; no autograd.
+
+    dy     [M, N]  fp32 | bf16 | fp16, last dim contiguous
+    s      [M, R]  dtype of dy; not read where need_db is False
+    b      [N, R]  any float dtype, any strides
+    Returns    ds = scale · dy b [M, R] in dy.dtype · db = scale · dyᵀ s [N, R] in b.dtype · Σₘ dy [N] fp32;
+               an output not asked for has shape [0]
+    Cost       2MNR FLOP each for ds and db; reads dy once
+    Raises     ValueError: shape or backend.  TypeError: dtype.
+    """
+    op = "lora_grad_b"
+    _checks.matrix(op, "dy", dy, (None, None), "[M, N]")
+    _checks.matrix(op, "b", b, (dy.shape[1], None), "[N, R]")
+    _checks.matrix(op, "s", s, (dy.shape[0], b.shape[1]), "[M, R]")
+    _checks.require_dtype(s.dtype == dy.dtype, op, "s", f"have the dtype of dy, {dy.dtype}", s.dtype)
+    _checks.same_device(op, dy.device, s=s, b=b)
+    chosen = dispatch.select(op, backend, dy.device.type, dy.dtype)
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    return _library.call(op, chosen, dy, s.contiguous(), b, scale, need_db, need_bias)

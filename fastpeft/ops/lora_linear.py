@@ -1,0 +1,252 @@
+"""``y = x Wᵀ + bias + scale · (drop(x) Aᵀ Bᵀ + lora_bias)``: the operator behind every LoRA on a linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft.ops import _checks, _library
+
+_FWD = "lora_linear_fwd"
+_BWD = "lora_linear_bwd"
+
+
+def _fake_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    strategy: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _fake_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    s: torch.Tensor,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    strategy: str,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        dy.new_empty(dy.shape[0], w.shape[1]) if need_dx else dy.new_empty(0),
+        a.new_empty(a.shape) if need_da else a.new_empty(0),
+        b.new_empty(b.shape) if need_db else b.new_empty(0),
+        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32),
+    )
+
+
+_library.register(
+    _FWD,
+    "Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? lora_bias, float scale, float p, Tensor? seed, "
+    "str strategy",
+    "(Tensor, Tensor)",
+    _fake_fwd,
+)
+_library.register(
+    _BWD,
+    "Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, str strategy, "
+    "bool need_dx, bool need_da, bool need_db, bool need_bias",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
+def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., width] -> [M, width] with the last dimension contiguous; a view where the strides allow it."""
+    if x.dim() != 2:
+        x = x.reshape(-1, width)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Saves x and s (and the parameters); the mask is drawn again from the seed, the weight is never copied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_bias: torch.Tensor | None,
+        scale: float,
+        p: float,
+        seed: torch.Tensor | None,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> torch.Tensor:
+        y, s = _forward(x, w, a, b, bias, lora_bias, scale, p, seed, dtype, backend)
+        need = ctx.needs_input_grad
+        # What no gradient asks for is not kept alive: frozen A and W save no x, frozen B saves no s.
+        ctx.save_for_backward(x if need[1] or need[2] else None, w, a, b, s if need[3] else None, seed)
+        ctx.call = (scale, p, dtype, backend, x.shape, x.dtype)
+        ctx.biases = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, w, a, b, s, seed = ctx.saved_tensors
+        scale, p, dtype, backend, shape, x_dtype = ctx.call
+        need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
+        rows = _rows(dy, w.shape[0])
+        if rows.dtype != dtype:
+            rows = rows.to(dtype)
+        nothing = rows.new_empty(0)
+        x = nothing if x is None else _rows(x, w.shape[1]).to(dtype)
+        cast = w if w.dtype == dtype else w.to(dtype)
+        dx, da, db, sums = _library.call(
+            _BWD, backend, rows, x, cast, a, b, nothing if s is None else s, scale, p, seed, "auto",
+            need_dx, need_da, need_db, need_bias or need_lora_bias,
+        )  # fmt: skip
+        bias_dtype, lora_bias_dtype = ctx.biases
+        return (
+            dx.view(shape).to(x_dtype) if need_dx else None,
+            (rows.t() @ x).to(w.dtype) if need_dw else None,
+            da if need_da else None,
+            db if need_db else None,
+            sums.to(bias_dtype) if need_bias else None,
+            (sums * scale).to(lora_bias_dtype) if need_lora_bias else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = _rows(x, w.shape[1])
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
+    if w.dtype != dtype:
+        w = w.to(dtype)
+    y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed, "auto")
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), s
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    dropout: float,
+) -> None:
+    """Word what is wrong; called only when the quick test of ``lora_linear`` has failed."""
+    op = "lora_linear"
+    _checks.tensor(op, "x", x)
+    _checks.require_dtype(x.dtype in _checks.FLOATS, op, "x", "be float32, bfloat16, float16 or float64", x.dtype)
+    _checks.require(x.dim() >= 1, op, "x", "have at least one dimension", "a 0-d tensor")
+    _checks.matrix(op, "weight", weight, (None, x.shape[-1]), "[out_features, in_features]")
+    _checks.matrix(op, "lora_A", lora_A, (None, x.shape[-1]), "[rank, in_features]")
+    _checks.require(lora_A.shape[0] >= 1, op, "lora_A", "have a rank of at least 1", 0)
+    _checks.matrix(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[out_features, rank]")
+    _checks.vector(op, "bias", bias, weight.shape[0], "out_features")
+    _checks.vector(op, "lora_bias", lora_bias, weight.shape[0], "out_features")
+    _checks.same_device(op, x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, lora_bias=lora_bias)
+    _checks.probability(op, "dropout", dropout)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ Bᵀ + lora_bias)            Hu et al. 2021, arXiv:2106.09685, eq. 3
+
+    x          [..., K]  fp32 | bf16 | fp16 (fp64 with the eager backend), any strides
+    weight     [N, K]    dtype of x outside autocast, any strides; frozen or trained
+    lora_A     [R, K]    any float dtype and strides; R >= 1
+    lora_B     [N, R]    any float dtype and strides
+    bias       [N]       of the base layer, or None; lora_bias [N]: of lora_B, multiplied by scale, or None
+    scale      float or 0-d tensor, dimensionless: α / r, α / √r, or fixed
+    dropout    probability in [0, 1) that an element of x is hidden from A; drawn anew at every call, from a seed that
+               torch's generator of x's device gives; realised in steps of 1/65536, and unbiased
+    backend    "cpp" | "triton" | "eager", or None for the first that serves
+    Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable once in every tensor
+               but scale.
+    Saves      x (the caller's own tensor), s = drop(x) Aᵀ [M, R] and the seed; what no gradient needs is not saved
+    Cost       2MNK + 2MR(K + N) FLOP forward, 2MNK + 4MR(K + N) backward; x and y are each moved at least once
+    Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
+    """
+    # One cheap conjunction on the way of every call; the wording is made only when it fails.
+    try:
+        K = x.shape[-1]
+        N = weight.shape[0]
+        rank = lora_A.shape[0]
+        device = x.device
+        fine = (
+            weight.shape == (N, K)
+            and lora_A.shape == (rank, K)
+            and lora_B.shape == (N, rank)
+            and (bias is None or bias.shape == (N,))
+            and (lora_bias is None or lora_bias.shape == (N,))
+            and 0.0 <= dropout < 1.0
+            and rank > 0
+            and weight.device == device == lora_A.device == lora_B.device
+            and lora_A.is_floating_point()
+            and lora_B.is_floating_point()
+        )
+    except (AttributeError, TypeError, IndexError):
+        fine = False
+    if not fine:
+        _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    elif weight.dtype != dtype:
+        _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
+        _checks.require_dtype(False, "lora_linear", "weight", f"have the dtype of x, {dtype}", weight.dtype)
+    if isinstance(scale, torch.Tensor):
+        # Tiny next to the layer, and it keeps the value on the device: no host sync.
+        lora_B = lora_B * scale
+        lora_bias = None if lora_bias is None else lora_bias * scale
+        scale = 1.0
+    seed = torch.empty((), dtype=torch.int64, device=device).random_() if dropout else None
+    chosen = dispatch.select(_FWD, backend, device.type, dtype)
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(
+            x, weight, lora_A, lora_B, bias, lora_bias, float(scale), dropout, seed, dtype, chosen
+        )  # type: ignore[no-any-return]
+    return _forward(x, weight, lora_A, lora_B, bias, lora_bias, float(scale), dropout, seed, dtype, chosen)[0]

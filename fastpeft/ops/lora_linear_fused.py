@@ -1,0 +1,107 @@
+"""The base product and the rank-R product in one GEMM whose sum takes both."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft.ops import _checks, _library
+
+
+def _fake_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_dx(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    return dy.new_empty(dy.shape[0], w.shape[1])
+
+
+_library.register(
+    "lora_linear_fused_fwd",
+    "Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale",
+    "Tensor",
+    _fake_fwd,
+)
+_library.register(
+    "lora_linear_fused_dx", "Tensor dy, Tensor w, Tensor ds, Tensor a, float p, Tensor? seed", "Tensor", _fake_dx
+)
+
+
+def lora_linear_fused_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``y = x wᵀ + bias + scale · (s bᵀ + lora_bias)`` in one GEMM; no autograd.
+
+    x [M, K], w [N, K], s [M, R] of one dtype (fp32 | bf16 | fp16); b [N, R], bias [N], lora_bias [N] in any float dtype
+    Returns    y [M, N] in x.dtype, summed in fp32
+    Cost       2MN(K + R) FLOP; reads x, w, writes y once
+    Raises     ValueError: shape, backend, or alignment that the GPU's copy engine needs.  TypeError: dtype.
+    """
+    op = "lora_linear_fused_fwd"
+    _checks.matrix(op, "x", x, (None, None), "[M, K]")
+    _checks.matrix(op, "w", w, (None, x.shape[1]), "[N, K]")
+    _checks.matrix(op, "s", s, (x.shape[0], None), "[M, R]")
+    _checks.matrix(op, "b", b, (w.shape[0], s.shape[1]), "[N, R]")
+    _checks.vector(op, "bias", bias, w.shape[0], "N")
+    _checks.vector(op, "lora_bias", lora_bias, w.shape[0], "N")
+    for name, value in (("w", w), ("s", s)):
+        _checks.require_dtype(value.dtype == x.dtype, op, name, f"have the dtype of x, {x.dtype}", value.dtype)
+    _checks.same_device(op, x.device, w=w, s=s, b=b, bias=bias, lora_bias=lora_bias)
+    chosen = dispatch.select(op, backend, x.device.type, x.dtype)
+    return _library.call(op, chosen, x, w, s, b, bias, lora_bias, scale)
+
+
+def lora_linear_fused_dx(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``dx = dy w + mask ∘ (ds a) / keep`` in one GEMM; no autograd.
+
+    dy [M, N], w [N, K], ds [M, R] of one dtype (fp32 | bf16 | fp16); a [R, K] in any float dtype; p, seed as in lora_shrink
+    Returns    dx [M, K] in dy.dtype, summed in fp32
+    Cost       2MK(N + R) FLOP; reads dy, w, writes dx once
+    Raises     ValueError: shape, p, backend, or alignment that the GPU's copy engine needs.  TypeError: dtype.
+    """
+    op = "lora_linear_fused_dx"
+    _checks.matrix(op, "dy", dy, (None, None), "[M, N]")
+    _checks.matrix(op, "w", w, (dy.shape[1], None), "[N, K]")
+    _checks.matrix(op, "ds", ds, (dy.shape[0], None), "[M, R]")
+    _checks.matrix(op, "a", a, (ds.shape[1], w.shape[1]), "[R, K]")
+    for name, value in (("w", w), ("ds", ds)):
+        _checks.require_dtype(value.dtype == dy.dtype, op, name, f"have the dtype of dy, {dy.dtype}", value.dtype)
+    _checks.same_device(op, dy.device, w=w, ds=ds, a=a)
+    _checks.probability(op, "p", p)
+    _checks.seed(op, seed, p)
+    chosen = dispatch.select(op, backend, dy.device.type, dy.dtype)
+    return _library.call(op, chosen, dy, w, ds, a, p, seed if p else None)
