@@ -1,4 +1,4 @@
-"""Builds fastpeft._C from csrc/ where a C++ compiler is found; without one the package installs and says so in info()."""
+"""Builds fastpeft._C from csrc/ where a C++ compiler is found; without one the package installs, and info() says so."""
 
 import os
 import shutil

@@ -7,9 +7,7 @@
 //   expand: the rank is summed (s bᵀ, ds a): A = rows of s, B = the packed panel [R, N].
 // Compute-bound at rank >= 16: 2R FLOP for each element of x, against 4 bytes read once from memory.
 #pragma once
-#include "cpu_kernels.h"
-#include "dropout.h"
-#include "simd.h"
+#include "cpu_masks_impl.h"
 
 namespace {
 
@@ -20,10 +18,6 @@ constexpr int kReduceRows2 = 12, kReduceRows1 = 12, kGradRows = 8, kGradVectors 
 #else            // 16 registers: 12 accumulators, 2 or 3 of B, 1 broadcast
 constexpr int kReduceRows2 = 6, kReduceRows1 = 12, kGradRows = 4, kGradVectors = 3, kExpandRows = 6, kExpandVectors = 2;
 #endif
-
-// No template of the standard library in here: an instance compiled for this instruction set could be the one that the
-// linker keeps for the whole library.
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The row stride of a block's buffer: 17 cache lines, so that a column of it spreads over all sets of an L1 cache.
 constexpr int64_t kLead = kCols + 16;
@@ -89,70 +83,6 @@ inline void grad_block(const float* left, int64_t ldl, int64_t R, const float* x
   for (; v < all; ++v)
     rows_of<kGradRows, 1, true>(left, 1, ldl, R, x + v * kLanes, ldx, rows, nullptr, grad + v * kLanes, ldg);
 }
-
-// Two vectors of counters at a time: one chain of seven rounds alone waits on the latency of its products.
-constexpr int kChains = 2;
-
-inline void put_bits(uint8_t* out, int64_t column, vu mask) {
-#if FP_ISA == 2
-  const __mmask16 bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
-  std::memcpy(out + column / 8, &bits, 2);
-#elif FP_ISA == 1
-  out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
-  const int shift = static_cast<int>(column % 8);
-  out[column / 8] = static_cast<uint8_t>((shift ? out[column / 8] : 0) | bits << shift);
-#endif
-}
-
-inline vu get_bits(const uint8_t* bits, int64_t column) {
-#if FP_ISA == 2
-  __mmask16 m;
-  std::memcpy(&m, bits + column / 8, 2);
-  return reinterpret_cast<vu>(_mm512_movm_epi32(m));
-#else
-  vu select;
-  for (int i = 0; i < kLanes; ++i) select[i] = 1u << i;
-  const vu byte = vu{} + static_cast<uint32_t>(bits[column / 8] >> column % 8);
-  return reinterpret_cast<vu>((byte & select) == select);
-#endif
-}
-
-void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld) {
-  const uint32_t k0 = static_cast<uint32_t>(drop.seed), k1 = static_cast<uint32_t>(drop.seed >> 32);
-  vu lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-  const vi below = vi{} + (static_cast<int32_t>(drop.threshold) - 1);
-  for (int64_t m = m0; m < m1; ++m, bits += ld) {
-    const uint64_t row = static_cast<uint64_t>(m);
-    for (int64_t group = 0; group * kCols < width; ++group) {
-      const int64_t n = smaller(kCols, width - group * kCols);
-      uint8_t* out = bits + group * (kCols / 8);
-      for (int64_t c = 0; c < smaller(32, n); c += kChains * kLanes) {
-        Counter w[kChains][4];
-        for (int i = 0; i < kChains; ++i) {
-          w[i][0] = Counter(lane + static_cast<uint32_t>(group * 32 + c + i * kLanes));
-          w[i][1] = Counter(static_cast<uint32_t>(row));
-          w[i][2] = Counter(static_cast<uint32_t>(row >> 32));
-          w[i][3] = Counter(0u);
-        }
-        uint32_t r0 = k0, r1 = k1;
-        for (int round = 0; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
-          for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
-        for (int i = 0; i < kChains; ++i)
-          for (int j = 0; j < 8; ++j) {
-            const int64_t column = j * 32 + c + i * kLanes;
-            const vu sample = j & 1 ? w[i][j >> 1].v >> 16 : w[i][j >> 1].v & 0xffffu;
-            put_bits(out, column, reinterpret_cast<vu>(reinterpret_cast<vi>(sample) > below));
-          }
-      }
-    }
-  }
-}
-
-inline vf masked(vf x, vu mask) { return reinterpret_cast<vf>(reinterpret_cast<vu>(x) & mask); }
 
 template <Type T>
 inline vf load_tail(const void* base, int64_t i, int64_t n) {

@@ -1,6 +1,21 @@
 """fastpeft: parameter-efficient fine-tuning at the price of the frozen model."""
 
 from fastpeft import ops
+from fastpeft._info import explain, info
 from fastpeft._version import __version__
+from fastpeft.integrations import accelerate, restore
+from fastpeft.nn import LoRALayer, LoRALinear, disable_lora, enable_lora, lora_disabled
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "LoRALayer",
+    "LoRALinear",
+    "__version__",
+    "accelerate",
+    "disable_lora",
+    "enable_lora",
+    "explain",
+    "info",
+    "lora_disabled",
+    "ops",
+    "restore",
+]

@@ -19,5 +19,15 @@ lora_linear_bwd = _ops.lora_linear_bwd.default
 set_isa = _C.set_isa
 build_info = _C.build_info
 
-# A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of its speed.
-_C.set_native_gemm(torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported())
+_NATIVE = {
+    "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+# A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of
+# its speed.
+_C.set_native_gemm(_NATIVE["bfloat16"], _NATIVE["float16"])
+
+
+def native_gemm() -> dict[str, bool]:
+    """Whether this processor multiplies matrices of each low-precision dtype in that dtype."""
+    return dict(_NATIVE)

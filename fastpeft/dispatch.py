@@ -99,13 +99,16 @@ def _select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> st
     return backend
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
     """The backend that will serve; ``FASTPEFT_BACKEND`` stands in for None.
 
     Raises ValueError: an unknown backend, or one whose requirement does not hold.
     """
     return _select(op, backend or os.environ.get("FASTPEFT_BACKEND") or None, device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo, and triton with it.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -33,7 +33,9 @@ def assert_within_budget(
     scale = gold.abs().max().item() if gold.numel() else 0.0
     budget = 2.0 * (error(peer, gold) + EPS[dtype] * scale)
     measured = error(ours, gold)
-    assert measured <= budget, f"{name}: error {measured:.3e} is over the budget of {budget:.3e} (max|gold| {scale:.3e})"
+    assert measured <= budget, (
+        f"{name}: error {measured:.3e} is over the budget of {budget:.3e} (max|gold| {scale:.3e})"
+    )
 
 
 def assert_all_within_budget(

@@ -1,5 +1,6 @@
 """The operators: each checks its input, picks a backend once, and is differentiable where its docstring says so."""
 
+from fastpeft.ops.lora_adapter import lora_adapter
 from fastpeft.ops.lora_expand import lora_expand, lora_expand_add
 from fastpeft.ops.lora_grad_a import lora_grad_a
 from fastpeft.ops.lora_grad_b import lora_grad_b
@@ -8,6 +9,7 @@ from fastpeft.ops.lora_linear_fused import lora_linear_fused_dx, lora_linear_fus
 from fastpeft.ops.lora_shrink import lora_shrink
 
 __all__ = [
+    "lora_adapter",
     "lora_expand",
     "lora_expand_add",
     "lora_grad_a",

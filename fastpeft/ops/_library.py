@@ -1,8 +1,9 @@
-"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, and the one way in which they are called."""
+"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, and the one way to call them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +25,28 @@ def register(op: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
     torch.library.register_fake(f"fastpeft::{op}", fake, lib=_LIBRARY)
 
 
+_watchers: list[Callable[[str, str, tuple[Any, ...]], None]] = []
+
+
+@contextmanager
+def watching(seen: Callable[[str, str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Tell ``seen`` the op, the backend and the arguments of every raw operator called inside."""
+    _watchers.append(seen)
+    try:
+        yield
+    finally:
+        _watchers.remove(seen)
+
+
 def call(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator: through the dispatcher where something watches it, else the launcher itself.
 
-    The dispatcher with a Python implementation costs a call of a tiny layer more than all of its arithmetic; it is needed
-    only to be recorded in a graph or seen by a dispatch mode (fake tensors, FLOP counters, selective checkpointing).
+    The dispatcher with a Python implementation costs a tiny layer more than all of its arithmetic; it is needed
+    only to be recorded in a graph, seen by a dispatch mode (fake tensors, FLOP counters, selective checkpointing), or
+    answered with shapes alone on the meta device.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    for seen in _watchers:
+        seen(op, backend, args)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or args[0].is_meta:
         return getattr(torch.ops.fastpeft, op).default(*args, backend)
     return dispatch.load(op, backend)(*args)

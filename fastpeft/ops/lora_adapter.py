@@ -7,14 +7,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _checks, _library
-
-
-def _rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """[..., width] -> [M, width] in ``dtype`` with the last dimension contiguous; a view where that is possible."""
-    x = x.reshape(-1, width) if x.dim() != 2 else x
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x if x.dtype == dtype else x.to(dtype)
+from fastpeft.ops import _calls, _checks, _library
 
 
 class _LoRAAdapter(torch.autograd.Function):
@@ -46,12 +39,14 @@ class _LoRAAdapter(torch.autograd.Function):
         x, a, b, s, seed = ctx.saved_tensors
         scale, p, dtype, backend, shape, x_dtype, bias_dtype = ctx.call
         need_dx, need_da, need_db, need_bias = ctx.needs_input_grad[:4]
-        dy = _rows(dy, b.shape[0], dtype)
-        s = dy.new_empty(0, b.shape[1]) if s is None else s
+        dy = _calls.rows(dy, b.shape[0], dtype)
+        # The place of an operand that is not read; a launcher may take the number of rows from it.
+        s = dy.new_empty(1, b.shape[1]).expand(len(dy), -1) if s is None else s
         ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias)
-        da = dx = None
+        da: Any = None
+        dx: Any = None
         if need_dx or need_da:
-            x = dy.new_empty(0, a.shape[1]) if x is None else _rows(x, a.shape[1], dtype)
+            x = dy.new_empty(1, a.shape[1]).expand(len(dy), -1) if x is None else _calls.rows(x, a.shape[1], dtype)
             da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
         return (
             dx.view(shape).to(x_dtype) if need_dx else None,
@@ -77,21 +72,15 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    s = _library.call("lora_shrink", backend, _rows(x, a.shape[1], dtype), a, p, seed)
+    s = _library.call("lora_shrink", backend, _calls.rows(x, a.shape[1], dtype), a, p, seed)
     y = _library.call("lora_expand", backend, s, b, None, lora_bias, scale)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])), s
-
-
-def _draw(device: torch.device) -> torch.Tensor:
-    """A seed from torch's generator of ``device``, left on it; Dynamo has no rule for ``random_``."""
-    if torch.compiler.is_compiling():
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    return torch.empty((), dtype=torch.int64, device=device).random_()
 
 
 def _check(
     x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None, dropout: float
 ) -> None:
+    """Word what is wrong; called only when the quick test of ``lora_adapter`` has failed."""
     op = "lora_adapter"
     _checks.tensor(op, "x", x)
     _checks.require_dtype(x.dtype in _checks.FLOATS, op, "x", "be float32, bfloat16, float16 or float64", x.dtype)
@@ -129,18 +118,30 @@ def lora_adapter(
     Cost       2MR(K + N) FLOP forward, twice that backward; x is read once and y written once each way
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
     """
-    _check(x, lora_A, lora_B, lora_bias, dropout)
-    dtype, device = x.dtype, x.device
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    if isinstance(scale, torch.Tensor):
-        # Into the small factor, which keeps the value on the device: no host sync.
-        lora_B = lora_B * scale
-        lora_bias = None if lora_bias is None else lora_bias * scale
-        scale = 1.0
-    seed = _draw(device) if dropout else None
+    # Cheap on the way of every call, and traceable with symbolic sizes, which the wording is not.
+    try:
+        device = x.device
+        N, rank = lora_B.shape
+        fine = (
+            lora_A.shape == (rank, x.shape[-1])
+            and (lora_bias is None or lora_bias.shape == (N,))
+            and 0.0 <= dropout < 1.0
+            and rank > 0
+            and lora_A.device == device == lora_B.device
+            and (lora_bias is None or lora_bias.device == device)
+            and x.dtype in _checks.FLOATS
+            and lora_A.is_floating_point()
+            and lora_B.is_floating_point()
+        )
+    except (AttributeError, TypeError, ValueError, IndexError):
+        fine = False
+    if not fine:
+        _check(x, lora_A, lora_B, lora_bias, dropout)
+    dtype = _calls.autocast_dtype(x, device.type) or x.dtype
+    scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
+    seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select("lora_shrink", backend, device.type, dtype)
-    call = (x, lora_A, lora_B, lora_bias, float(scale), dropout, seed, dtype, chosen)
+    call = (x, lora_A, lora_B, lora_bias, scale, dropout, seed, dtype, chosen)
     if torch.is_grad_enabled():
-        return _LoRAAdapter.apply(*call)  # type: ignore[no-any-return]
+        return _LoRAAdapter.apply(*call)
     return _forward(*call)[0]

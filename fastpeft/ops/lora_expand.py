@@ -23,9 +23,7 @@ def _fake_add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, b
     return None
 
 
-_library.register(
-    "lora_expand", "Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale", "Tensor", _fake
-)
+_library.register("lora_expand", "Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale", "Tensor", _fake)
 _library.register("lora_expand_add", "Tensor(a!) y, Tensor s, Tensor b, float scale", "()", _fake_add)
 
 
@@ -60,7 +58,7 @@ def lora_expand(
 def lora_expand_add(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, backend: str | None = None
 ) -> torch.Tensor:
-    """``y += scale · s bᵀ`` in place, after any base operator; y [M, N] contiguous in s.dtype; returns y. No autograd."""
+    """``y += scale · s bᵀ`` in place, after any base operator; y [M, N] contiguous in s.dtype, and returned. No autograd."""
     op = "lora_expand_add"
     _operands(op, s, b)
     _checks.matrix(op, "y", y, (s.shape[0], b.shape[0]), "[M, N]")

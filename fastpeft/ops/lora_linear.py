@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _checks, _library
+from fastpeft.ops import _calls, _checks, _library
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -70,13 +70,6 @@ _library.register(
 )
 
 
-def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., width] -> [M, width] with the last dimension contiguous; a view where the strides allow it."""
-    if x.dim() != 2:
-        x = x.reshape(-1, width)
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 class _LoRALinear(torch.autograd.Function):
     """Saves x and s (and the parameters); the mask is drawn again from the seed, the weight is never copied."""
 
@@ -109,20 +102,18 @@ class _LoRALinear(torch.autograd.Function):
         x, w, a, b, s, seed = ctx.saved_tensors
         scale, p, dtype, backend, shape, x_dtype = ctx.call
         need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
-        rows = _rows(dy, w.shape[0])
-        if rows.dtype != dtype:
-            rows = rows.to(dtype)
-        nothing = rows.new_empty(0)
-        x = nothing if x is None else _rows(x, w.shape[1]).to(dtype)
+        dy = _calls.rows(dy, w.shape[0], dtype)
+        nothing = dy.new_empty(0) if x is None or s is None else None
+        x = nothing if x is None else _calls.rows(x, w.shape[1], dtype)
         cast = w if w.dtype == dtype else w.to(dtype)
         dx, da, db, sums = _library.call(
-            _BWD, backend, rows, x, cast, a, b, nothing if s is None else s, scale, p, seed, "auto",
+            _BWD, backend, dy, x, cast, a, b, nothing if s is None else s, scale, p, seed, "auto",
             need_dx, need_da, need_db, need_bias or need_lora_bias,
         )  # fmt: skip
         bias_dtype, lora_bias_dtype = ctx.biases
         return (
-            dx.view(shape).to(x_dtype) if need_dx else None,
-            (rows.t() @ x).to(w.dtype) if need_dw else None,
+            _shaped(dx, shape, x_dtype) if need_dx else None,
+            (dy.t() @ x).to(w.dtype) if need_dw else None,
             da if need_da else None,
             db if need_db else None,
             sums.to(bias_dtype) if need_bias else None,
@@ -133,6 +124,12 @@ class _LoRALinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _shaped(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if len(shape) != 2:
+        dx = dx.view(shape)
+    return dx if dx.dtype == dtype else dx.to(dtype)
 
 
 def _forward(
@@ -148,9 +145,7 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = _rows(x, w.shape[1])
-    if rows.dtype != dtype:
-        rows = rows.to(dtype)
+    rows = _calls.rows(x, w.shape[1], dtype)
     if w.dtype != dtype:
         w = w.to(dtype)
     y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed, "auto")
@@ -232,21 +227,14 @@ def lora_linear(
         fine = False
     if not fine:
         _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif weight.dtype != dtype:
+    cast = _calls.autocast_dtype(x, device.type)
+    dtype = cast or x.dtype
+    if cast is None and weight.dtype != dtype:
         _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
         _checks.require_dtype(False, "lora_linear", "weight", f"have the dtype of x, {dtype}", weight.dtype)
-    if isinstance(scale, torch.Tensor):
-        # Tiny next to the layer, and it keeps the value on the device: no host sync.
-        lora_B = lora_B * scale
-        lora_bias = None if lora_bias is None else lora_bias * scale
-        scale = 1.0
-    seed = torch.empty((), dtype=torch.int64, device=device).random_() if dropout else None
+    scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
+    seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype)
     if torch.is_grad_enabled():
-        return _LoRALinear.apply(
-            x, weight, lora_A, lora_B, bias, lora_bias, float(scale), dropout, seed, dtype, chosen
-        )  # type: ignore[no-any-return]
-    return _forward(x, weight, lora_A, lora_B, bias, lora_bias, float(scale), dropout, seed, dtype, chosen)[0]
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)  # type: ignore[no-any-return]
+    return _forward(x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)[0]

@@ -5,7 +5,7 @@
     j       = (col >> 5) & 7                                              which of the eight 16-bit draws of one call
     keep    = draw_j >= round(65536 · p)
 
-One call thus serves 8 sub-blocks of 32 columns in a block of 256, so that a kernel needs no layout conversion to use it.
+One call thus serves 8 sub-blocks of 32 columns in a block of 256: a kernel needs no layout conversion to use it.
 """
 
 from __future__ import annotations

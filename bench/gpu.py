@@ -1,0 +1,215 @@
+"""`make gpu`: everything a GPU has to prove, in one command under ten minutes, from a bare checkout.
+
+    python bench/gpu.py [--fresh] [--only STAGE] [--device cpu --dry-run]
+
+Stages: correctness -> tune -> bench -> summary. Each runs in a process of its own with a time limit, so that one crash
+or hang costs one stage. A stage that passed for these sources and this GPU is not run again unless --fresh. Nothing has
+to be installed (without the compiled extension the cpp backend is absent, no check here needs it).
+Results: bench/results/gpu_state.json, tune_state.json, lora_linear_cuda.json. Exit status 1 if a stage failed.
+--dry-run exercises every stage at tiny shapes on the CPU, Triton under its interpreter, and tunes copies of the tables.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _tree
+
+STAGES = {"correctness": 180, "tune": 150, "bench": 220}  # seconds at most
+GRACE = 30  # for the compile in flight when a stage's own budget ran out
+TOTAL = 590  # of all stages; the last gets what the others left
+LINES = 20
+
+
+class State:
+    """What passed, for which sources and device; one JSON, rewritten atomically after every stage."""
+
+    def __init__(self, device: str, dry_run: bool, fresh: bool):
+        self.path = _tree.RESULTS / ("gpu_state_dry.json" if dry_run else "gpu_state.json")
+        self.stamp = {"sources": _tree.source_hash(), "device": _device_name(device)}
+        self.data = {"stamp": self.stamp, "environment": {}, "stages": {}}
+        if self.path.exists() and not fresh:
+            loaded = json.loads(self.path.read_text())
+            if loaded.get("stamp") == self.stamp:
+                self.data = loaded
+
+    def passed(self, stage: str) -> bool:
+        return self.data["stages"].get(stage, {}).get("ok", False)
+
+    def save(self) -> None:
+        _tree.write_atomic(self.path, json.dumps(self.data, indent=1) + "\n")
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def stage_correctness(device: str, dry_run: bool, budget_s: float) -> dict:
+    from gpu_checks import Ctx, run_checks
+
+    checks = {}
+    for name, passed, detail in run_checks(Ctx(device, dry_run), budget_s):
+        print(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}", flush=True)
+        checks[name] = {"ok": passed, "detail": detail}
+    return {"ok": all(check["ok"] for check in checks.values()), "checks": checks}
+
+
+def stage_tune(device: str, dry_run: bool, budget_s: float) -> dict:
+    import shutil
+
+    import tune
+
+    def work(root: Path) -> dict:
+        tuner = tune.Tuner(
+            device, budget_s, root, tiny=dry_run, log=lambda line: print(line, flush=True), fresh=dry_run
+        )
+        return tuner.run((16,) if dry_run else (16, 64))
+
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "kernels"
+            shutil.copytree(_tree.ROOT / "kernels", root, ignore=shutil.ignore_patterns("__pycache__"))
+            state = work(root)
+            for path in root.glob("*.py"):
+                compile(path.read_text(), str(path), "exec")
+    else:
+        state = work(_tree.ROOT / "kernels")
+    won = sum("winner" in job for job in state["jobs"].values())
+    done = sum(job["done"] for job in state["jobs"].values())
+    return {
+        "ok": not state["errors"],
+        "errors": state["errors"],
+        "jobs": f"{done} of {len(state['jobs'])} done, {won} tiles new",
+        "strategies": {key: row["choice"] for key, row in state["strategies"].items()},
+    }
+
+
+def stage_bench(device: str, dry_run: bool, budget_s: float) -> dict:
+    import bench_lora_linear
+
+    seconds = 0.5 if dry_run else min(8.0, budget_s / 16)  # a case has compiles and about 14 peers beside its rounds
+    data = bench_lora_linear.run(device, dry_run, seconds, budget_s, progress=lambda line: print(line, flush=True))
+    ratios = {
+        case["case"]: {name: round(row["ratio"], 3) for name, row in case["peers"].items()} for case in data["cases"]
+    }
+    absent = {name: why for case in data["cases"] for name, why in case["absent"].items()}
+    host = {name: row["median_s"] for name, row in data["host"]["peers"].items()}
+    kept = {name: row["per_element_of_x"] for name, row in data["kept"].items() if isinstance(row, dict)}
+    left_out = data["left_out"]
+    return {"ok": not left_out, "errors": left_out, "ratios": ratios, "absent": absent, "host": host, "kept": kept}
+
+
+def run_stage(name: str, device: str, dry_run: bool, budget_s: float) -> dict:
+    """The stage's result, its output tail and time; a crash, a hang or a missing result is a failed stage."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--stage", name, "--out", str(out), "--device", device,
+                   "--budget", str(budget_s), *(["--dry-run"] if dry_run else [])]  # fmt: skip
+        env = dict(os.environ)
+        if device == "cpu" and name != "bench":  # the benchmark times what a CPU really runs
+            env["TRITON_INTERPRET"] = "1"  # read when triton is imported
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   start_new_session=True)  # fmt: skip
+        killed = False
+        try:
+            text, _ = process.communicate(timeout=budget_s + GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            text, _ = process.communicate()
+            killed = True
+        print(text, end="", flush=True)
+        result = json.loads(out.read_text()) if out.exists() else {"ok": False}
+        if killed or process.returncode:
+            tail = [line for line in text.strip().splitlines() if line.strip()][-1:] or ["no output"]
+            result |= {"ok": False, "error": "out of time" if killed else f"exit {process.returncode}: {tail[0][:200]}"}
+    return result | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def summary(data: dict) -> list[str]:
+    """At most LINES lines: what passed, what failed and why, the ratios."""
+    env, stages = data["environment"], data["stages"]
+    lines = [f"{env.get('gpu') or env['cpu']}, torch {env['torch']}, triton {env['triton']}, peft {env['peft']}, "
+             f"commit {env['commit']}, {env['date']}"]  # fmt: skip
+    for name, row in stages.items():
+        lines.append(f"{'PASS' if row['ok'] else 'FAIL'} {name} ({row['seconds']} s) {row.get('error', '')}".rstrip())
+        failed = {k: v["detail"] for k, v in row.get("checks", {}).items() if not v["ok"]}
+        lines += [f"     {k}: {detail}"[:160] for k, detail in failed.items()]
+        lines += [f"     {error}"[:160] for error in row.get("errors", ())[:3]]
+        if name == "correctness" and row["ok"]:
+            lines.append("     " + ", ".join(row["checks"]))
+        if "jobs" in row:
+            choices = list(row["strategies"].values())
+            lines.append(f"     tiles: {row['jobs']}; strategies: fused in {choices.count('fused')} of {len(choices)}")
+    bench = stages.get("bench", {})
+    for case, ratios in bench.get("ratios", {}).items():
+        cells = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name.endswith("p=0.1"))
+        lines.append(f"{case}, / frozen: {cells}")
+    if "kept" in bench:
+        lines.append("kept for backward, q/k/v, bytes per element of x: "
+                     + ", ".join(f"{n} {v:.2f}" for n, v in bench["kept"].items()))  # fmt: skip
+        wanted = ("nn.Linear", "PEFT p=0", "ours LoRALinear")
+        lines.append("host us, fwd · fwd+bwd: " + ", ".join(
+            f"{n} {bench['host'][f'{n} fwd'] * 1e6:.0f} · {bench['host'][f'{n} fwd+bwd'] * 1e6:.0f}"
+            for n in wanted if f"{n} fwd" in bench["host"]))  # fmt: skip
+    reasons = sorted({f"{name.split(' p=')[0]}: {why}" for name, why in bench.get("absent", {}).items()})
+    lines += [f"absent {reason}"[:160] for reason in reasons]
+    return lines[:LINES]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes; the only way to run on the CPU")
+    parser.add_argument("--fresh", action="store_true", help="run stages again that have passed")
+    parser.add_argument("--only", choices=tuple(STAGES), help="run one stage")
+    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.dry_run:
+        parser.error("gpu: --device must be cuda outside a dry run, got cpu")
+
+    mode = _tree.ensure_importable()
+    import torch
+
+    if args.stage:
+        if args.device == "cpu":
+            torch.set_num_threads(1)
+        result = globals()[f"stage_{args.stage}"](args.device, args.dry_run, args.budget)
+        _tree.write_atomic(args.out, json.dumps(result))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "gpu: device must be a CUDA GPU, got none; --device cpu --dry-run tries the driver itself", file=sys.stderr
+        )
+        return 1
+
+    state = State(args.device, args.dry_run, args.fresh)
+    deadline = time.monotonic() + TOTAL
+    state.data["environment"] = _tree.environment(args.device) | {"package": mode}
+    for name in [args.only] if args.only else STAGES:
+        if state.passed(name):
+            print(f"== {name}: passed before for these sources on this device (--fresh runs it again)", flush=True)
+            continue
+        budget = round(min(60 if args.dry_run else STAGES[name], max(1, deadline - time.monotonic())))
+        print(f"== {name}: at most {budget} s", flush=True)
+        state.data["stages"][name] = run_stage(name, args.device, args.dry_run, budget)
+        state.save()
+    print("== summary")
+    print("\n".join(summary(state.data)))
+    return 0 if all(row["ok"] for row in state.data["stages"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Tables and plots from bench/results/*.json.
+
+python bench/report.py                 every table, in text
+python bench/report.py --readme        the README's table, in markdown
+python bench/report.py --plots         a PNG beside every JSON
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import _tree
+
+
+def _machine(environment: dict) -> str:
+    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} thread"
+    return f"{where}, torch {environment['torch']}, peft {environment.get('peft')}, {environment['date'][:10]}"
+
+
+_COUNTED = {"bytes": "of activations and adapters", "weight_bytes": "of weight", "scratch_bytes": "of partial sums"}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _spread(row: dict) -> str:
+    return f"{row['ratio']:.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
+
+
+def result_tables(data: dict) -> str:
+    """Plain-text tables of one results file: cases, host time, kept bytes, launches, what was absent and why."""
+    lines = [_machine(data["environment"]), *(f"note: {note}" for note in data["notes"])]
+    for case in data["cases"]:
+        lines.append(f"\n{case['case']}: forward + backward")
+        lines.append(f"  {'peer':22} {'median':>11} {'IQR':>9} {'/ frozen [quartiles]':>22} {'of roof':>8}  rounds")
+        for name, row in case["peers"].items():
+            iqr = (row["q3_s"] - row["q1_s"]) / row["median_s"]
+            share = f"{row['roof_share']:.0%}" if "roof_share" in row else ""
+            extra = f"  / frozen fp32 {row['ratio_fp32']:.2f}" if "ratio_fp32" in row else ""
+            extra += f"  peak {row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
+            lines.append(f"  {name:22} {_time(row['median_s']):>11} {iqr:>8.1%} {_spread(row):>23} {share:>8}  "
+                         f"{row['rounds']:>4}{extra}")  # fmt: skip
+        lines += [f"  {name:22} absent: {why}" for name, why in case["absent"].items()]
+        if isinstance(case["counted"], str):
+            lines.append(f"  {case['counted']}")
+        else:
+            for strategy, c in case["counted"].items():
+                moved = ", ".join(f"{c[key] / 1e6:.1f} MB {what}" for key, what in _COUNTED.items())
+                flop = c["flop"] / 1e9
+                lines.append(f"  counted, {strategy}, p=0.1: {c['launches']} launches, {flop:.2f} GFLOP, {moved}")
+    if "host" in data:
+        lines.append("\nhost time of one call, x [4, 8], W [8, 8]")
+        lines += [f"  {name:28} {_time(row['median_s']):>11}" for name, row in data["host"]["peers"].items()]
+        lines += [f"  {name:28} absent: {why}" for name, why in data["host"]["absent"].items()]
+    if "kept" in data:
+        lines.append(f"\nkept for backward, {data['kept']['case']}, bytes per token and channel of x (x itself is 2)")
+        lines += [
+            f"  {name:22} {row['per_element_of_x']:.2f}" for name, row in data["kept"].items() if isinstance(row, dict)
+        ]
+    return "\n".join(lines)
+
+
+def readme_table(results: list[dict]) -> str:
+    """Markdown: one line a case and dropout, the ratio of every peer to the frozen linear of the same run."""
+    names = ["eager", "PEFT", "PEFT base dtype", "torch.compile", "ours"]
+    lines = []
+    for data in results:
+        lines += [
+            f"\n{_machine(data['environment'])}; time ÷ frozen linear's forward + dX, median of interleaved rounds",
+            "",
+        ]
+        lines += ["| case | p | frozen | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+        for case in data["cases"]:
+            rows = case["peers"]
+            for p in ("0", "0.1"):
+                cells = [f"{rows[f'{n} p={p}']['ratio']:.2f}" if f"{n} p={p}" in rows else "–" for n in names]
+                frozen = _time(rows["frozen"]["median_s"])
+                lines.append(f"| {case['case']} | {p} | {frozen} | " + " | ".join(cells) + " |")
+        lines += ["", *(f"{note}." for note in data["notes"])]
+        if "host" in data:
+            host = data["host"]["peers"]
+            sides = (("nn.Linear", "nn.Linear"), ("PEFT p=0", "PEFT"), ("ours p=0", "`lora_linear`"),
+                     ("ours LoRALinear", "`LoRALinear`"))  # fmt: skip
+            lines += [
+                "",
+                "| host time of a tiny call | " + " | ".join(label for _, label in sides) + " |",
+                "|---" * 5 + "|",
+            ]
+            for side in ("fwd", "fwd+bwd"):
+                cells = [_time(host[f"{n} {side}"]["median_s"]) if f"{n} {side}" in host else "–" for n, _ in sides]
+                lines.append(f"| {side} | " + " | ".join(cells) + " |")
+        if "kept" in data:
+            kept = {n: row["per_element_of_x"] for n, row in data["kept"].items() if isinstance(row, dict)}
+            lines += ["", f"Kept for backward, {data['kept']['case']}, bytes per token and channel of x: "
+                      + ", ".join(f"{name} {value:.2f}" for name, value in kept.items()) + "."]  # fmt: skip
+    return "\n".join(lines).strip()
+
+
+def plot(data: dict, path: Path) -> Path | None:
+    """Bars of time ÷ frozen per case and peer, with quartiles. None where matplotlib is not installed (says so)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    if not data["cases"]:
+        return None
+    count = len(data["cases"])
+    figure, axes = pyplot.subplots(1, count, figsize=(max(4.5, 3.4 * count), 4.2), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], data["cases"], strict=True):
+        rows = {name: row for name, row in case["peers"].items() if name != "frozen fp32"}
+        ratios = [row["ratio"] for row in rows.values()]
+        low = [max(0.0, row["ratio"] - row["ratio_q1"]) for row in rows.values()]
+        high = [max(0.0, row["ratio_q3"] - row["ratio"]) for row in rows.values()]
+        colors = ["#3a6ea5" if name.startswith("ours") else "#b0b0b0" for name in rows]
+        axis.barh(list(rows), ratios, xerr=[low, high], color=colors, ecolor="#505050", capsize=2)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(case["case"], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("time ÷ frozen linear (forward + dX)", fontsize=8)
+    figure.suptitle(_machine(data["environment"]), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--plots", action="store_true")
+    parser.add_argument("--op", default="lora_linear")
+    args = parser.parse_args(argv)
+    paths = [p for p in sorted(_tree.RESULTS.glob(f"{args.op}_*.json")) if not p.stem.endswith("_tiny")]
+    loaded = [json.loads(path.read_text()) for path in paths]
+    if not loaded:
+        raise SystemExit(
+            f"report: bench/results must hold a result of {args.op}, found none; run make bench OP={args.op}"
+        )
+    if args.plots:
+        for path, data in zip(paths, loaded, strict=True):
+            print(plot(data, path.with_suffix(".png")))
+    print(readme_table(loaded) if args.readme else "\n\n".join(result_tables(data) for data in loaded))
+
+
+if __name__ == "__main__":
+    main()

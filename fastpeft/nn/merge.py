@@ -1,0 +1,218 @@
+"""W + scale · B A in W's dtype, how much of the update its rounding loses, and the modules that can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastpeft.nn.lora_layer import LoRAModule
+from fastpeft.ops import _checks
+
+# Rows at a time: the wide copies are made of a slice, not of the whole weight.
+_ROWS = 1024
+
+_Self = TypeVar("_Self", bound="Mergeable")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding to the weight's dtype did to the update.
+
+    max_abs_error               largest |stored - exact|, in the weight's unit
+    relative_error_of_update    ‖stored - exact‖ / ‖update‖ (Frobenius): 0.3 means that 30 % of it went; 0 without one
+    dtype                       of the stored weight
+    """
+
+    max_abs_error: float
+    relative_error_of_update: float
+    dtype: torch.dtype
+
+
+@dataclass
+class Undo:
+    """What takes a merge out again: the base as it was, or the factors that were added."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    lora_bias: torch.Tensor | None
+    scale: float
+    had_bias: bool
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which the sum is exact next to the rounding that is reported."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def added(
+    op: str, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, MergeReport]:
+    """weight [N, K] + scale · b a, rounded once, and the report; ``weight`` is not written.
+
+    a [R, K], b [N, R], any float dtype and strides.  Raises ValueError: a sum that is not finite in weight.dtype.
+    """
+    dtype = wide(weight.dtype)
+    a = a.to(dtype)
+    out = torch.empty_like(weight)
+    worst = torch.zeros((), dtype=dtype, device=weight.device)
+    lost, total = torch.zeros_like(worst), torch.zeros_like(worst)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        update = (b[rows].to(dtype) @ a) * scale
+        exact = weight[rows].to(dtype) + update
+        out[rows] = exact
+        error = out[rows].to(dtype) - exact
+        worst = torch.maximum(worst, error.abs().max())
+        lost, total = lost + error.square().sum(), total + update.square().sum()
+        finite = finite & out[rows].isfinite().all()
+    _checks.require(bool(finite), op, "weight", f"stay finite in {weight.dtype} with the update", "inf or nan")
+    relative = (lost / total).sqrt().item() if total else 0.0
+    return out, MergeReport(worst.item(), relative, weight.dtype)
+
+
+def added_bias(bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+    """bias + scale · lora_bias [N] in the dtype of bias; either may be missing."""
+    if lora_bias is None:
+        return bias
+    update = lora_bias.to(wide(lora_bias.dtype)) * scale
+    if bias is None:
+        return update.to(lora_bias.dtype)
+    return (bias.to(update.dtype) + update).to(bias.dtype)
+
+
+class Mergeable(LoRAModule):
+    """A LoRA module over a base ``weight`` [N, K] and ``bias`` [N] or None that its update can be added into."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _undo: Undo | None = None
+
+    @property
+    def _op(self) -> str:
+        return type(self).__name__
+
+    @property
+    def merged(self) -> bool:
+        return self._undo is not None
+
+    @property
+    def has_backup(self) -> bool:
+        """Whether ``unmerge`` will give back the very bits of the base."""
+        return self._undo is not None and self._undo.weight is not None
+
+    def _require_unmerged(self, doing: str) -> None:
+        _checks.require(not self.merged, self._op, "state", f"be unmerged for {doing}()", "a merged module")
+
+    @torch.no_grad()
+    def merge(self, keep_backup: bool = True) -> MergeReport:
+        """W ← W + scaling · B A and bias ← bias + scaling · lora_bias, in place, in the dtype of each.
+
+        keep_backup    keep the base's bits for ``unmerge``, at the price of a second copy of W; else of A and B only
+        Returns    what the rounding to W's dtype loses of the update: see MergeReport
+        Raises     ValueError: merged already, disabled, or a sum that overflows; nothing has been changed then.
+
+        Until ``unmerge`` the module is the plain layer: no dropout, and A and B get no gradient. ``train()``,
+        ``disable()`` and ``load_state_dict`` unmerge first. A weight tied to another module changes there as well.
+        """
+        self._require_unmerged("merge")
+        _checks.require(self._enabled, self._op, "state", "be enabled for merge()", "a disabled module")
+        weight, bias = self.weight, self.bias
+        a, b = self.factors()
+        scale = float(self.scaling)
+        merged, report = added(self._op, weight, a, b, scale)
+        if keep_backup:
+            saved_bias = None if bias is None else bias.detach().clone()
+            undo = Undo(weight.detach().clone(), saved_bias, None, None, None, scale, bias is not None)
+        else:
+            saved_bias = None if self.lora_bias is None else self.lora_bias.detach().clone()
+            undo = Undo(None, None, a.detach().clone(), b.detach().clone(), saved_bias, scale, bias is not None)
+        self._write(merged, added_bias(bias, self.lora_bias, scale))
+        self._undo = undo
+        return report
+
+    @torch.no_grad()
+    def unmerge(self) -> MergeReport:
+        """The base as it was before ``merge``: its very bits from the backup, else W - scaling · B A, rounded again.
+
+        Returns    the rounding of this step; no error where there was a backup
+        Raises     ValueError: not merged.
+        """
+        _checks.require(self.merged, self._op, "state", "be merged for unmerge()", "an unmerged module")
+        undo = self._undo
+        assert undo is not None
+        if undo.weight is not None:
+            weight, bias, report = undo.weight, undo.bias, MergeReport(0.0, 0.0, self.weight.dtype)
+        else:
+            assert undo.a is not None and undo.b is not None
+            weight, report = added(self._op, self.weight, undo.a, undo.b, -undo.scale)
+            bias = added_bias(self.bias, undo.lora_bias, -undo.scale)
+        self._write(weight, bias if undo.had_bias else None)
+        self._undo = None
+        return report
+
+    def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Into the Parameters that exist, so that optimizers, ties and version counters see the change."""
+        self.weight.copy_(weight)
+        if bias is None:
+            self.bias = None
+        elif self.bias is None:
+            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
+        elif bias is not self.bias:
+            self.bias.copy_(bias)
+
+    def to_linear(self) -> nn.Linear:
+        """A new nn.Linear that computes what this module computes in eval mode, with its own copy of the weight."""
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if self._enabled and not self.merged:
+            a, b = self.factors()
+            with torch.no_grad():
+                scale = float(self.scaling)
+                weight = added(self._op, weight, a, b, scale)[0]
+                bias = added_bias(bias, self.lora_bias, scale)
+        layer = nn.Linear(self.in_features, self.out_features, bias is not None, "meta")
+        layer.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), self.weight.requires_grad)
+        return layer.train(self.training)
+
+    def disable(self) -> None:
+        if self.merged:
+            self.unmerge()
+        super().disable()
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        if mode and self.merged:
+            self.unmerge()
+        return super().train(mode)
+
+    def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
+        super()._apply(fn, recurse)
+        if self._undo is not None:
+            for name, value in vars(self._undo).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self._undo, name, fn(value))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        undo = self._undo
+        lossless = undo is None or undo.weight is not None
+        rule = "be taken unmerged, or from a merge that kept its backup"
+        _checks.require(lossless, self._op, "state_dict", rule, "merge(keep_backup=False)")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if undo is not None:
+            destination[prefix + "weight"] = undo.weight
+            destination.pop(prefix + "bias", None)
+            if undo.had_bias:
+                destination[prefix + "bias"] = undo.bias
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args)

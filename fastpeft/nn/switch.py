@@ -1,0 +1,50 @@
+"""Every LoRA module of a model on, off, or off within a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastpeft.nn.lora_layer import LoRAModule
+from fastpeft.nn.merge import Mergeable
+from fastpeft.ops import _checks
+
+
+def _modules(module: nn.Module) -> list[LoRAModule]:
+    _checks.require_dtype(isinstance(module, nn.Module), "lora", "module", "be an nn.Module", type(module).__name__)
+    return [child for child in module.modules() if isinstance(child, LoRAModule)]
+
+
+def enable_lora(module: nn.Module) -> int:
+    """``enable()`` on every LoRA module in ``module``; returns how many there are."""
+    children = _modules(module)
+    for child in children:
+        child.enable()
+    return len(children)
+
+
+def disable_lora(module: nn.Module) -> int:
+    """``disable()`` on every LoRA module in ``module``; returns how many there are."""
+    children = _modules(module)
+    for child in children:
+        child.disable()
+    return len(children)
+
+
+@contextmanager
+def lora_disabled(module: nn.Module) -> Iterator[None]:
+    """The base model within the block; after it, each LoRA module is enabled and merged as it was."""
+    children = _modules(module)
+    enabled = [child for child in children if child.enabled]
+    merged = [(child, child.has_backup) for child in children if isinstance(child, Mergeable) and child.merged]
+    try:
+        disable_lora(module)
+        yield
+    finally:
+        for child in enabled:
+            child.enable()
+        for mergeable, backup in merged:
+            if not mergeable.merged:
+                mergeable.merge(keep_backup=backup)

@@ -1,0 +1,39 @@
+"""What the differentiable operators share: autocast's dtype, rows, a scale that is a tensor, and the seed of a mask."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(x: torch.Tensor, device: str) -> torch.dtype | None:
+    """The dtype that autocast asks for, or None where it is off; fp64 stays, as torch.amp leaves it alone too."""
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[..., width] -> [M, width] in ``dtype`` with the last dimension contiguous; a view where that is possible."""
+    if x.dim() != 2:
+        x = x.reshape(-1, width)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def fold_scale(
+    scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
+) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+    """A 0-d tensor goes into the small factor, which keeps the value on the device: no host sync."""
+    if isinstance(scale, torch.Tensor):
+        return 1.0, lora_B * scale, None if lora_bias is None else lora_bias * scale
+    return float(scale), lora_B, lora_bias
+
+
+def draw_seed(device: torch.device | str) -> torch.Tensor:
+    """The seed of one dropout mask, int64 of no dimension, from torch's generator of ``device``.
+
+    It stays on the device: no sync, and a replayed CUDA graph draws a new one. (``randint`` and not ``random_``, which
+    torch.compile cannot trace.)
+    """
+    return torch.randint(2**63 - 1, (), device=device)

@@ -1,0 +1,1 @@
+"""Triton device code of fastpeft: one file an operator, launchers without validation or autograd."""

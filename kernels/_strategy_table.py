@@ -1,0 +1,8 @@
+"""Measured choices of lora_linear's strategy, written by the tuner; _cost's analytic default serves what is absent.
+
+Key: `_cost.strategy_key(...)`, (arch, dtype, size bucket). Value: "accumulate" or "fused".
+"""
+
+# tuned: begin
+TABLE: dict[tuple, str] = {}
+# tuned: end

@@ -1,0 +1,25 @@
+"""One thread, seeds from the test's id, memory full of NaN, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton on import
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+from fastpeft.testing import poisoned_empty, seed_of  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(seed_of(request.node.nodeid))
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN: an element that a kernel did not write fails the comparison."""
+    with poisoned_empty():
+        yield

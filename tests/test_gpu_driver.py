@@ -1,0 +1,125 @@
+"""`make gpu` needs a GPU; its dry run drives every stage at tiny shapes on the CPU. Also the writer of the tables."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+pytest.importorskip("triton", reason="the driver's stages run Triton kernels under the interpreter")
+
+import _tree  # noqa: E402
+
+_tree.ensure_importable()
+import gpu  # noqa: E402
+import tune  # noqa: E402
+from timing import Race, quartiles  # noqa: E402
+
+
+def _tables() -> dict[str, str]:
+    """The generated section of every kernel file."""
+    section = re.compile(r"# (?:tiles|tuned): begin.*?: end", re.DOTALL)
+    texts = {path.name: section.search(path.read_text()) for path in (ROOT / "kernels").glob("*.py")}
+    return {name: match[0] for name, match in texts.items() if match}
+
+
+def _drive(results: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "FASTPEFT_BENCH_RESULTS": str(results), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--dry-run", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=results)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the PEFT stage needs peft and transformers")
+def test_dry_run(tmp_path):
+    """Every stage passes, the kernel tables stay as they were, and a second run does nothing again."""
+    before = _tables()
+    first = _drive(tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = first.stdout.split("== summary\n")[1].strip().splitlines()
+    assert len(summary) <= gpu.LINES
+    for stage in gpu.STAGES:
+        assert any(line.startswith(f"PASS {stage}") for line in summary), summary
+    assert before == _tables()
+    state = json.loads((tmp_path / "gpu_state_dry.json").read_text())
+    assert all(check["ok"] for check in state["stages"]["correctness"]["checks"].values())
+    again = _drive(tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("passed before") == len(gpu.STAGES)
+
+
+def test_a_stage_out_of_time_fails(tmp_path, monkeypatch):
+    """It is killed, its reason reaches the summary, and it does not count as passed."""
+    monkeypatch.setenv("FASTPEFT_BENCH_RESULTS", str(tmp_path))
+    row = gpu.run_stage("tune", "cpu", True, 0.2 - gpu.GRACE)
+    assert row["ok"] is False and row["error"] == "out of time"
+    lines = gpu.summary({"environment": _tree.environment(), "stages": {"tune": row}})
+    assert lines[1].startswith("FAIL tune") and "out of time" in lines[1]
+
+
+def test_needs_a_gpu():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu"], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "device must be cuda outside a dry run" in run.stderr
+
+
+def test_tables_are_rewritten(tmp_path):
+    """A tuned tile lands between the markers, the file still imports to the same table, other entries stay."""
+    for name in ("lora_shrink", "lora_expand", "lora_grad_a", "lora_grad_b", "lora_linear_fused"):
+        path = tmp_path / f"{name}.py"
+        shutil.copy(ROOT / "kernels" / path.name, path)
+        tiles = {}
+        section = path.read_text().split("# tiles: begin")[1].split("# tiles: end")[0]
+        exec(section, tiles)
+        table = {**tiles["TILES"], (91, "half", "plain", 16): {"BLOCK_M": 32, "FLATTEN": True}}
+        text = path.read_text()
+        tune.replace_section(path, "tiles", tune.format_tiles(table))
+        changed = path.read_text()
+        assert changed.split("# tiles: end")[1] == text.split("# tiles: end")[1]
+        assert changed.split("# tiles: begin")[0] == text.split("# tiles: begin")[0]
+        read = {}
+        exec(changed.split("# tiles: begin")[1].split("# tiles: end")[0], read)
+        assert read["TILES"] == table
+    with pytest.raises(ValueError, match="must hold one pair"):
+        tune.replace_section(path, "no such marker", "")
+
+
+def test_strategy_table_is_rewritten(tmp_path):
+    path = tmp_path / "_strategy_table.py"
+    shutil.copy(ROOT / "kernels" / path.name, path)
+    table = {("sm90", "bf16", (13, 12, 12, 16, True)): "fused", ("sm90", "bf16", (11, 12, 12, 16, False)): "accumulate"}
+    tune.write_strategies(path, table)
+    read = {}
+    exec(path.read_text(), read)
+    assert read["TABLE"] == table
+    tune.write_strategies(path, {})
+    exec(path.read_text(), read)
+    assert read["TABLE"] == {}
+
+
+def test_own_entries_copy_every_rank():
+    """Tuning one rank on a new arch must not hide the ranks that were served by the arch below."""
+    tiles = {(80, "half", "plain", 16): {"BLOCK_M": 1}, (80, "half", "plain", 64): {"BLOCK_M": 2}}
+    mine = tune.own_entries(tiles, 90, "half", "plain", lambda rank: tiles[80, "half", "plain", rank])
+    assert mine == {(90, "half", "plain", 16): {"BLOCK_M": 1}, (90, "half", "plain", 64): {"BLOCK_M": 2}}
+
+
+def test_race_takes_turns_and_pairs_rounds():
+    order = []
+    peers = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    race = Race(peers)
+    rounds = race.warm_up(0.01, min_rounds=4, max_rounds=4)
+    order.clear()
+    for _ in range(rounds):
+        race.round()
+    assert "".join(order) == "abc" * rounds
+    assert {row["rounds"] for row in race.summary("a").values()} == {rounds}
+    assert race.summary("a")["a"]["ratio"] == 1.0
+    assert quartiles([3.0]) == (3.0, 3.0, 3.0)

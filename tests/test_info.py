@@ -1,0 +1,37 @@
+"""fastpeft.info() and fastpeft.explain()."""
+
+import torch
+
+import fastpeft
+from cases import normal
+from fastpeft.testing import backends
+
+
+def test_info():
+    found = fastpeft.info()
+    assert set(found.backends) == {"cpp", "triton", "eager"}
+    assert found.backends["eager"] == "serves cpu"
+    assert ("isa" in found.extension) == ("cpp" in backends("lora_linear_fwd"))
+    assert str(found).startswith(f"fastpeft {fastpeft.__version__}\n")
+
+
+def test_explain_counts_equal_calls_and_leaves_the_generator_alone():
+    layers = [fastpeft.LoRALinear.from_linear(torch.nn.Linear(12, 12), rank=3, alpha=6, dropout=0.25) for _ in range(2)]
+    model = torch.nn.Sequential(*layers)
+    x, state = normal(2, 5, 12), torch.get_rng_state()
+    explanation = fastpeft.explain(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    (call,) = explanation.calls
+    assert (call.count, call.shape, call.p) == (2, (("M", 10), ("K", 12), ("N", 12), ("rank", 3)), 0.25)
+    assert call.flop == 2 * 10 * 12 * 12 + 2 * 10 * 3 * 24
+    assert "lora_linear x 2: M=10, K=12, N=12, rank=3, float32, dropout 0.25" in str(explanation)
+
+
+def test_explain_low_precision_on_a_cpu():
+    layer = fastpeft.LoRALinear.from_linear(torch.nn.Linear(12, 12).bfloat16(), rank=3, alpha=6, dropout=0.0)
+    (call,) = fastpeft.explain(layer, normal(4, 12, dtype=torch.bfloat16)).calls
+    assert call.strategy.split(":")[0] in {"accumulate", "upcast", "eager"}
+
+
+def test_explain_a_module_of_no_operator():
+    assert str(fastpeft.explain(torch.nn.Linear(3, 3), normal(1, 3))) == "no fastpeft operator was called"
