@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
   const int64_t M = x.size(0), K = x.size(1), N = w.size(0), R = a.size(0);
   const bool upcast = !native(type_of(x));
   Tensor y = empty_like(x, {M, N}), s = empty_like(x, {M, R});
-  Tensor sum = upcast ? torch::stable::new_empty(x, {M, N}, std::make_optional(ScalarType::Float)) : y;
+  Tensor sum = upcast ? empty({M, N}, ScalarType::Float) : y;
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
   const Panel down(transposed(readable_a), K, R, mask.factor);
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, 
   const bool upcast = !native(type_of(dy));
   Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy), da = need_da ? empty_like(a, {R, K}) : nothing(a);
   Tensor db = need_db ? empty_like(b, {N, R}) : nothing(b);
-  Tensor sums = torch::stable::new_empty(dy, {need_bias ? N : 0}, std::make_optional(ScalarType::Float));
-  Tensor sum = need_dx && upcast ? torch::stable::new_empty(dy, {M, K}, std::make_optional(ScalarType::Float)) : dx;
+  Tensor sums = empty({need_bias ? N : 0}, ScalarType::Float);
+  Tensor sum = need_dx && upcast ? empty({M, K}, ScalarType::Float) : dx;
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
   const Panel down(strided(readable_a), need_dx ? R : 0, K, mask.factor);

@@ -45,7 +45,7 @@ void lora_expand_add(Tensor y, Tensor s, Tensor b, double scale) { expand_into(y
 std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, double scale, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1), R = b.size(1);
   Tensor ds = empty_like(dy, {M, R}), db = need_db ? empty_like(b, {N, R}) : nothing(b);
-  Tensor sums = torch::stable::new_empty(dy, {need_bias ? N : 0}, std::make_optional(ScalarType::Float));
+  Tensor sums = empty({need_bias ? N : 0}, ScalarType::Float);
   const Tensor readable_b = readable(b);
   const Panel panel(strided(readable_b), N, R, static_cast<float>(scale));
   const Tasks tasks(M);

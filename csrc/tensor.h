@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <optional>
@@ -57,17 +58,24 @@ inline Rows rows_of(const Tensor& t) {
   return {t.const_data_ptr(), type_of(t), t.stride(0)};
 }
 
-inline Tensor empty_like(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(t, {sizes.begin(), sizes.size()});
+// Straight to the allocator: the dispatcher's new_empty costs a tiny layer more than its arithmetic.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
+
+inline Tensor empty_like(const Tensor& t, std::initializer_list<int64_t> sizes) { return empty(sizes, t.scalar_type()); }
 inline Tensor nothing(const Tensor& t) { return empty_like(t, {0}); }
 
 inline Tensor transpose(const Tensor& t) {
   const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
-  int64_t offset;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &view));
+  AtenTensorHandle view;  // its offset is counted from the tensor's own
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
   return Tensor(view);
 }
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft import _C
+from fastpeft import _C  # type: ignore[attr-defined]
 
+# `_op`: the overload's own callable, without the Python frame of OpOverload.__call__.
 _ops = torch.ops.fastpeft_cpp
 
-lora_shrink = _ops.lora_shrink.default
-lora_expand = _ops.lora_expand.default
-lora_expand_add = _ops.lora_expand_add.default
-lora_grad_b = _ops.lora_grad_b.default
-lora_grad_a = _ops.lora_grad_a.default
-lora_linear_fwd = _ops.lora_linear_fwd.default
-lora_linear_bwd = _ops.lora_linear_bwd.default
+lora_shrink = _ops.lora_shrink.default._op
+lora_expand = _ops.lora_expand.default._op
+lora_expand_add = _ops.lora_expand_add.default._op
+lora_grad_b = _ops.lora_grad_b.default._op
+lora_grad_a = _ops.lora_grad_a.default._op
+lora_linear_fwd = _ops.lora_linear_fwd.default._op
+lora_linear_bwd = _ops.lora_linear_bwd.default._op
 
 set_isa = _C.set_isa
 build_info = _C.build_info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -57,14 +58,15 @@ def seed_of(name: str) -> int:
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Every torch.empty of floats holds NaN: what a kernel forgets to write shows up."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # a module with a settable attribute, which its types do not know
+    before = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    memory.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before[0]  # type: ignore[attr-defined]
+        memory.fill_uninitialized_memory = before[0]
         torch.use_deterministic_algorithms(before[1], warn_only=warn)
 
 

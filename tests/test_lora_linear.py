@@ -1,13 +1,11 @@
 """fastpeft.ops.lora_linear: forward and every gradient against the reference, and each contract of DESIGN.md."""
 
-import os
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from cases import FLOATS, backend_cases, linear_call, normal, wide
-from fastpeft import ops
+from fastpeft import dispatch, ops
 from fastpeft.ops._calls import draw_seed
 from fastpeft.reference._dropout import keep_factor, keep_mask
 from fastpeft.testing import assert_all_within_budget, assert_within_budget, backends
@@ -311,8 +309,8 @@ def test_backend_that_cannot_serve(monkeypatch):
         ValueError, match=r"backend must be able to serve torch.float64 on cpu \(one of: eager\), got 'cpp'"
     ):
         ops.lora_linear(**double, backend="cpp")
-    monkeypatch.setitem(os.environ, "FASTPEFT_BACKEND", "nonsense")
+    monkeypatch.setattr(dispatch, "default", "nonsense")
     with pytest.raises(ValueError, match="got 'nonsense'"):
         ops.lora_linear(**good())
-    monkeypatch.setitem(os.environ, "FASTPEFT_BACKEND", "eager")
+    monkeypatch.setattr(dispatch, "default", "eager")
     torch.testing.assert_close(ops.lora_linear(**good()).shape, torch.Size([4, 5]))

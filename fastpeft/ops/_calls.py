@@ -21,6 +21,11 @@ def rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def shaped(y: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """[M, width] -> [*leading, width], and no view in autograd's eyes: a caller may add to it in place."""
+    return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
+
+
 def fold_scale(
     scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:

@@ -74,7 +74,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s = _library.call("lora_shrink", backend, _calls.rows(x, a.shape[1], dtype), a, p, seed)
     y = _library.call("lora_expand", backend, s, b, None, lora_bias, scale)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], b.shape[0])), s
+    return _calls.shaped(y, x.shape[:-1]), s
 
 
 def _check(

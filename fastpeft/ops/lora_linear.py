@@ -91,39 +91,42 @@ class _LoRALinear(torch.autograd.Function):
         y, s = _forward(x, w, a, b, bias, lora_bias, scale, p, seed, dtype, backend)
         need = ctx.needs_input_grad
         # What no gradient asks for is not kept alive: frozen A and W save no x, frozen B saves no s.
-        ctx.save_for_backward(x if need[1] or need[2] else None, w, a, b, s if need[3] else None, seed)
+        ctx.save_for_backward(x if need[2] or need[1] else None, w, a, b, s if need[3] else None, seed)
         ctx.call = (scale, p, dtype, backend, x.shape, x.dtype)
-        ctx.biases = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, w, a, b, s, seed = ctx.saved_tensors
-        scale, p, dtype, backend, shape, x_dtype = ctx.call
-        need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
-        dy = _calls.rows(dy, w.shape[0], dtype)
-        nothing = dy.new_empty(0) if x is None or s is None else None
-        x = nothing if x is None else _calls.rows(x, w.shape[1], dtype)
-        cast = w if w.dtype == dtype else w.to(dtype)
-        dx, da, db, sums = _library.call(
-            _BWD, backend, dy, x, cast, a, b, nothing if s is None else s, scale, p, seed, "auto",
-            need_dx, need_da, need_db, need_bias or need_lora_bias,
-        )  # fmt: skip
-        bias_dtype, lora_bias_dtype = ctx.biases
-        return (
-            _shaped(dx, shape, x_dtype) if need_dx else None,
-            (dy.t() @ x).to(w.dtype) if need_dw else None,
-            da if need_da else None,
-            db if need_db else None,
-            sums.to(bias_dtype) if need_bias else None,
-            (sums * scale).to(lora_bias_dtype) if need_lora_bias else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        # once_differentiable only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, w, a, b, s, seed = ctx.saved_tensors
+    scale, p, dtype, backend, shape, x_dtype = ctx.call
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+    dy = _calls.rows(dy, w.shape[0], dtype)
+    # What was not saved is not read; a launcher takes its sizes from the others.
+    x = dy.new_empty(0) if x is None else _calls.rows(x, w.shape[1], dtype)
+    s = dy.new_empty(0) if s is None else s
+    cast = w if w.dtype == dtype else w.to(dtype)
+    dx, da, db, sums = _library.call(
+        _BWD, backend, dy, x, cast, a, b, s, scale, p, seed, "auto",
+        need_dx, need_da, need_db, need_bias or need_lora_bias,
+    )  # fmt: skip
+    return (
+        _shaped(dx, shape, x_dtype) if need_dx else None,
+        (dy.t() @ x).to(w.dtype) if need_dw else None,
+        da if need_da else None,
+        db if need_db else None,
+        sums.to(ctx.bias_dtypes[0]) if need_bias else None,
+        (sums * scale).to(ctx.bias_dtypes[1]) if need_lora_bias else None,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
 def _shaped(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -149,7 +152,7 @@ def _forward(
     if w.dtype != dtype:
         w = w.to(dtype)
     y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed, "auto")
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), s
+    return _calls.shaped(y, x.shape[:-1]), s
 
 
 def _check(
@@ -235,6 +238,5 @@ def lora_linear(
     scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype)
-    if torch.is_grad_enabled():
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)  # type: ignore[no-any-return]
-    return _forward(x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)[0]
+    args = (x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)
+    return _LoRALinear.apply(*args) if torch.is_grad_enabled() else _forward(*args)[0]
