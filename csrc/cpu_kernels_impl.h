@@ -131,9 +131,15 @@ inline void column_sums(const float* x, int64_t ldx, int64_t rows, int64_t n, fl
 template <Type T>
 void reduce_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
                float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
-  // Rows are copied even where they are fp32 already: at a width of 1024 their addresses fall on one set of an L1 cache.
-  alignas(64) float buffer[kRows * kLead];
   const int64_t rows = m1 - m0;
+  if (T == Type::f32 && !mask.data && !grad && !sums) {  // a few rows at a time, each element used once: as they lie
+    const float* data = static_cast<const float*>(x.data) + m0 * x.stride;
+    for (int64_t k0 = 0; k0 < width; k0 += kCols)
+      reduce_block(data + k0, x.stride, rows, smaller(kCols, width - k0), panel + k0 * ldp, ldp, R, s);
+    return;
+  }
+  // Else rows are copied even where they are fp32: at a width of 1024 the addresses of 96 rows fall on one set of a cache.
+  alignas(64) float buffer[kRows * kLead];
   for (int64_t k0 = 0; k0 < width; k0 += kCols) {
     const int64_t n = smaller(kCols, width - k0);
     for (int64_t m = 0; m < rows; ++m)

@@ -45,7 +45,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 default: str | None = os.environ.get("FASTPEFT_BACKEND") or None
-"""The backend that stands in for None: the one debug switch, read once, as a look-up costs a tiny call 3 % of its time."""
+"""The backend that stands in for None: the one debug switch, read once, as a look-up takes 3 % of a tiny call."""
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -103,7 +103,7 @@ def _select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> st
 
 
 def select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
-    """The backend that will serve; ``FASTPEFT_BACKEND`` stands in for None.
+    """The backend that will serve; ``default`` stands in for None.
 
     Raises ValueError: an unknown backend, or one whose requirement does not hold.
     """

@@ -58,7 +58,7 @@ def lora_expand(
 def lora_expand_add(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0, backend: str | None = None
 ) -> torch.Tensor:
-    """``y += scale · s bᵀ`` in place, after any base operator; y [M, N] contiguous in s.dtype, and returned. No autograd."""
+    """``y += scale · s bᵀ`` in place, after any base op; y [M, N] contiguous in s.dtype, returned; no autograd."""
     op = "lora_expand_add"
     _operands(op, s, b)
     _checks.matrix(op, "y", y, (s.shape[0], b.shape[0]), "[M, N]")

@@ -88,7 +88,7 @@ def lora_linear_fused_dx(
 ) -> torch.Tensor:
     """``dx = dy w + mask ∘ (ds a) / keep`` in one GEMM; no autograd.
 
-    dy [M, N], w [N, K], ds [M, R] of one dtype (fp32 | bf16 | fp16); a [R, K] any float dtype; p, seed as in lora_shrink
+    dy [M, N], w [N, K], ds [M, R] of one dtype (fp32 | bf16 | fp16); a [R, K] any float dtype; p, seed of lora_shrink
     Returns    dx [M, K] in dy.dtype, summed in fp32
     Cost       2MK(N + R) FLOP; reads dy, w, writes dx once
     Raises     ValueError: shape, p, backend, or alignment that the GPU's copy engine needs.  TypeError: dtype.

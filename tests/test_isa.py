@@ -1,0 +1,71 @@
+"""Every instruction set that this processor runs: the same products, and conversions to the bit."""
+
+import pytest
+import torch
+
+from cases import FLOATS, Case, linear_call, normal, wide
+from fastpeft import dispatch, ops
+from fastpeft.testing import assert_all_within_budget
+
+pytestmark = pytest.mark.skipif(
+    dispatch.unmet("lora_shrink", "cpp", "cpu", torch.float32) is not None, reason="the extension is not built"
+)
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request):
+    from fastpeft import _native
+
+    try:
+        _native.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _native.set_isa("auto")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", [Case(101, 300, 77, 24, "ragged"), Case(12, 512, 64, 8, "round")], ids=str)
+def test_products(isa, case, dtype, poisoned):
+    given = {
+        "x": normal(case.M, case.K, dtype=dtype),
+        "weight": normal(case.N, case.K, dtype=dtype, std=0.1),
+        "lora_A": normal(case.R, case.K, std=0.1),
+        "lora_B": normal(case.N, case.R),
+        "bias": normal(case.N, dtype=dtype),
+        "dy": normal(case.M, case.N, dtype=dtype),
+    }
+    ours = linear_call(given, "cpp", scale=0.7, p=0.1, seed=1)
+    peer = linear_call(given, "eager", scale=0.7, p=0.1, seed=1)
+    gold = linear_call(wide(given, torch.float64), "eager", scale=0.7, p=0.1, seed=1)
+    assert_all_within_budget(ours, peer, gold, dtype)
+
+
+def same_bits(ours, gold):
+    # The payload of a NaN is free; that it is one is not.
+    nan = gold.isnan()
+    assert torch.equal(ours.isnan(), nan)
+    assert torch.equal(ours[~nan].view(torch.int16), gold[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_survives(isa, dtype):
+    """All 65536 values of a 16-bit dtype through fp32 and back."""
+    s = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    y = ops.lora_expand(s, torch.ones(1, 1), backend="cpp")
+    gold = s.clone()
+    gold[gold == 0] = 0.0  # the sum starts at +0
+    same_bits(y, gold)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding(isa, dtype):
+    """fp32 to 16 bits, to nearest even: ties, denormals, the largest values, infinities, NaN."""
+    edges = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    bits = edges[edges.isfinite() & (edges != 0)].view(torch.int32)
+    half = 1 << (15 if dtype is torch.bfloat16 else 12)
+    values = torch.cat([bits + offset for offset in (0, 1, half - 1, half, half + 1, -1)]).view(torch.float32)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.99, 65520.0, 3.4e38, 1e-45, 2.0**-25, 2.0**-24])
+    b = torch.cat([values, special]).view(-1, 1)
+    y = ops.lora_expand(torch.ones(1, 1, dtype=dtype), b, backend="cpp")
+    same_bits(y[0], b[:, 0].to(dtype))
