@@ -23,6 +23,7 @@ struct Rows {  // [M, width], last dimension contiguous
   const void* data;
   Type type;
   int64_t stride;  // elements between rows
+  int64_t count;   // M
 };
 
 struct Dropout {  // threshold 0: none

@@ -34,19 +34,20 @@ inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t
   }
 }
 
-// c[m, n] (+)= start[n] + sum_k a[m, k] b[k, n] for MR rows and NV vectors.
+// c[m, n] (+)= start[n] + sum_k a[m, k] b[k, n] for MR rows and NV vectors. ADD sums its k apart and then adds, so that a
+// long sum is one of short sums: the rounding error of 256 terms and not of thousands.
 template <int MR, int NV, bool ADD>
 inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, const float* start,
                   float* c, int64_t ldc) {
   vf acc[MR][NV];
   for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (ADD) acc[m][v] = load<vf>(c + m * ldc + v * kLanes);
-      else acc[m][v] = start ? load<vf>(start + v * kLanes) : vf{};
-    }
+    for (int v = 0; v < NV; ++v) acc[m][v] = !ADD && start ? load<vf>(start + v * kLanes) : vf{};
   tile<MR, NV>(a, am, ak, b, bk, k, acc);
   for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) store(c + m * ldc + v * kLanes, acc[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* out = c + m * ldc + v * kLanes;
+      store(out, ADD ? load<vf>(out) + acc[m][v] : acc[m][v]);
+    }
 }
 
 // All rows at one width: the full row group, then groups of 4, 2 and 1.
@@ -105,6 +106,15 @@ inline void store_some(void* base, int64_t i, vf v, int64_t n) {
   std::memcpy(static_cast<char*>(base) + i * size, part, static_cast<size_t>(n * size));
 }
 
+// The lines of one row of a block, to come from memory while the block before it is computed: the hardware's own
+// prefetcher starts anew at every row.
+template <Type T>
+inline void prefetch(const void* x, int64_t base) {
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(x) + base * size;
+  for (int64_t line = 0; line < kCols * size; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
 // One row of a block of at most 256 columns to fp32, masked; the padding up to a whole vector is zero.
 template <Type T>
 inline void fetch(const void* x, int64_t base, int64_t n, const uint8_t* bits, float* out) {
@@ -132,18 +142,16 @@ template <Type T>
 void reduce_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
                float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
   const int64_t rows = m1 - m0;
-  if (T == Type::f32 && !mask.data && !grad && !sums) {  // a few rows at a time, each element used once: as they lie
-    const float* data = static_cast<const float*>(x.data) + m0 * x.stride;
-    for (int64_t k0 = 0; k0 < width; k0 += kCols)
-      reduce_block(data + k0, x.stride, rows, smaller(kCols, width - k0), panel + k0 * ldp, ldp, R, s);
-    return;
-  }
-  // Else rows are copied even where they are fp32: at a width of 1024 the addresses of 96 rows fall on one set of a cache.
+  // Rows are copied even where they are fp32: at a width of 1024 the addresses of all rows fall on one set of an L1 cache.
   alignas(64) float buffer[kRows * kLead];
   for (int64_t k0 = 0; k0 < width; k0 += kCols) {
     const int64_t n = smaller(kCols, width - k0);
-    for (int64_t m = 0; m < rows; ++m)
-      fetch<T>(x.data, (m0 + m) * x.stride + k0, n, mask.row(m, k0), buffer + m * kLead);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t base = (m0 + m) * x.stride + k0;
+      if (k0 + 2 * kCols <= width) prefetch<T>(x.data, base + kCols);
+      else if (m1 + m < x.count) prefetch<T>(x.data, (m1 + m) * x.stride);
+      fetch<T>(x.data, base, n, mask.row(m, k0), buffer + m * kLead);
+    }
     if (s) reduce_block(buffer, kLead, rows, n, panel + k0 * ldp, ldp, R, s);
     if (grad) grad_block(left, ldl, R, buffer, kLead, rows, n, grad + k0, ldg);
     if (sums) column_sums(buffer, kLead, rows, n, sums + k0);

@@ -55,7 +55,7 @@ inline Strided transposed(const Tensor& t) {
   return {t.const_data_ptr(), type_of(t), t.stride(1), t.stride(0)};
 }
 inline Rows rows_of(const Tensor& t) {
-  return {t.const_data_ptr(), type_of(t), t.stride(0)};
+  return {t.const_data_ptr(), type_of(t), t.stride(0), t.size(0)};
 }
 
 // Straight to the allocator: the dispatcher's new_empty costs a tiny layer more than its arithmetic.

@@ -32,14 +32,14 @@ _FILES = {
 }
 """launcher -> base name of its file, the same in every folder."""
 
-# The GEMM of strategy "fused" exists because a GPU's matrix units leave the memory idle; a CPU has no such gap.
-_NO_CPP = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
+# Strategy "fused" exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
+_FUSED = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
 
 TABLE: dict[str, dict[str, str]] = {
     op: {
         backend: f"{_MODULES[backend].format(file=file)}:{op}"
         for backend in BACKENDS
-        if not (backend == "cpp" and op in _NO_CPP)
+        if not (backend == "cpp" and op in _FUSED)
     }
     for op, file in _FILES.items()
 }
@@ -71,6 +71,8 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
         return f"an implementation of {op}"
     if backend == "eager":
         return None
+    if op in _FUSED and dtype == torch.float32:
+        return "bfloat16 or float16"
     if dtype not in _KERNEL_DTYPES:
         return "float32, bfloat16 or float16"
     if backend == "cpp":

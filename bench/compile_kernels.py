@@ -1,0 +1,235 @@
+"""Compile every Triton kernel for every architecture with no GPU, and check registers, spills and shared memory.
+
+    python bench/compile_kernels.py [--only lora_shrink] [--jobs 2] [--arch 90]
+
+The launchers themselves name what is compiled: they run on meta tensors with their `launch` captured, so a kernel is
+compiled with the arguments, flags and tile it would really get. Every tile-table entry must be met on the way.
+Exits 1 on a spill, on shared memory over the limit, on a compile error or on a tile that no case reaches.
+Writes bench/results/kernels_triton<version>.json.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import _tree
+
+_tree.ensure_importable()
+
+# A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPS = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused")
+M, N, K = 8192, 4096, 4096
+SCALE = 2.0
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int64: "i64"}
+
+
+def meta(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def adapters(R, dtype):
+    return meta((R, K), dtype), meta((N, R), dtype)
+
+
+def shrink(op, x_dtype, R, a_dtype):
+    a, seed = adapters(R, a_dtype)[0], meta((1,), torch.int64)
+    for p in (0.0, 0.1):
+        op.lora_shrink(meta((M, K), x_dtype), a, p, seed)
+
+
+def expand(op, x_dtype, R, a_dtype):
+    s, b = meta((M, R), x_dtype), adapters(R, a_dtype)[1]
+    op.lora_expand(s, b, meta((N,), x_dtype), meta((N,), a_dtype), SCALE)
+    if a_dtype == FP32:
+        op.lora_expand(s, b, None, None, SCALE)
+        op.lora_expand_add(meta((M, N), x_dtype), s, b, SCALE)
+
+
+def grad_b(op, x_dtype, R, a_dtype):
+    dy, s, b = meta((M, N), x_dtype), meta((M, R), x_dtype), adapters(R, a_dtype)[1]
+    op.lora_grad_b(dy, s, b, SCALE, True, True)
+    if a_dtype == FP32:
+        op.lora_grad_b(dy, s, b, SCALE, True, False)
+        op.lora_grad_b(dy, s, b, SCALE, False, False)
+
+
+def grad_a(op, x_dtype, R, a_dtype):
+    x, ds, a, seed = meta((M, K), x_dtype), meta((M, R), x_dtype), adapters(R, a_dtype)[0], meta((1,), torch.int64)
+    for p in (0.0, 0.1):
+        op.lora_grad_a(x, ds, a, p, seed, True, True)
+        if a_dtype == FP32:
+            op.lora_grad_a(x, ds, a, p, seed, False, True)
+            if R in (16, 64, 128):
+                op.lora_grad_a(x, ds, a, p, seed, True, False)
+
+
+def linear_fused(op, x_dtype, R, a_dtype):
+    (a, b), seed = adapters(R, a_dtype), meta((1,), torch.int64)
+    x, w, s, dy = meta((M, K), x_dtype), meta((N, K), x_dtype), meta((M, R), x_dtype), meta((M, N), x_dtype)
+    op.lora_linear_fused_fwd(x, w, s, b, meta((N,), x_dtype), meta((N,), a_dtype), SCALE)
+    if a_dtype == FP32:
+        op.lora_linear_fused_fwd(x, w, s, b, None, None, SCALE)
+        op.lora_linear_fused_dx(dy, w, s, a, 0.0, None)
+    op.lora_linear_fused_dx(dy, w, s, a, 0.1, seed)
+
+
+# (x dtype, adapter dtype, ranks): fp32 adapters on a bf16 base are the first-class case and meet every rank.
+DTYPES = [
+    (BF16, FP32, (16, 32, 64, 128, 256, 320)),
+    (BF16, BF16, (16, 64)),
+    (FP16, FP32, (16,)),
+    (FP32, FP32, (16, 64, 256)),
+]
+CASES = {
+    "lora_shrink": shrink, "lora_expand": expand, "lora_grad_b": grad_b, "lora_grad_a": grad_a,
+    "lora_linear_fused": linear_fused,
+}  # fmt: skip
+
+
+def signature(kernel, args, constants):
+    """ASTSource arguments as the JIT would specialise them: 1 is a constant, multiples of 16 are marked."""
+    types, constexprs, attrs = {}, dict(constants), {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPE_NAMES[value.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif isinstance(value, int):
+            types[name] = "i32"
+            plain = kernel.params[index].do_not_specialize
+            if value == 1 and not plain:
+                types[name] = "constexpr"
+                constexprs[name] = 1
+            elif value % 16 == 0 and not plain:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+    types.update(dict.fromkeys(constants, "constexpr"))
+    return {name: types[name] for name in kernel.arg_names}, constexprs, attrs
+
+
+def collect(arch, only):
+    """Unique compile jobs of one architecture, and the tile entries they came from."""
+    modules = {name: importlib.import_module(f"fastpeft.kernels.{name}") for name in OPS}
+    jobs, met = {}, set()
+
+    def capture(kernel, grid, like, args, tile):
+        constants = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
+        options = {"num_warps": tile["num_warps"], "num_stages": tile.get("num_stages", 3)}
+        sig, constexprs, attrs = signature(kernel, args, constants)
+        op = next(name for name, m in modules.items() if getattr(m, kernel.__name__, None) is kernel)
+        job = {"op": op, "kernel": kernel.__name__, "arch": arch, "signature": sig, "constexprs": constexprs,
+               "attrs": attrs, "options": options}  # fmt: skip
+        jobs.setdefault(repr(job), job)
+
+    def lookup(tiles, _, dtype, R, mode="plain"):
+        tile = modules["_common"].lookup_tile(tiles, arch, dtype, R, mode)
+        met.update((id(tiles), key) for key, value in tiles.items() if value is tile)
+        return tile
+
+    for name, module in modules.items():
+        module.launch = capture
+        if name != "_common":
+            module.lookup_tile = lookup
+    for op, case in CASES.items():
+        if only and op != only:
+            continue
+        if op == "lora_linear_fused" and arch < 90:
+            print(f"sm_{arch}: lora_linear_fused skipped, the architecture has no TMA")
+            continue
+        for x_dtype, a_dtype, ranks in DTYPES:
+            if op == "lora_linear_fused" and x_dtype == FP32:
+                continue
+            for R in ranks:
+                case(modules[op], x_dtype, R, a_dtype)
+    tables = {name: module.TILES for name, module in modules.items() if name in CASES and only in (None, name)}
+    return list(jobs.values()), met, tables
+
+
+def resources(compiled):
+    """Registers and stack bytes (spills, where a kernel has no local arrays) from the cubin."""
+    tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
+
+
+def compile_job(job):
+    """One row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"fastpeft.kernels.{job['op']}"), job["kernel"])
+    row = {key: job[key] for key in ("op", "kernel", "arch")}
+    shown = {k: v for k, v in job["constexprs"].items() if k.isupper() and k != "R"} | job["options"]
+    types = [
+        t
+        for n, t in job["signature"].items()
+        if n in ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "x_desc", "dy_desc")
+    ]
+    row |= {"types": " ".join(types), "config": " ".join(f"{k}={int(v)}" for k, v in shown.items())}
+    started = time.perf_counter()
+    try:
+        source = ASTSource(kernel, job["signature"], job["constexprs"], job["attrs"])
+        compiled = triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=job["options"])
+        registers, spilled = resources(compiled)
+        row |= {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+        over = row["shared"] > SHARED_LIMIT[job["arch"]]
+        row["fault"] = "spills" if spilled else "shared memory" if over else ""
+    except Exception as error:  # a compiler crash is a result of this check, reported in its row
+        row |= {"registers": 0, "spilled": 0, "shared": 0, "fault": f"{type(error).__name__}: {str(error)[:200]}"}
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    archs = options.arch or sorted(SHARED_LIMIT)
+    import triton
+
+    jobs, met, tables = [], set(), {}
+    for arch in archs:
+        found, seen, tables = collect(arch, options.only)
+        jobs, met = jobs + found, met | seen
+    rows, faults = [], 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+            for row in pool.map(compile_job, jobs):
+                rows.append(row)
+                faults += bool(row["fault"])
+                size = f"{row['registers']:>3} reg {row['spilled']:>5} spill {row['shared'] / 1024:>6.1f} KB"
+                what = f"{row['kernel']:<31} {row['types']:<22} {row['config']}  {row['fault']}"
+                print(f"sm_{row['arch']:<3} {size} {what}", flush=True)
+    unmet = [] if options.arch else [f"{op} {key}" for op, t in tables.items() for key in t if (id(t), key) not in met]
+    for entry in unmet:
+        print(f"no case reaches the tile {entry}")
+    seconds = sum(row["seconds"] for row in rows)
+    total = f"{len(rows)} kernels compiled in {seconds:.0f} s, {faults} faults, {len(unmet)} tiles not reached"
+    print(f"triton {triton.__version__}: {total}")
+    if not options.only and not options.arch:
+        _tree.save_json(f"kernels_triton{triton.__version__}", {"triton": triton.__version__, "rows": rows})
+    sys.exit(1 if faults or unmet else 0)
+
+
+if __name__ == "__main__":
+    main()

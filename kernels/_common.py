@@ -1,0 +1,219 @@
+"""What every Triton kernel of fastpeft shares: tile lookup, launch accounting, the dropout draw, the split reduction.
+
+Tuner interface. Every kernel module exposes
+  `TILES`                                a dict literal between the comments `# tiles: begin` and `# tiles: end`,
+                                         one entry a line, so that a tuner rewrites it mechanically;
+                                         key (arch, "half" | "float32", mode, largest rank served), value a tile dict
+  `tile_space(arch, dtype, R, mode)`     candidate tile dicts for that key, each compilable on its own
+  `<launcher>(..., *, tile=dict)`        runs with that tile instead of the table's
+A mode is a variant of one kernel that wants its own tile ("plain", "dropout", ...), named in the module's `MODES`.
+
+Accounting. Inside `with count_launches() as launches:` every launch appends a `Launch`. Bytes are those of the elements
+moved by design, caches ignored. Launchers called with meta tensors record and allocate but launch nothing.
+"""
+
+import contextlib
+import itertools
+import threading
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+GROUP = 256  # columns of one dropout group: eight sub-blocks of 32, their masks from one Philox call a row and lane
+MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
+TARGET_PROGRAMS = 256  # about two programs an SM on 108 to 148 SMs; a constant, so that splits depend on shape only
+
+_HALF = (torch.float16, torch.bfloat16)
+_counting = threading.local()
+
+
+class Launch(NamedTuple):
+    """One device launch. weight_bytes: frozen weight, the same in every strategy; scratch_bytes: split partial sums."""
+
+    name: str
+    flop: int
+    read_bytes: int
+    written_bytes: int
+    weight_bytes: int = 0
+    scratch_bytes: int = 0
+
+
+@contextlib.contextmanager
+def count_launches():
+    """Collect the launches of this thread; nested counts each see the launches inside them."""
+    launches = []
+    stack = _counting.__dict__.setdefault("stack", [])
+    stack.append(launches)
+    try:
+        yield launches
+    finally:
+        stack.pop()
+
+
+def record(name, flop, read_bytes, written_bytes, weight_bytes=0, scratch_bytes=0):
+    """Append a `Launch` to every active `count_launches` of this thread; costs one attribute read when none is."""
+    for launches in _counting.__dict__.get("stack", ()):
+        launches.append(Launch(name, flop, read_bytes, written_bytes, weight_bytes, scratch_bytes))
+
+
+def launch(kernel, grid, like, args, tile):
+    """Run `kernel` over `grid` on the device of tensor `like`; meta tensors and empty grids run nothing."""
+    if like.is_meta or 0 in grid:
+        return
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **tile)
+    else:
+        kernel[grid](*args, **tile)
+
+
+def arch_of(tensor):
+    """Compute capability as 10 * major + minor; the interpreter and meta tensors count as sm_90."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def sm_count(tensor):
+    """Programs of a persistent grid."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+def dtype_key(dtype):
+    return "half" if dtype in _HALF else "float32"
+
+
+def lookup_tile(tiles, arch, dtype, R, mode="plain"):
+    """The table's tile: nearest lower arch that has this dtype and mode, then the smallest rank bucket that holds R.
+
+    A rank beyond the last bucket takes the last. sm_86 and sm_89 take the entries of sm_80, which therefore fit 99 KB
+    of shared memory; so do sm_120 and above, consumer parts with 99 KB and neither wgmma nor tcgen05.
+    """
+    key = dtype_key(dtype)
+    arch = 80 if arch >= 120 else arch
+    archs = {a for a, d, m, _ in tiles if d == key and m == mode}
+    best = max((a for a in archs if a <= arch), default=min(archs))
+    ranks = sorted(r for a, d, m, r in tiles if (a, d, m) == (best, key, mode))
+    return tiles[best, key, mode, next((r for r in ranks if r >= R), ranks[-1])]
+
+
+def tile_product(**choices):
+    """Every combination of the listed choices, as tile dicts."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def rank_block(R, limit):
+    """Padded rank of one tensor-core step: a power of two, at least 16, at most `limit`."""
+    return min(max(16, triton.next_power_of_2(R)), limit)
+
+
+def dropout_args(p):
+    """(threshold, 1 / keep): p rounded to 1/65536, and the factor of exactly that probability."""
+    threshold = min(max(round(p * 65536), 0), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
+def span_of(total, other_tiles, quantum, least):
+    """(span, splits): the length of a reduction that one program takes, a multiple of `quantum` and at least `least`.
+
+    Splits until the grid has TARGET_PROGRAMS programs, at most MAX_SPLITS ways; depends on shapes only.
+    """
+    wanted = min(MAX_SPLITS, max(1, TARGET_PROGRAMS // max(1, other_tiles)))
+    span = max(-(-total // wanted), least)
+    span = -(-span // quantum) * quantum
+    return span, max(1, -(-total // span))
+
+
+@triton.jit
+def keep_bits(seed, rows, group, threshold):
+    """Keep bits int32 [BLOCK_M, 32] of `rows` (int64) and one 256-column group: bit j is column j * 32 + lane.
+
+    One Philox-4x32-7 call a lane gives eight 16-bit draws. Packed at once: one register instead of four words.
+    """
+    lanes = (group * 32 + tl.arange(0, 32))[None, :].to(tl.uint32)
+    low = (rows & 0xFFFFFFFF)[:, None].to(tl.uint32)
+    high = (rows >> 32)[:, None].to(tl.uint32)
+    words = tl.philox(seed, lanes, low, high, high * 0, n_rounds=7)
+    bits = ((words[0] & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    for j in tl.static_range(1, 8):
+        draw = ((words[j // 2] >> (16 * (j % 2))) & 0xFFFF).to(tl.int32)
+        bits |= (draw >= threshold).to(tl.int32) << j
+    return bits
+
+
+@triton.jit
+def drop(values, bits, j: tl.constexpr):
+    """`values` [BLOCK_M, 32] of sub-block j, zero where not kept.
+
+    The mask is an integer and is ANDed: a mask of i1 may have to change layout through shared memory, where Triton's
+    compiler refuses (3.9) or crashes on (3.6) elements of one bit.
+    """
+    mask = 0 - ((bits >> j) & 1)
+    if values.dtype.primitive_bitwidth == 16:
+        return (values.to(tl.int16, bitcast=True) & mask.to(tl.int16)).to(values.dtype, bitcast=True)
+    else:
+        return (values.to(tl.int32, bitcast=True) & mask).to(values.dtype, bitcast=True)
+
+
+@triton.jit
+def _sum_job(part_ptr, out_ptr, numel, splits, pid, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, splits, STEP):
+        split = first + tl.arange(0, STEP)
+        mask = (split < splits)[:, None] & (offs < numel)[None, :]
+        part = tl.load(part_ptr + split[:, None].to(tl.int64) * numel + offs[None, :], mask=mask, other=0.0)
+        acc += tl.sum(part, axis=0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < numel)
+
+
+@triton.jit
+def _reduce_splits_kernel(
+    part0_ptr, out0_ptr, numel0, splits0, part1_ptr, out1_ptr, numel1, splits1, part2_ptr, out2_ptr, numel2, splits2,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    first1 = tl.cdiv(numel0, BLOCK)
+    first2 = first1 + tl.cdiv(numel1, BLOCK)
+    if pid < first1:
+        _sum_job(part0_ptr, out0_ptr, numel0, splits0, pid, BLOCK, STEP)
+    elif pid < first2:
+        _sum_job(part1_ptr, out1_ptr, numel1, splits1, pid - first1, BLOCK, STEP)
+    else:
+        _sum_job(part2_ptr, out2_ptr, numel2, splits2, pid - first2, BLOCK, STEP)
+
+
+def reduce_splits(name, jobs):
+    """out = sum over axis 0 of part, in fixed order, cast to out's dtype; up to three (part, out) pairs in one launch.
+
+    part  [splits, *out.shape] fp32 contiguous        out  contiguous, any float dtype
+    """
+    jobs = [(part, out) for part, out in jobs if part is not out and out.numel()]
+    if not jobs:
+        return
+    partial = sum(part.numel() for part, _ in jobs)
+    written = sum(out.numel() * out.element_size() for _, out in jobs)
+    record(name, partial, 0, written, scratch_bytes=4 * partial)
+    block = 256
+    args, programs = [], 0
+    for part, out in jobs:
+        args += [part, out, out.numel(), part.shape[0]]
+        programs += -(-out.numel() // block)
+    part, out = jobs[0]
+    args += [part, out, 0, 1] * (3 - len(jobs))
+    launch(_reduce_splits_kernel, (programs,), out, args, {"BLOCK": block, "STEP": 16, "num_warps": 4})
+
+
+def split_output(out, splits):
+    """Where a kernel writes `out`: out itself for one split, else fp32 partial sums [splits, *out.shape]."""
+    if splits == 1:
+        return out
+    return torch.empty((splits, *out.shape), device=out.device, dtype=torch.float32)
+
+
+def scratch_bytes(*pairs):
+    """Bytes of the partial sums among (part, out) pairs."""
+    return sum(4 * part.numel() for part, out in pairs if part is not out)

@@ -1,0 +1,76 @@
+"""y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, from the primitives of this folder.
+
+x [M, K], w [N, K] frozen, a [R, K], b [N, R], y [M, N]; s = drop(x) aᵀ [M, R] is all that forward keeps beyond x.
+accumulate  shrink, expand writes y, vendor GEMM y += x wᵀ   | grad_b, grad_a writes dx, vendor GEMM dx += dy w
+fused       shrink, GEMM with the rank-R product inside      | grad_b, grad_a, GEMM with the masked product inside
+Elements moved, forward and backward, beside the frozen weight and terms of rank R: accumulate 2MK + 3MN, 4MK + 2MN;
+fused 2MK + MN, 2MK + 2MN. Which one `strategy="auto"` takes is data: the tuned table, else the cost model
+(`_cost.choose_strategy`).
+LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+"""
+
+import torch
+from fastpeft.kernels._common import arch_of, record
+from fastpeft.kernels._cost import choose_strategy
+from fastpeft.kernels.lora_expand import lora_expand
+from fastpeft.kernels.lora_grad_a import lora_grad_a
+from fastpeft.kernels.lora_grad_b import lora_grad_b
+from fastpeft.kernels.lora_linear_fused import can_fuse, lora_linear_fused_dx, lora_linear_fused_fwd
+from fastpeft.kernels.lora_shrink import lora_shrink
+
+STRATEGIES = ("accumulate", "fused", "auto")
+
+
+def resolve_strategy(strategy, x, w, R, p):
+    """"accumulate" or "fused" for x [M, K] (forward) or dy [M, N] (backward).
+
+    "auto" takes fused only where `can_fuse` allows; an explicit "fused" that cannot be served raises ValueError.
+    """
+    if strategy == "accumulate":
+        return strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(f"lora_linear: strategy must be one of {STRATEGIES}, got {strategy!r}")
+    reason = can_fuse(x, w)
+    if strategy == "fused":
+        if reason:
+            raise ValueError(f"lora_linear: strategy must be 'accumulate' or 'auto' here, got 'fused', which {reason}")
+        return strategy
+    return "accumulate" if reason else choose_strategy(x.shape[0], *w.shape, R, p, x.dtype, arch_of(x))
+
+
+def _add_product(out, left, right):
+    """out += left right by the vendor's GEMM; with beta = 1 its read of out hides in the epilogue."""
+    item = out.element_size()
+    (M, J), N = left.shape, right.shape[1]
+    record("gemm", 2 * M * J * N, (M * J + M * N) * item, M * N * item, weight_bytes=J * N * item)
+    out.addmm_(left, right)
+
+
+def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, strategy):
+    """(y [M, N], s [M, R]); x [M, K] with contiguous rows, w [N, K] in x.dtype, a and b any float dtype and strides."""
+    s = lora_shrink(x, a, p, seed)
+    if resolve_strategy(strategy, x, w, a.shape[0], p) == "fused":
+        return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale), s
+    y = lora_expand(s, b, bias, lora_bias, scale)
+    _add_product(y, x, w.t())
+    return y, s
+
+
+def lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, strategy, need_dx, need_da, need_db, need_bias):
+    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for."""
+    if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+        dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
+    need_ds = need_dx or need_da
+    dx, da = x.new_empty(0), a.new_empty(0)
+    if not (need_ds or need_db or need_bias):
+        return dx, da, b.new_empty(0), torch.empty(0, device=x.device, dtype=torch.float32)
+    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias)
+    if need_dx and resolve_strategy(strategy, dy, w, a.shape[0], p) == "fused":
+        if need_da:
+            da, _ = lora_grad_a(x, ds, a, p, seed, False, True)
+        return lora_linear_fused_dx(dy, w, ds, a, p, seed), da, db, dbias
+    if need_ds:
+        da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
+    if need_dx:
+        _add_product(dx, dy, w)
+    return dx, da, db, dbias

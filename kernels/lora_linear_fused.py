@@ -1,0 +1,235 @@
+"""y = x wᵀ + scale * (s bᵀ + lora_bias) + bias and dx = dy w + mask ∘ (ds a) / keep, each one persistent GEMM.
+
+x [M, K], w [N, K], s and ds [M, R], a [R, K], b [N, R], y and dy [M, N]; fp16 or bf16, sums in fp32.
+The accumulator starts from the rank-R product, scaled or masked in fp32, then runs over the base product; so nothing is
+rounded in between, and neither s bᵀ nor the mask is stored. The tiles of x, w, y come and go through TMA descriptors;
+the rank-R operands through pointers, in any stride and dtype.
+Compute-bound. Floor of forward: MK + NK elements read, MN written, 2MNK + 2MNR FLOP; of dx: MN + NK read, MK written.
+LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+"""
+
+# ruff: noqa: C408, E501 (tile tables: dict() calls, one entry a line)
+
+import torch
+import triton
+import triton.language as tl
+from fastpeft.kernels._common import (
+    arch_of,
+    dropout_args,
+    keep_bits,
+    launch,
+    lookup_tile,
+    rank_block,
+    record,
+    sm_count,
+    tile_product,
+)  # fmt: skip
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MODES = ("fwd", "dx")
+MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3.6)
+# tiles: begin
+TILES = {
+    (90, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+    (90, "half", "dx", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+    (100, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+    (100, "half", "dx", 64): dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+}
+# tiles: end
+
+
+def tile_space(arch, dtype, R, mode):
+    """Candidate tiles; dx needs BLOCK_N = 256, one dropout group. HALVES stores the output tile in two parts."""
+    return tile_product(
+        BLOCK_M=(128,), BLOCK_N=(256,), BLOCK_K=(64,), HALVES=(1, 0), FLATTEN=(1, 0), num_warps=(8,),
+        num_stages=(3, 4),
+    )  # fmt: skip
+
+
+def _row_stride(t):
+    """A single row may carry any stride; TMA still checks it."""
+    return t.stride(0) if t.shape[0] > 1 else t.shape[1]
+
+
+def can_fuse(x, w):
+    """Why the fused GEMM cannot serve x [M, K] (or dy [M, N]) with w [N, K]; an empty string when it can.
+
+    x and w are read by TMA: 16-byte aligned base and row stride, contiguous rows; the output's rows likewise.
+    """
+    arch = arch_of(x)
+    if not 90 <= arch < 120:
+        return f"needs compute capability 9.0 to 11.x (TMA, 227 KB shared memory), got {arch // 10}.{arch % 10}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs fp16 or bf16, got {x.dtype}"
+    if w.dtype != x.dtype:
+        return f"needs w in the dtype of x, {x.dtype}, got {w.dtype}"
+    for name, length in (("N", w.shape[0]), ("K", w.shape[1])):
+        if length % 8 or length == 0:
+            return f"needs {name} to be a positive multiple of 8 (16-byte rows for TMA), got {length}"
+    for name, t in (("x", x), ("w", w)):
+        if t.stride(1) != 1:
+            return f"needs {name} with contiguous rows, got strides {tuple(t.stride())}"
+        if _row_stride(t) % 8 or _row_stride(t) < t.shape[1]:
+            return f"needs the row stride of {name} to be a multiple of 8 and at least its row, got {t.stride(0)}"
+        if not t.is_meta and t.data_ptr() % 16:
+            return f"needs {name} to start at a multiple of 16 bytes, got address {t.data_ptr():#x}"
+    return ""
+
+
+@triton.jit
+def _tile_origin(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row tile, column tile), eight row tiles at a time, so that a wave of programs shares its operands in L2."""
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    width = 8 * tiles_n
+    first = tile // width * 8
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, 8)
+    return first + tile % width % size, tile % width // size
+
+
+@triton.jit
+def _rank_product(
+    s_ptr, b_ptr, rows, cols, M, N, R, stride_sm, stride_bn, stride_br,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """s bᵀ [BLOCK_M, BLOCK_N] in fp32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Not pipelined: the buffers of the base product fill the shared memory.
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :]
+        s = tl.load(s_ptrs, mask=(rows < M)[:, None] & (offs_r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        b_ptrs = b_ptr + cols[None, :].to(tl.int64) * stride_bn + offs_r[:, None].to(tl.int64) * stride_br
+        b = tl.load(b_ptrs, mask=(cols < N)[None, :] & (offs_r < R)[:, None], other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b.to(s.dtype), acc)
+    return acc
+
+
+@triton.jit
+def _store_tile(y_desc, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Two stores of half the columns need half the staging memory, which buys a pipeline stage."""
+    if HALVES:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        y_desc.store([m, n], left.to(y_desc.dtype))
+        y_desc.store([m, n + BLOCK_N // 2], right.to(y_desc.dtype))
+    else:
+        y_desc.store([m, n], acc.to(y_desc.dtype))
+
+
+@triton.jit
+def _lora_linear_fused_fwd_kernel(
+    x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, K, R, stride_sm, stride_bn, stride_br, scale,
+    programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LORA_BIAS: tl.constexpr, HALVES: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        pid_m, pid_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        cols = n + tl.arange(0, BLOCK_N)
+        acc = _rank_product(
+            s_ptr, b_ptr, rows, cols, M, N, R, stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R
+        )
+        acc *= scale
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([m, k])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([n, k])  # [BLOCK_N, BLOCK_K]
+            acc = tl.dot(x, w.T, acc)
+        if HAS_LORA_BIAS:
+            acc += scale * tl.load(lora_bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        _store_tile(y_desc, acc, m, n, BLOCK_M, BLOCK_N, HALVES)
+
+
+@triton.jit
+def _keep_tile(seed, rows, group, threshold):
+    """Keep mask [BLOCK_M, 256]: eight bits packed in a byte before the change of layout, a quarter of its traffic."""
+    packed = keep_bits(seed, rows, group, threshold)
+    bits = (packed.to(tl.uint8)[:, None, :] >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1  # [BLOCK_M, 8, 32]
+    return tl.reshape(bits, (rows.shape[0], 256)) != 0
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _lora_linear_fused_dx_kernel(
+    dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, seed_ptr, M, N, K, R, stride_dsm, stride_ar, stride_ak, threshold, factor,
+    programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N runs over the K columns of dx, BLOCK_K over the reduction length N."""
+    if DROPOUT:
+        tl.static_assert(BLOCK_N == 256, "a column tile must be one dropout group")
+        seed = tl.load(seed_ptr)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        pid_m, pid_k = _tile_origin(tile, M, K, BLOCK_M, BLOCK_N)
+        m, k = pid_m * BLOCK_M, pid_k * BLOCK_N
+        rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        cols = k + tl.arange(0, BLOCK_N)
+        acc = _rank_product(
+            ds_ptr, a_ptr, rows, cols, M, K, R, stride_dsm, stride_ak, stride_ar, BLOCK_M, BLOCK_N, BLOCK_R
+        )
+        if DROPOUT:
+            acc = tl.where(_keep_tile(seed, rows, pid_k, threshold), acc * factor, 0.0)
+        for n in range(0, N, BLOCK_K):
+            dy = dy_desc.load([m, n])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([n, k])  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(dy, w, acc)
+        _store_tile(dx_desc, acc, m, k, BLOCK_M, BLOCK_N, HALVES)
+
+
+def _descriptors(left, w, out, tile, transposed):
+    """TMA descriptors of the GEMM's tiles."""
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    blocks = ((left, [m, k]), (w, [n, k] if transposed else [k, n]), (out, [m, n // 2 if tile["HALVES"] else n]))
+    return tuple(TensorDescriptor(t, list(t.shape), [_row_stride(t), 1], block) for t, block in blocks)
+
+
+def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
+    """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w as `can_fuse` asks, b any float dtype and strides."""
+    (M, K), (N, R) = x.shape, b.shape
+    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    if y.numel() == 0:
+        return y
+    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, "fwd"))
+    item = x.element_size()
+    thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)
+    record(
+        "lora_linear_fused_fwd", 2 * M * N * (K + R), (M * K + M * R) * item + N * R * b.element_size() + thin,
+        M * N * item, weight_bytes=N * K * item,
+    )  # fmt: skip
+    block_r = rank_block(R, MAX_BLOCK_R)
+    programs = min(sm_count(x), -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]))
+    args = (
+        *_descriptors(x, w, y, tile, True), s, b, s if bias is None else bias, s if lora_bias is None else lora_bias,
+        M, N, K, R, s.stride(0), *b.stride(), float(scale), programs,
+    )  # fmt: skip
+    flags = {"HAS_BIAS": bias is not None, "HAS_LORA_BIAS": lora_bias is not None}
+    launch(_lora_linear_fused_fwd_kernel, (programs,), x, args, {**tile, "BLOCK_R": block_r, **flags})
+    return y
+
+
+def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
+    """dx [M, K] = dy w + mask ∘ (ds a) / keep; dy and w as `can_fuse` asks, a any float dtype and strides."""
+    (M, N), (R, K) = dy.shape, a.shape
+    dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
+    if dx.numel() == 0:
+        return dx
+    threshold, factor = dropout_args(p)
+    dropout = threshold > 0
+    tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "dx"))
+    item = dy.element_size()
+    record(
+        "lora_linear_fused_dx", 2 * M * K * (N + R), (M * N + M * R) * item + R * K * a.element_size(), M * K * item,
+        weight_bytes=N * K * item,
+    )  # fmt: skip
+    block_r = rank_block(R, MAX_BLOCK_R)
+    programs = min(sm_count(dy), -(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_N"]))
+    args = (
+        *_descriptors(dy, w, dx, tile, False), ds, a, seed if dropout else ds, M, N, K, R, ds.stride(0), *a.stride(),
+        threshold, factor, programs,
+    )  # fmt: skip
+    flags = {"DROPOUT": dropout}
+    launch(_lora_linear_fused_dx_kernel, (programs,), dy, args, {**tile, "BLOCK_R": block_r, **flags})
+    return dx
