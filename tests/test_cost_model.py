@@ -76,10 +76,25 @@ def test_no_pass_beats_its_floor():
         assert _cost.pass_time(name, 8192, 4096, 4096, 16, 0.0, "bf16") > floor
 
 
+@pytest.fixture
+def fresh_choices():
+    _cost.choose_strategy.cache_clear()
+    yield
+    _cost.choose_strategy.cache_clear()
+
+
+@pytest.mark.parametrize("cc", [90, (9, 0)])
+def test_fused_where_the_gain_beats_the_margin(fresh_choices, monkeypatch, cc):
+    """At 4096 -> 14336 fused is predicted 3 % ahead: within the spread of a GEMM, so the default stays accumulate."""
+    big = (8192, 14336, 4096, 16, 0.0, "bf16", cc)
+    assert _cost.choose_strategy(*big) == "accumulate"
+    monkeypatch.setattr(_cost, "FUSED_MARGIN", 0.01)
+    _cost.choose_strategy.cache_clear()
+    assert _cost.choose_strategy(*big) == "fused"
+
+
 def test_choice():
     big = (8192, 14336, 4096, 16, 0.0)
-    assert _cost.choose_strategy(*big, "bf16", 90) == "fused"
-    assert _cost.choose_strategy(*big, "bf16", (9, 0)) == "fused"
     assert _cost.choose_strategy(*big, "fp32", 90) == "accumulate"
     for cc in (70, 80, 86, 89):  # no TMA
         assert _cost.choose_strategy(*big, "bf16", cc) == "accumulate"
@@ -87,14 +102,10 @@ def test_choice():
     assert _cost.choose_strategy(0, 4096, 4096, 16, 0.0, "bf16", 90) == "accumulate"
 
 
-def test_table_comes_first(monkeypatch):
+def test_table_comes_first(fresh_choices, monkeypatch):
     shape = (8192, 14336, 4096, 16, 0.0, "bf16", 90)
-    monkeypatch.setitem(_cost.TABLE, _cost.strategy_key(*shape), "accumulate")
-    _cost.choose_strategy.cache_clear()
-    try:
-        assert _cost.choose_strategy(*shape) == "accumulate"
-    finally:
-        _cost.choose_strategy.cache_clear()
+    monkeypatch.setitem(_cost.TABLE, _cost.strategy_key(*shape), "fused")
+    assert _cost.choose_strategy(*shape) == "fused"
 
 
 def test_bad_input():
