@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from peers import SCALE, Case, build, ours_layer, peft_layer  # noqa: E402
 from report import plot, result_tables  # noqa: E402
 from roofline import measure  # noqa: E402
-from timing import Race, peak_bytes  # noqa: E402
+from timing import Race, peak_bytes, steady_cpu  # noqa: E402
 
 OP = "lora_linear"
 DROPOUTS = (0.0, 0.1)
@@ -47,7 +47,7 @@ def left_out(case: Case, device: str) -> dict[str, str]:
 
 def new_results(device: str, tiny: bool = False) -> dict:
     if device == "cpu":
-        torch.set_num_threads(1)
+        steady_cpu()
     data = {"op": OP, "environment": _tree.environment(device), "roof": measure(device, tiny)}
     data |= {"notes": [], "cases": [], "left_out": []}
     if device == "cpu" and not _tree.mkldnn_bf16():

@@ -18,7 +18,7 @@ _tree.ensure_importable()
 import torch  # noqa: E402
 
 from report import result_tables  # noqa: E402
-from timing import Race  # noqa: E402
+from timing import Race, steady_cpu  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc):
 def device(request) -> str:
     device = request.config.getoption("--bench-device")
     if device == "cpu":
-        torch.set_num_threads(1)
+        steady_cpu()
     return device
 
 

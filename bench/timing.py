@@ -4,6 +4,7 @@ CPU: one thread, perf_counter. CUDA: device events, L2 flushed before every call
 enqueues so that host time does not leak into a kernel's. Medians and quartiles; ratios are taken round by round.
 """
 
+import ctypes
 import gc
 import statistics
 import time
@@ -12,7 +13,21 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 (B200: 126 MB)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SLOW_S = 0.5  # a call this long needs no warm-up beyond itself
+
+
+def steady_cpu() -> None:
+    """One thread, and a heap that keeps its pages.
+
+    glibc gives the memory of large tensors back after a free, and 4 MB taken anew cost 1000 page faults, 2 ms: they hit
+    whichever peer comes after the trim, not the one that earned them. A training process keeps its heap.
+    """
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
