@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, 
   Partials bias(tasks.count, need_bias ? 1 : 0, N);
   const bool need_ds = need_dx || need_da;
   parallel(tasks.count, [&](int64_t first, int64_t last) {
-    Scratch ds(kRows * ld), left(kRows * ld);
+    Scratch ds(std::min(kRows, M) * ld), left(std::min(kRows, M) * ld);
     BlockMask masks(mask, K);
     for (int64_t task = first; task < last; ++task) {
       float* a_part = need_da ? grad_a.clear(task) : nullptr;

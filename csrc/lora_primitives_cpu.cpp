@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
   const Tasks tasks(M);
   Partials grad(tasks.count, need_db ? R : 0, N), bias(tasks.count, need_bias ? 1 : 0, N);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
-    Scratch own(kRows * panel.ld), left(kRows * panel.ld);
+    Scratch own(std::min(kRows, M) * panel.ld), left(std::min(kRows, M) * panel.ld);
     for (int64_t task = first; task < last; ++task) {
       float* db_part = need_db ? grad.clear(task) : nullptr;
       float* bias_part = need_bias ? bias.clear(task) : nullptr;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, 
   const Tasks tasks(M);
   Partials grad(tasks.count, need_da ? R : 0, K);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
-    Scratch left(kRows * ld);
+    Scratch left(std::min(kRows, M) * ld);
     BlockMask masks(mask, K);
     for (int64_t task = first; task < last; ++task) {
       float* part = need_da ? grad.clear(task) : nullptr;

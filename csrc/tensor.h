@@ -18,17 +18,24 @@ namespace fastpeft {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// fp32 scratch, aligned to a vector and not initialised.
+// fp32 scratch, aligned to a vector and not initialised; a tiny layer's fits in place, and asks no allocator.
 struct Scratch {
-  explicit Scratch(int64_t n) : data(static_cast<float*>(::operator new[](bytes(n), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t{64}); }
+  explicit Scratch(int64_t n)
+      : data(n <= kInPlace ? in_place : static_cast<float*>(::operator new[](static_cast<size_t>(n) * sizeof(float), kAlign))) {}
+  ~Scratch() {
+    if (data != in_place) ::operator delete[](data, kAlign);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator float*() const { return data; }
-  float* const data;
 
  private:
-  static size_t bytes(int64_t n) { return static_cast<size_t>(n > 0 ? n : 1) * sizeof(float); }
+  static constexpr int64_t kInPlace = 256;
+  static constexpr std::align_val_t kAlign{64};
+  alignas(64) float in_place[kInPlace];
+
+ public:
+  float* const data;
 };
 
 inline bool has_kernels(ScalarType type) {

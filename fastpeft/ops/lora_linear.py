@@ -82,18 +82,16 @@ class _LoRALinear(torch.autograd.Function):
         b: torch.Tensor,
         bias: torch.Tensor | None,
         lora_bias: torch.Tensor | None,
-        scale: float,
-        p: float,
         seed: torch.Tensor | None,
-        dtype: torch.dtype,
-        backend: str,
+        call: tuple[float, float, torch.dtype, str],
     ) -> torch.Tensor:
-        y, s = _forward(x, w, a, b, bias, lora_bias, scale, p, seed, dtype, backend)
+        y, s = _forward(x, w, a, b, bias, lora_bias, seed, call)
         need = ctx.needs_input_grad
         # What no gradient asks for is not kept alive: frozen A and W save no x, frozen B saves no s.
         ctx.save_for_backward(x if need[2] or need[1] else None, w, a, b, s if need[3] else None, seed)
-        ctx.call = (scale, p, dtype, backend, x.shape, x.dtype)
-        ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
+        if need[4] or need[5]:
+            ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
         return y
 
     @staticmethod
@@ -104,7 +102,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, w, a, b, s, seed = ctx.saved_tensors
-    scale, p, dtype, backend, shape, x_dtype = ctx.call
+    scale, p, dtype, backend = ctx.call
     need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
     dy = _calls.rows(dy, w.shape[0], dtype)
     # What was not saved is not read; a launcher takes its sizes from the others.
@@ -116,17 +114,21 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_dx, need_da, need_db, need_bias or need_lora_bias,
     )  # fmt: skip
     return (
-        _shaped(dx, shape, x_dtype) if need_dx else None,
+        _shaped(dx, ctx.shape, ctx.dtype) if need_dx else None,
         (dy.t() @ x).to(w.dtype) if need_dw else None,
         da if need_da else None,
         db if need_db else None,
         sums.to(ctx.bias_dtypes[0]) if need_bias else None,
         (sums * scale).to(ctx.bias_dtypes[1]) if need_lora_bias else None,
-        None, None, None, None, None,
-    )  # fmt: skip
+        None,
+        None,
+    )
 
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)
+
+# Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
+_apply = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _shaped(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -142,12 +144,10 @@ def _forward(
     b: torch.Tensor,
     bias: torch.Tensor | None,
     lora_bias: torch.Tensor | None,
-    scale: float,
-    p: float,
     seed: torch.Tensor | None,
-    dtype: torch.dtype,
-    backend: str,
+    call: tuple[float, float, torch.dtype, str],
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    scale, p, dtype, backend = call
     rows = _calls.rows(x, w.shape[1], dtype)
     if w.dtype != dtype:
         w = w.to(dtype)
@@ -238,5 +238,9 @@ def lora_linear(
     scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype)
-    args = (x, weight, lora_A, lora_B, bias, lora_bias, scale, dropout, seed, dtype, chosen)
-    return _LoRALinear.apply(*args) if torch.is_grad_enabled() else _forward(*args)[0]
+    args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, (scale, dropout, dtype, chosen))
+    if not torch.is_grad_enabled():
+        return _forward(*args)[0]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _LoRALinear.apply(*args)
+    return _apply(*args)
