@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, 
   Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a), dx = need_dx ? empty_like(ds, {M, K}) : nothing(ds);
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a);
-  const Panel panel(strided(readable_a), R, K, mask.factor);
+  const Panel panel(strided(readable_a), need_dx ? R : 0, K, mask.factor);
   const Tasks tasks(M);
   Partials grad(tasks.count, need_da ? R : 0, K);
   parallel(tasks.count, [&](int64_t first, int64_t last) {

@@ -26,6 +26,13 @@ def shaped(y: torch.Tensor, leading: torch.Size) -> torch.Tensor:
     return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
 
 
+def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """dx [M, K] in the shape and dtype of the caller's x; a view where that is possible."""
+    if len(shape) != 2:
+        dx = dx.view(shape)
+    return dx if dx.dtype == dtype else dx.to(dtype)
+
+
 def fold_scale(
     scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:

@@ -40,16 +40,16 @@ class _LoRAAdapter(torch.autograd.Function):
         scale, p, dtype, backend, shape, x_dtype, bias_dtype = ctx.call
         need_dx, need_da, need_db, need_bias = ctx.needs_input_grad[:4]
         dy = _calls.rows(dy, b.shape[0], dtype)
-        # The place of an operand that is not read; a launcher may take the number of rows from it.
-        s = dy.new_empty(1, b.shape[1]).expand(len(dy), -1) if s is None else s
+        # What was not saved is not read; a launcher takes its sizes from the others.
+        s = dy.new_empty(0) if s is None else s
         ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias)
         da: Any = None
         dx: Any = None
         if need_dx or need_da:
-            x = dy.new_empty(1, a.shape[1]).expand(len(dy), -1) if x is None else _calls.rows(x, a.shape[1], dtype)
+            x = dy.new_empty(0) if x is None else _calls.rows(x, a.shape[1], dtype)
             da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
         return (
-            dx.view(shape).to(x_dtype) if need_dx else None,
+            _calls.like_input(dx, shape, x_dtype) if need_dx else None,
             da if need_da else None,
             db if need_db else None,
             (sums * scale).to(bias_dtype) if need_bias else None,

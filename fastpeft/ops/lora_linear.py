@@ -114,7 +114,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_dx, need_da, need_db, need_bias or need_lora_bias,
     )  # fmt: skip
     return (
-        _shaped(dx, ctx.shape, ctx.dtype) if need_dx else None,
+        _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
         (dy.t() @ x).to(w.dtype) if need_dw else None,
         da if need_da else None,
         db if need_db else None,
@@ -129,12 +129,6 @@ _backward_once = torch.autograd.function.once_differentiable(_backward)
 
 # Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
-
-
-def _shaped(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    if len(shape) != 2:
-        dx = dx.view(shape)
-    return dx if dx.dtype == dtype else dx.to(dtype)
 
 
 def _forward(
