@@ -11,16 +11,18 @@ namespace {
 bool runs(const Kernels* table) {
   if (!table) return false;
 #if defined(__x86_64__)
-  if (!std::strcmp(table->name, "avx512"))
+  const bool bf16 = !std::strcmp(table->name, "avx512_bf16");
+  if (bf16 || !std::strcmp(table->name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           (!bf16 || __builtin_cpu_supports("avx512bf16"));
   if (!std::strcmp(table->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;
 }
 
 const Kernels* best() {
-  for (const Kernels* table : {kernels_avx512(), kernels_avx2()})
+  for (const Kernels* table : {kernels_avx512_bf16(), kernels_avx512(), kernels_avx2()})
     if (runs(table)) return table;
   return kernels_base();
 }
@@ -40,7 +42,7 @@ bool set_isa(const char* name) {
     chosen.store(best(), std::memory_order_relaxed);
     return true;
   }
-  for (const Kernels* table : {kernels_avx512(), kernels_avx2(), kernels_base()})
+  for (const Kernels* table : {kernels_avx512_bf16(), kernels_avx512(), kernels_avx2(), kernels_base()})
     if (table && !std::strcmp(table->name, name) && runs(table)) {
       chosen.store(table, std::memory_order_relaxed);
       return true;

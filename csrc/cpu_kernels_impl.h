@@ -13,7 +13,7 @@ namespace {
 
 using namespace fastpeft;
 
-#if FP_ISA == 2  // 32 registers
+#if FP_ISA >= 2  // 32 registers
 constexpr int kReduceRows2 = 12, kReduceRows1 = 12, kGradRows = 8, kGradVectors = 2, kExpandRows = 12, kExpandVectors = 2;
 #else            // 16 registers: 12 accumulators, 2 or 3 of B, 1 broadcast
 constexpr int kReduceRows2 = 6, kReduceRows1 = 12, kGradRows = 4, kGradVectors = 3, kExpandRows = 6, kExpandVectors = 2;

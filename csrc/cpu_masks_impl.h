@@ -16,7 +16,7 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int kChains = 2;
 
 inline void put_bits(uint8_t* out, int64_t column, vu mask) {
-#if FP_ISA == 2
+#if FP_ISA >= 2
   const __mmask16 bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
   std::memcpy(out + column / 8, &bits, 2);
 #elif FP_ISA == 1
@@ -30,7 +30,7 @@ inline void put_bits(uint8_t* out, int64_t column, vu mask) {
 }
 
 inline vu get_bits(const uint8_t* bits, int64_t column) {
-#if FP_ISA == 2
+#if FP_ISA >= 2
   __mmask16 m;
   std::memcpy(&m, bits + column / 8, 2);
   return reinterpret_cast<vu>(_mm512_movm_epi32(m));

@@ -1,9 +1,9 @@
-// lora_linear on the CPU: the primitives in one visit of each block of rows, and the vendor GEMM.
+// lora_linear on the CPU: what the adapter adds, in one visit of each block of rows, and the vendor GEMM.
 //
 // Signatures and meaning: fastpeft/reference/lora_linear.py.
 #include <atomic>
 
-#include "tasks.h"
+#include "lora_adapter.h"
 
 namespace fastpeft {
 namespace {
@@ -47,33 +47,22 @@ Tensor columns(const Tensor& t, int64_t n, int64_t count) {
   return torch::stable::narrow(const_cast<Tensor&>(t), 1, n, count);
 }
 
-
-// s and the rank-R part of y in one visit of each block of rows; then the vendor GEMM adds the base product (beta = 1).
+// The rank-R part of y and s first; then the vendor GEMM adds the base product (beta = 1).
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, optional<Tensor> bias,
                                            optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed,
                                            std::string) {
-  const int64_t M = x.size(0), K = x.size(1), N = w.size(0), R = a.size(0);
   const bool upcast = !native(type_of(x));
-  Tensor y = empty_like(x, {M, N}), s = empty_like(x, {M, R});
-  Tensor sum = upcast ? empty({M, N}, ScalarType::Float) : y;
-  const Mask mask = mask_of(p, seed);
-  const Tensor readable_a = readable(a), readable_b = readable(b);
-  const Panel down(transposed(readable_a), K, R, mask.factor);
-  const Panel up(transposed(readable_b), R, N, static_cast<float>(scale));
-  const auto start = start_row(bias, lora_bias, N, static_cast<float>(scale));
-  parallel_rows(M, [&](int64_t m0, int64_t m1) {
-    Scratch own((m1 - m0) * down.ld);
-    shrink_rows(x, down, mask, R, m0, m1, own);
-    put_rows(own, down.ld, m0, m1 - m0, R, s.mutable_data_ptr(), type_of(s));
-    kernels().expand(own, down.ld, m0, m1, R, up.data, up.ld, start ? start->data : nullptr, kAll, false,
-                     sum.mutable_data_ptr(), type_of(sum), N, N);
-  });
-  if (upcast && M) {
-    const Tensor x32 = to_f32(x);
-    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(sum, n, count), x32, transpose(w32)); });
-    from_f32(sum, y);
-  } else {
-    gemm(y, x, transpose(w));
+  auto [sum, s] = adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed,
+                              upcast ? ScalarType::Float : x.scalar_type());
+  if (!upcast) {
+    gemm(sum, x, transpose(w));
+    return {sum, s};
+  }
+  Tensor y = empty_like(x, {x.size(0), w.size(0)});
+  if (x.size(0)) {
+    const Tensor x32 = to_f32(x), into = sum;
+    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(into, n, count), x32, transpose(w32)); });
+    from_f32(into, y);
   }
   return {y, s};
 }
@@ -82,53 +71,23 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s,
                                                            double scale, double p, optional<Tensor> seed, std::string,
                                                            bool need_dx, bool need_da, bool need_db, bool need_bias) {
-  const int64_t M = dy.size(0), N = w.size(0), K = w.size(1), R = a.size(0), ld = padded(R);
   const bool upcast = !native(type_of(dy));
-  Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy), da = need_da ? empty_like(a, {R, K}) : nothing(a);
-  Tensor db = need_db ? empty_like(b, {N, R}) : nothing(b);
-  Tensor sums = empty({need_bias ? N : 0}, ScalarType::Float);
-  Tensor sum = need_dx && upcast ? empty({M, K}, ScalarType::Float) : dx;
-  const Mask mask = mask_of(p, seed);
-  const Tensor readable_a = readable(a), readable_b = readable(b);
-  const Panel down(strided(readable_a), need_dx ? R : 0, K, mask.factor);
-  const Panel up(strided(readable_b), N, R, static_cast<float>(scale));
-  const Tasks tasks(M);
-  Partials grad_a(tasks.count, need_da ? R : 0, K), grad_b(tasks.count, need_db ? R : 0, N);
-  Partials bias(tasks.count, need_bias ? 1 : 0, N);
-  const bool need_ds = need_dx || need_da;
-  parallel(tasks.count, [&](int64_t first, int64_t last) {
-    Scratch ds(std::min(kRows, M) * ld), left(std::min(kRows, M) * ld);
-    BlockMask masks(mask, K);
-    for (int64_t task = first; task < last; ++task) {
-      float* a_part = need_da ? grad_a.clear(task) : nullptr;
-      float* b_part = need_db ? grad_b.clear(task) : nullptr;
-      float* bias_part = need_bias ? bias.clear(task) : nullptr;
-      for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
-        if (need_db) get_rows(s, m0, m1 - m0, left, ld);
-        if (need_ds || need_db || need_bias)
-          kernels().reduce(rows_of(dy), m0, m1, N, kAll, up.data, up.ld, R, need_ds ? ds.data : nullptr, left, ld,
-                           b_part, grad_b.ld, bias_part);
-        if (!need_ds) return;
-        const Bits bits = masks.of(m0, m1);
-        if (need_da)
-          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, nullptr, ds, ld, a_part, grad_a.ld, nullptr);
-        if (need_dx)
-          kernels().expand(ds, ld, m0, m1, R, down.data, down.ld, nullptr, bits, false, sum.mutable_data_ptr(),
-                           type_of(sum), K, K);
-      });
-    }
-  });
-  if (need_da) grad_a.finish(da, mask.factor, false);
-  if (need_db) grad_b.finish(db, static_cast<float>(scale), true);
-  if (need_bias) bias.finish(sums, 1.0f, false);
-  if (need_dx && upcast && M) {
-    const Tensor dy32 = to_f32(dy);
-    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(sum, columns(dy32, n, count), w32); });
-    from_f32(sum, dx);
-  } else if (need_dx) {
+  const AdapterGrads own = adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias},
+                                       upcast ? ScalarType::Float : dy.scalar_type());
+  Tensor dx = own.dx;
+  if (!need_dx) {
+    dx = nothing(dy);
+  } else if (!upcast) {
     gemm(dx, dy, w);
+  } else {
+    dx = empty_like(dy, {dy.size(0), w.size(1)});
+    if (dy.size(0)) {
+      const Tensor dy32 = to_f32(dy);
+      upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(own.dx, columns(dy32, n, count), w32); });
+      from_f32(own.dx, dx);
+    }
   }
-  return {dx, da, db, sums};
+  return {dx, own.da, own.db, own.bias};
 }
 
 }  // namespace

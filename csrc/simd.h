@@ -1,4 +1,4 @@
-// Vectors of the instruction set that the including file has named by FP_ISA (0 plain, 1 AVX2, 2 AVX-512).
+// Vectors of the instruction set that the including file has named by FP_ISA (0 plain, 1 AVX2, 2 AVX-512, 3 with BF16).
 //
 // The arithmetic is GCC's and clang's vector extension, so that the kernels are written once; intrinsics stand only where
 // it has no word: the 32 x 32 -> 64 bit product, and fp16. Include after the target pragma, inside no namespace.
@@ -14,7 +14,7 @@ namespace {
 
 using fastpeft::Type;
 
-#if FP_ISA == 2
+#if FP_ISA >= 2
 constexpr int kLanes = 16;
 #elif FP_ISA == 1
 constexpr int kLanes = 8;
@@ -47,7 +47,7 @@ struct Counter {
   explicit Counter(vu u) : v(u) {}
   Counter operator^(Counter o) const { return Counter(v ^ o.v); }
   static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
-#if FP_ISA == 2
+#if FP_ISA >= 2
     const __m512i x = reinterpret_cast<__m512i>(a.v), k = _mm512_set1_epi32(static_cast<int>(m));
     const __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
     lo.v = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
@@ -110,7 +110,7 @@ inline vf load_as_float(const void* base, int64_t i) {
   if constexpr (T == Type::bf16) {
     return reinterpret_cast<vf>(__builtin_convertvector(load<vh>(p), vu) << 16);
   } else {
-#if FP_ISA == 2
+#if FP_ISA >= 2
     return _mm512_cvtph_ps(load<__m256i>(p));
 #elif FP_ISA == 1
     return _mm256_cvtph_ps(load<__m128i>(p));
@@ -136,7 +136,7 @@ inline void store_from_float(void* base, int64_t i, vf v) {
     const vu nan = reinterpret_cast<vu>(v != v);
     store(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), vh));
   } else {
-#if FP_ISA == 2
+#if FP_ISA >= 2
     store(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif FP_ISA == 1
     store(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

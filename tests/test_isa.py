@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["base", "avx2", "avx512"])
+@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16"])
 def isa(request):
     from fastpeft import _native
 
