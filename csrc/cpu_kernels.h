@@ -1,7 +1,7 @@
 // The CPU kernels of the LoRA primitives behind one table of function pointers, one table for each instruction set.
 //
 // Letters as everywhere: x [M,K], a [R,K], b [N,R], s [M,R], y and dy [M,N]. Rows of x, dy, y, dx are contiguous in their
-// last dimension; a and b are packed by the caller to fp32 with the long dimension first (`panel`). All sums are in fp32.
+// last dimension; a and b are packed by the caller (`pack`) with what is summed first (`panel`). All sums are in fp32.
 #pragma once
 #include <cstdint>
 
@@ -18,6 +18,8 @@ constexpr int64_t kCols = 256;
 constexpr int64_t kPad = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+// A row stride for n floats that is an odd number of cache lines: at 4096 bytes all rows would fall on one set of an L1.
+constexpr int64_t spread_out(int64_t n) { return padded(n) | kPad; }
 
 struct Rows {  // [M, width], last dimension contiguous
   const void* data;
@@ -43,26 +45,30 @@ struct Strided {  // any strides, for the thin parameters
   int64_t row, col;  // elements
 };
 
+// The kernel that a panel is packed for: reduce takes [width, R], expand takes [R, width].
+enum class Use : int { reduce, expand };
+
 struct Kernels {
   const char* name;
 
-  // out[i * ld + j] = scale * src[i, j] in fp32 for i < rows, j < cols; zero up to ld.
-  void (*pack)(Strided src, int64_t rows, int64_t cols, float scale, float* out, int64_t ld);
+  // src [rows, cols] as the panel of a kernel that reads or writes `type`: out[i * ld + j] = src[i, j] in fp32, zero up to
+  // ld; or, where the kernels multiply pairs of bf16, what cpu_bf16_impl.h says, which takes no more room.
+  void (*pack)(Strided src, int64_t rows, int64_t cols, Use use, Type type, float* out, int64_t ld);
 
   // The keep mask of rows [m0, m1) to `bits`, row m0 first, ld bytes apart; ld is a multiple of kCols / 8 that covers width.
   void (*draw)(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld);
 
-  // s[m, 0:R] = sum_k mask(x)[m, k] * panel[k, 0:R] for m in [m0, m1): shrink with panel = aᵀ, ds with panel = scale·b;
-  // `s` is fp32 [rows, ldp] of this task with row m0 first, or null. The 1/keep factor of dropout is the caller's.
+  // s[m, 0:R] = scale * sum_k mask(x)[m, k] * panel[k, 0:R] for m in [m0, m1): shrink with panel = aᵀ, ds with panel = b;
+  // `s` is fp32 [rows, ldp] of this task with row m0 first, or null; ldp = padded(R).
   // Where `grad` is not null, the same read of x adds  grad[r, k] += left[m, r] * mask(x)[m, k]  for r < R (fp32 [R, ldg]),
-  // and where `sums` is not null, sums[k] += mask(x)[m, k]. ldg and `sums` have padded(width) floats.
+  // and where `sums` is not null, sums[k] += mask(x)[m, k]. ldg and `sums` have at least padded(width) floats.
   void (*reduce)(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
-                 float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums);
+                 float scale, float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums);
 
-  // y[m, n] = mask(bias[n] + sum_r s[m, r] * panel[r, n]), or y += the same where `add`; s fp32 [rows, lds] of this task,
-  // panel fp32 [R, ldp], bias fp32 [ldp] or null, ldp = padded(width).
+  // y[m, n] = mask(bias[n] + scale * sum_r s[m, r] * panel[r, n]), or y += the same where `add`; s fp32 [rows, lds] of this task,
+  // panel fp32 [R, ldp], bias fp32 [padded(width)] or null, ldp >= padded(width).
   void (*expand)(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
-                 const float* bias, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width);
+                 const float* bias, float scale, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width);
 
   // Conversions of n values.
   void (*to_float)(const void* src, Type type, int64_t n, float* out);

@@ -8,6 +8,9 @@
 // Compute-bound at rank >= 16: 2R FLOP for each element of x, against 4 bytes read once from memory.
 #pragma once
 #include "cpu_masks_impl.h"
+#if FP_ISA >= 3
+#include "cpu_bf16_expand_impl.h"
+#endif
 
 namespace {
 
@@ -24,95 +27,94 @@ constexpr int64_t kLead = kCols + 16;
 
 template <int MR, int NV>
 inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, vf (&acc)[MR][NV]) {
+  // One pointer to three rows, the reach of an address with a scaled index: twelve would not stay in registers.
+  const float* three[(MR + 2) / 3];
+  for (int m = 0; m < MR; m += 3) three[m / 3] = a + m * am;
   for (int64_t i = 0; i < k; ++i) {
     vf row[NV];
     for (int v = 0; v < NV; ++v) row[v] = load<vf>(b + i * bk + v * kLanes);
     for (int m = 0; m < MR; ++m) {
-      const vf x = splat(a[m * am + i * ak]);
+      const vf x = splat(three[m / 3][m % 3 * am]);
       for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
     }
+    for (int m = 0; m < MR; m += 3) three[m / 3] += ak;
   }
 }
 
-// c[m, n] (+)= start[n] + sum_k a[m, k] b[k, n] for MR rows and NV vectors. ADD sums its k apart and then adds, so that a
-// long sum is one of short sums: the rounding error of 256 terms and not of thousands.
+// The terms that one sum runs over before it is added to the whole.
+constexpr int64_t kShortSum = 128;
+
+// c[m, n] = start[n] + scale * sum_k a[m, k] b[k, n] for MR rows and NV vectors; ADD: c += scale * the sum, so that a long
+// sum is one of short sums: the rounding error of 128 terms and not of thousands.
 template <int MR, int NV, bool ADD>
 inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, const float* start,
-                  float* c, int64_t ldc) {
-  vf acc[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = !ADD && start ? load<vf>(start + v * kLanes) : vf{};
+                  float scale, float* c, int64_t ldc) {
+  vf acc[MR][NV], first[NV] = {};
+  clear(acc);
   tile<MR, NV>(a, am, ak, b, bk, k, acc);
+  if (start)
+    for (int v = 0; v < NV; ++v) first[v] = load<vf>(start + v * kLanes);
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < NV; ++v) {
       float* out = c + m * ldc + v * kLanes;
-      store(out, ADD ? load<vf>(out) + acc[m][v] : acc[m][v]);
+      store(out, scale * acc[m][v] + (ADD ? load<vf>(out) : first[v]));
     }
 }
 
 // All rows at one width: the full row group, then groups of 4, 2 and 1.
 template <int MR, int NV, bool ADD>
 inline void rows_of(const float* a, int64_t am, int64_t ak, int64_t rows, const float* b, int64_t bk, int64_t k,
-                    const float* start, float* c, int64_t ldc) {
+                    const float* start, float scale, float* c, int64_t ldc) {
   int64_t m = 0;
-  for (; m + MR <= rows; m += MR) block<MR, NV, ADD>(a + m * am, am, ak, b, bk, k, start, c + m * ldc, ldc);
+  for (; m + MR <= rows; m += MR) block<MR, NV, ADD>(a + m * am, am, ak, b, bk, k, start, scale, c + m * ldc, ldc);
   if constexpr (MR > 4)
-    for (; m + 4 <= rows; m += 4) block<4, NV, ADD>(a + m * am, am, ak, b, bk, k, start, c + m * ldc, ldc);
+    for (; m + 4 <= rows; m += 4) block<4, NV, ADD>(a + m * am, am, ak, b, bk, k, start, scale, c + m * ldc, ldc);
   if constexpr (MR > 2)
-    for (; m + 2 <= rows; m += 2) block<2, NV, ADD>(a + m * am, am, ak, b, bk, k, start, c + m * ldc, ldc);
-  for (; m < rows; ++m) block<1, NV, ADD>(a + m * am, am, ak, b, bk, k, start, c + m * ldc, ldc);
+    for (; m + 2 <= rows; m += 2) block<2, NV, ADD>(a + m * am, am, ak, b, bk, k, start, scale, c + m * ldc, ldc);
+  for (; m < rows; ++m) block<1, NV, ADD>(a + m * am, am, ak, b, bk, k, start, scale, c + m * ldc, ldc);
 }
 
 constexpr int64_t vectors(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
-inline void reduce_block(const float* x, int64_t ldx, int64_t rows, int64_t n, const float* panel, int64_t ldp, int64_t R,
-                         float* s) {
-  int64_t v = 0;
+// The block that is read next. Its lines are asked for while this one is multiplied, a few between two tiles: in one
+// burst they would queue for the few that a core can have under way.
+struct Ahead {
+  const char* at;  // null: none
+  int64_t stride, size;  // bytes between rows, of an element
+  void fetch(int64_t m0, int64_t rows, int64_t column, int64_t n) const {
+    if (!at) return;
+    for (int64_t m = m0; m < m0 + rows; ++m)
+      for (int64_t byte = column * size; byte < (column + n) * size; byte += 64) __builtin_prefetch(at + m * stride + byte, 0, 2);
+  }
+};
+
+// The rows of one copy: it waits for memory while the rows before it are multiplied.
+constexpr int64_t kGroup = 12;
+
+inline void reduce_group(const float* x, int64_t ldx, int64_t m, int64_t rows, int64_t n, const float* panel, int64_t ldp, int64_t R,
+                         float* s, const Ahead& ahead) {
   const int64_t all = vectors(R);
-  for (; v + 2 <= all; v += 2)
-    rows_of<kReduceRows2, 2, true>(x, ldx, 1, rows, panel + v * kLanes, ldp, n, nullptr, s + v * kLanes, ldp);
-  if (v < all)
-    rows_of<kReduceRows1, 1, true>(x, ldx, 1, rows, panel + v * kLanes, ldp, n, nullptr, s + v * kLanes, ldp);
+  for (int64_t k = 0; k < n; k += kShortSum) {
+    const int64_t count = smaller(kShortSum, n - k);
+    ahead.fetch(m, rows, k, count);
+    for (int64_t v = 0; v < all; v += 2) {
+      const auto some = v + 2 <= all ? rows_of<kReduceRows2, 2, true> : rows_of<kReduceRows1, 1, true>;
+      some(x + m * ldx + k, ldx, 1, rows, panel + k * ldp + v * kLanes, ldp, count, nullptr, 1.0f, s + m * ldp + v * kLanes, ldp);
+    }
+  }
 }
 
 inline void grad_block(const float* left, int64_t ldl, int64_t R, const float* x, int64_t ldx, int64_t rows, int64_t n,
-                       float* grad, int64_t ldg) {
-  int64_t v = 0;
+                       float* grad, int64_t ldg, const Ahead& ahead) {
   const int64_t all = vectors(n);
-  for (; v + kGradVectors <= all; v += kGradVectors)
-    rows_of<kGradRows, kGradVectors, true>(left, 1, ldl, R, x + v * kLanes, ldx, rows, nullptr, grad + v * kLanes, ldg);
-  for (; v < all; ++v)
-    rows_of<kGradRows, 1, true>(left, 1, ldl, R, x + v * kLanes, ldx, rows, nullptr, grad + v * kLanes, ldg);
-}
-
-template <Type T>
-inline vf load_tail(const void* base, int64_t i, int64_t n) {
-  alignas(64) float part[kLanes] = {};
-  for (int64_t j = 0; j < n; ++j) part[j] = scalar_to_float(base, T, i + j);
-  return load<vf>(part);
-}
-
-template <Type T>
-inline vf load_some(const void* base, int64_t i, int64_t n) {
-  return n >= kLanes ? load_as_float<T>(base, i) : load_tail<T>(base, i, n);
-}
-
-template <Type T>
-inline void store_some(void* base, int64_t i, vf v, int64_t n) {
-  if (n >= kLanes) return store_from_float<T>(base, i, v);
-  constexpr int64_t size = T == Type::f32 ? 4 : 2;
-  alignas(64) unsigned char part[kLanes * 4];
-  store_from_float<T>(part, 0, v);
-  std::memcpy(static_cast<char*>(base) + i * size, part, static_cast<size_t>(n * size));
-}
-
-// The lines of one row of a block, to come from memory while the block before it is computed: the hardware's own
-// prefetcher starts anew at every row.
-template <Type T>
-inline void prefetch(const void* x, int64_t base) {
-  constexpr int64_t size = T == Type::f32 ? 4 : 2;
-  const char* p = static_cast<const char*>(x) + base * size;
-  for (int64_t line = 0; line < kCols * size; line += 64) __builtin_prefetch(p + line, 0, 2);
+  for (int64_t v = 0; v < all;) {
+    const bool wide = v + kGradVectors <= all;
+    const int64_t c = v * kLanes, step = wide ? kGradVectors : 1;
+    ahead.fetch(0, rows, c, step * kLanes);
+    const auto some = wide ? rows_of<kGradRows, kGradVectors, true> : rows_of<kGradRows, 1, true>;
+    some(left, 1, ldl, R, x + c, ldx, rows, nullptr, 1.0f, grad + c, ldg);
+    v += step;
+  }
 }
 
 // One row of a block of at most 256 columns to fp32, masked; the padding up to a whole vector is zero.
@@ -141,33 +143,58 @@ inline void column_sums(const float* x, int64_t ldx, int64_t rows, int64_t n, fl
 template <Type T>
 void reduce_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
                float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
   const int64_t rows = m1 - m0;
   // Rows are copied even where they are fp32: at a width of 1024 the addresses of all rows fall on one set of an L1 cache.
   alignas(64) float buffer[kRows * kLead];
   for (int64_t k0 = 0; k0 < width; k0 += kCols) {
     const int64_t n = smaller(kCols, width - k0);
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t base = (m0 + m) * x.stride + k0;
-      if (k0 + 2 * kCols <= width) prefetch<T>(x.data, base + kCols);
-      else if (m1 + m < x.count) prefetch<T>(x.data, (m1 + m) * x.stride);
-      fetch<T>(x.data, base, n, mask.row(m, k0), buffer + m * kLead);
+    const char* block = static_cast<const char*>(x.data) + (m0 * x.stride + k0) * size;
+    const Ahead none = {nullptr, 0, 0};
+    // These rows' next columns, or the first ones of the rows after them.
+    const Ahead next = {k0 + kCols < width ? block + kCols * size : m1 < x.count ? block + (rows * x.stride - k0) * size : nullptr,
+                        x.stride * size, size};
+    for (int64_t g = 0; g < rows; g += kGroup) {
+      const int64_t group = smaller(kGroup, rows - g);
+      for (int64_t m = g; m < g + group; ++m) fetch<T>(x.data, (m0 + m) * x.stride + k0, n, mask.row(m, k0), buffer + m * kLead);
+      if (s) reduce_group(buffer, kLead, g, group, n, panel + k0 * ldp, ldp, R, s, next);
     }
-    if (s) reduce_block(buffer, kLead, rows, n, panel + k0 * ldp, ldp, R, s);
-    if (grad) grad_block(left, ldl, R, buffer, kLead, rows, n, grad + k0, ldg);
+    if (grad) grad_block(left, ldl, R, buffer, kLead, rows, n, grad + k0, ldg, s ? none : next);
     if (sums) column_sums(buffer, kLead, rows, n, sums + k0);
   }
 }
 
-void reduce(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R, float* s,
-            const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
-  if (s) std::memset(s, 0, static_cast<size_t>((m1 - m0) * ldp) * sizeof(float));
+void reduce(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R, float scale,
+            float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
+  const int64_t count = (m1 - m0) * ldp;
+  if (s) std::memset(s, 0, static_cast<size_t>(count) * sizeof(float));
+#if FP_ISA >= 3
+  if (in_pairs(x.type, R)) return reduce_pairs(x, m0, m1, width, mask, panel, ldp, R, scale, s, left, ldl, grad, ldg, sums);
+#endif
   auto as = x.type == Type::f32 ? reduce_as<Type::f32> : x.type == Type::bf16 ? reduce_as<Type::bf16> : reduce_as<Type::f16>;
   as(x, m0, m1, width, mask, panel, ldp, R, s, left, ldl, grad, ldg, sums);
+  for (int64_t i = 0; s && scale != 1.0f && i < count; i += kLanes) store(s + i, scale * load<vf>(s + i));
+}
+
+// out [rows, n] = bias + scale * s b, n <= kCols.
+inline void expand_block(const float* s, int64_t lds, int64_t rows, const float* panel, int64_t ldp, int64_t R, const float* bias,
+                         float scale, float* out, int64_t ldo, int64_t n) {
+  const int64_t all = vectors(n);
+  for (int64_t r = 0; r == 0 || r < R; r += kShortSum) {
+    const auto wide = r ? rows_of<kExpandRows, kExpandVectors, true> : rows_of<kExpandRows, kExpandVectors, false>;
+    const auto thin = r ? rows_of<kExpandRows, 1, true> : rows_of<kExpandRows, 1, false>;
+    const int64_t count = smaller(kShortSum, R - r);
+    for (int64_t v = 0; v < all; v += kExpandVectors) {
+      const int64_t c = v * kLanes;
+      const auto some = v + kExpandVectors <= all ? wide : thin;
+      some(s + r, lds, 1, rows, panel + r * ldp + c, ldp, count, bias && !r ? bias + c : nullptr, scale, out + c, ldo);
+    }
+  }
 }
 
 template <Type T>
 void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
-               const float* bias, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
+               const float* bias, float scale, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
   alignas(64) float buffer[kExpandRows * kCols];
   for (int64_t n0 = 0; n0 < width; n0 += kCols) {
     const int64_t n = smaller(kCols, width - n0);
@@ -176,18 +203,7 @@ void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, c
       const int64_t rows = smaller(kExpandRows, m1 - m);
       float* out = direct ? static_cast<float*>(y) + m * stride + n0 : buffer;
       const int64_t ldo = direct ? stride : kCols;
-      int64_t v = 0;
-      const int64_t all = vectors(n);
-      for (; v + kExpandVectors <= all; v += kExpandVectors) {
-        const int64_t c = n0 + v * kLanes;
-        rows_of<kExpandRows, kExpandVectors, false>(s + (m - m0) * lds, lds, 1, rows, panel + c, ldp, R,
-                                                    bias ? bias + c : nullptr, out + v * kLanes, ldo);
-      }
-      for (; v < all; ++v) {
-        const int64_t c = n0 + v * kLanes;
-        rows_of<kExpandRows, 1, false>(s + (m - m0) * lds, lds, 1, rows, panel + c, ldp, R, bias ? bias + c : nullptr,
-                                       out + v * kLanes, ldo);
-      }
+      expand_block(s + (m - m0) * lds, lds, rows, panel + n0, ldp, R, bias ? bias + n0 : nullptr, scale, out, ldo, n);
       if (direct) continue;
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t base = (m + i) * stride + n0;
@@ -205,28 +221,36 @@ void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, c
 }
 
 void expand(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
-            const float* bias, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width) {
+            const float* bias, float scale, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width) {
+#if FP_ISA >= 3
+  if (in_pairs(type, R)) return expand_pairs(s, lds, m0, m1, R, panel, ldp, bias, scale, mask, add, y, stride, width);
+#endif
   auto as = type == Type::f32 ? expand_as<Type::f32> : type == Type::bf16 ? expand_as<Type::bf16> : expand_as<Type::f16>;
-  as(s, lds, m0, m1, R, panel, ldp, bias, mask, add, y, stride, width);
+  as(s, lds, m0, m1, R, panel, ldp, bias, scale, mask, add, y, stride, width);
 }
 
 template <Type T>
-void pack_as(const Strided& src, int64_t rows, int64_t cols, float scale, float* out, int64_t ld) {
+void pack_as(const Strided& src, int64_t rows, int64_t cols, Use use, Type type, float* out, int64_t ld) {
+#if FP_ISA >= 3
+  const int64_t R = use == Use::reduce ? cols : rows;
+  if (in_pairs(type, R))
+    return pack_pairs<T>(src, rows, cols, use == Use::reduce && R <= kFoldRank, reinterpret_cast<uint32_t*>(out), ld);
+#endif
   // Read along the contiguous dimension: the other one is the transposition of a thin parameter.
   if (src.row == 1 && src.col != 1) {
     for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = scale * scalar_to_float(src.data, T, i + j * src.col);
+      for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = scalar_to_float(src.data, T, i + j * src.col);
   } else {
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = scale * scalar_to_float(src.data, T, i * src.row + j * src.col);
+      for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = scalar_to_float(src.data, T, i * src.row + j * src.col);
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = cols; j < ld; ++j) out[i * ld + j] = 0.0f;
 }
 
-void pack(Strided src, int64_t rows, int64_t cols, float scale, float* out, int64_t ld) {
+void pack(Strided src, int64_t rows, int64_t cols, Use use, Type type, float* out, int64_t ld) {
   auto as = src.type == Type::f32 ? pack_as<Type::f32> : src.type == Type::bf16 ? pack_as<Type::bf16> : pack_as<Type::f16>;
-  as(src, rows, cols, scale, out, ld);
+  as(src, rows, cols, use, type, out, ld);
 }
 
 template <Type T>

@@ -5,34 +5,36 @@ namespace fastpeft {
 
 std::tuple<Tensor, Tensor> adapter_fwd(const Tensor& x, int64_t N, const Tensor& a, const Tensor& b,
                                        const optional<Tensor>& bias, const optional<Tensor>& lora_bias, double scale,
-                                       double p, const optional<Tensor>& seed, ScalarType type) {
+                                       double p, const optional<Tensor>& seed, ScalarType type, const optional<Tensor>& base) {
   const int64_t M = x.size(0), K = x.size(1), R = a.size(0);
-  Tensor sum = empty({M, N}, type), s = empty_like(x, {M, R});
+  Tensor sum = base ? *base : empty({M, N}, type), s = empty_like(x, {M, R});
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
-  const Panel down(transposed(readable_a), K, R, mask.factor);
-  const Panel up(transposed(readable_b), R, N, static_cast<float>(scale));
-  const auto start = start_row(bias, lora_bias, N, static_cast<float>(scale));
+  const float factor = static_cast<float>(scale);
+  const Panel down(transposed(readable_a), K, R, Use::reduce, type_of(x));
+  const Panel up(transposed(readable_b), R, N, Use::expand, type_of(sum));
+  const auto start = start_row(bias, lora_bias, N, factor);
   parallel_rows(M, [&](int64_t m0, int64_t m1) {
     Scratch own((m1 - m0) * down.ld);
     shrink_rows(x, down, mask, R, m0, m1, own);
     put_rows(own, down.ld, m0, m1 - m0, R, s.mutable_data_ptr(), type_of(s));
-    kernels().expand(own, down.ld, m0, m1, R, up.data, up.ld, start ? start->data : nullptr, kAll, false,
+    kernels().expand(own, down.ld, m0, m1, R, up.data, up.ld, start ? start->data : nullptr, factor, kAll, base.has_value(),
                      sum.mutable_data_ptr(), type_of(sum), N, N);
   });
   return {sum, s};
 }
 
 AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
-                         double p, const optional<Tensor>& seed, AdapterNeeds need, ScalarType type) {
+                         double p, const optional<Tensor>& seed, AdapterNeeds need, ScalarType type, const optional<Tensor>& base) {
   const int64_t M = dy.size(0), N = dy.size(1), K = a.size(1), R = a.size(0), ld = padded(R);
-  Tensor dx = empty({need.dx ? M : 0, K}, type), da = need.da ? empty_like(a, {R, K}) : nothing(a);
+  Tensor dx = base ? *base : empty({need.dx ? M : 0, K}, type), da = need.da ? empty_like(a, {R, K}) : nothing(a);
   Tensor db = need.db ? empty_like(b, {N, R}) : nothing(b);
   Tensor sums = empty({need.bias ? N : 0}, ScalarType::Float);
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
-  const Panel down(strided(readable_a), need.dx ? R : 0, K, mask.factor);
-  const Panel up(strided(readable_b), N, R, static_cast<float>(scale));
+  const float factor = static_cast<float>(scale);
+  const Panel down(strided(readable_a), need.dx ? R : 0, K, Use::expand, type_of(dx));
+  const Panel up(strided(readable_b), N, R, Use::reduce, type_of(dy));
   const Tasks tasks(M);
   Partials grad_a(tasks.count, need.da ? R : 0, K), grad_b(tasks.count, need.db ? R : 0, N);
   Partials bias(tasks.count, need.bias ? 1 : 0, N);
@@ -47,20 +49,20 @@ AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, con
       for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
         if (need.db) get_rows(s, m0, m1 - m0, left, ld);
         if (need_ds || need.db || need.bias)
-          kernels().reduce(rows_of(dy), m0, m1, N, kAll, up.data, up.ld, R, need_ds ? ds.data : nullptr, left, ld,
+          kernels().reduce(rows_of(dy), m0, m1, N, kAll, up.data, up.ld, R, factor, need_ds ? ds.data : nullptr, left, ld,
                            b_part, grad_b.ld, bias_part);
         if (!need_ds) return;
         const Bits bits = masks.of(m0, m1);
         if (need.da)
-          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, nullptr, ds, ld, a_part, grad_a.ld, nullptr);
+          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, ds, ld, a_part, grad_a.ld, nullptr);
         if (need.dx)
-          kernels().expand(ds, ld, m0, m1, R, down.data, down.ld, nullptr, bits, false, dx.mutable_data_ptr(),
+          kernels().expand(ds, ld, m0, m1, R, down.data, down.ld, nullptr, mask.factor, bits, base.has_value(), dx.mutable_data_ptr(),
                            type_of(dx), K, K);
       });
     }
   });
   if (need.da) grad_a.finish(da, mask.factor, false);
-  if (need.db) grad_b.finish(db, static_cast<float>(scale), true);
+  if (need.db) grad_b.finish(db, factor, true);
   if (need.bias) bias.finish(sums, 1.0f, false);
   return {dx, da, db, sums};
 }

@@ -47,47 +47,54 @@ Tensor columns(const Tensor& t, int64_t n, int64_t count) {
   return torch::stable::narrow(const_cast<Tensor&>(t), 1, n, count);
 }
 
-// The rank-R part of y and s first; then the vendor GEMM adds the base product (beta = 1).
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, optional<Tensor> bias,
                                            optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed,
                                            std::string) {
-  const bool upcast = !native(type_of(x));
-  auto [sum, s] = adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed,
-                              upcast ? ScalarType::Float : x.scalar_type());
-  if (!upcast) {
+  const Type type = type_of(x);
+  Tensor y = empty_like(x, {x.size(0), w.size(0)});
+  if (type != Type::f32 && native(type)) {
+    gemm(y, x, transpose(w), 0.0);
+    return adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed, y.scalar_type(), y);
+  }
+  const auto [sum, s] = adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed, ScalarType::Float);
+  if (type == Type::f32) {
     gemm(sum, x, transpose(w));
     return {sum, s};
   }
-  Tensor y = empty_like(x, {x.size(0), w.size(0)});
   if (x.size(0)) {
     const Tensor x32 = to_f32(x), into = sum;
     upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(into, n, count), x32, transpose(w32)); });
-    from_f32(into, y);
+    from_f32(sum, y);
   }
   return {y, s};
 }
 
-// One visit of each block of rows gives ds, db, the bias gradient, da and the adapter's share of dx; then dx += dy w.
+// One visit of each block of rows gives ds, db, the bias gradient, da and the adapter's share of dx.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s,
                                                            double scale, double p, optional<Tensor> seed, std::string,
                                                            bool need_dx, bool need_da, bool need_db, bool need_bias) {
-  const bool upcast = !native(type_of(dy));
-  const AdapterGrads own = adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias},
-                                       upcast ? ScalarType::Float : dy.scalar_type());
-  Tensor dx = own.dx;
+  const Type type = type_of(dy);
+  const AdapterNeeds need = {need_dx, need_da, need_db, need_bias};
+  optional<Tensor> base;
+  if (need_dx && type != Type::f32 && native(type)) {
+    base = empty_like(dy, {dy.size(0), w.size(1)});
+    gemm(*base, dy, w, 0.0);
+  }
+  const AdapterGrads grads = adapter_bwd(dy, x, a, b, s, scale, p, seed, need, base ? dy.scalar_type() : ScalarType::Float, base);
+  Tensor dx = grads.dx;
   if (!need_dx) {
     dx = nothing(dy);
-  } else if (!upcast) {
+  } else if (type == Type::f32) {
     gemm(dx, dy, w);
-  } else {
+  } else if (!base) {
     dx = empty_like(dy, {dy.size(0), w.size(1)});
     if (dy.size(0)) {
       const Tensor dy32 = to_f32(dy);
-      upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(own.dx, columns(dy32, n, count), w32); });
-      from_f32(own.dx, dx);
+      upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(grads.dx, columns(dy32, n, count), w32); });
+      from_f32(grads.dx, dx);
     }
   }
-  return {dx, own.da, own.db, own.bias};
+  return {dx, grads.da, grads.db, grads.bias};
 }
 
 }  // namespace

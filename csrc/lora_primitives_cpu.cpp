@@ -12,7 +12,7 @@ Tensor lora_shrink(Tensor x, Tensor a, double p, optional<Tensor> seed) {
   Tensor s = empty_like(x, {M, R});
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a);
-  const Panel panel(transposed(readable_a), K, R, mask.factor);
+  const Panel panel(transposed(readable_a), K, R, Use::reduce, type_of(x));
   parallel_rows(M, [&](int64_t m0, int64_t m1) {
     Scratch own((m1 - m0) * panel.ld);
     shrink_rows(x, panel, mask, R, m0, m1, own);
@@ -24,11 +24,11 @@ Tensor lora_shrink(Tensor x, Tensor a, double p, optional<Tensor> seed) {
 void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float* bias, double scale, bool add) {
   const int64_t R = s.size(1), N = b.size(0), ld = padded(R);
   const Tensor readable_b = readable(b);
-  const Panel panel(transposed(readable_b), R, N, static_cast<float>(scale));
+  const Panel panel(transposed(readable_b), R, N, Use::expand, type_of(y));
   parallel_rows(s.size(0), [&](int64_t m0, int64_t m1) {
     Scratch own((m1 - m0) * ld);
     get_rows(s, m0, m1 - m0, own, ld);
-    kernels().expand(own, ld, m0, m1, R, panel.data, panel.ld, bias, kAll, add, y.mutable_data_ptr(), type_of(y),
+    kernels().expand(own, ld, m0, m1, R, panel.data, panel.ld, bias, static_cast<float>(scale), kAll, add, y.mutable_data_ptr(), type_of(y),
                      y.stride(0), N);
   });
 }
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
   Tensor ds = empty_like(dy, {M, R}), db = need_db ? empty_like(b, {N, R}) : nothing(b);
   Tensor sums = empty({need_bias ? N : 0}, ScalarType::Float);
   const Tensor readable_b = readable(b);
-  const Panel panel(strided(readable_b), N, R, static_cast<float>(scale));
+  const Panel panel(strided(readable_b), N, R, Use::reduce, type_of(dy));
   const Tasks tasks(M);
   Partials grad(tasks.count, need_db ? R : 0, N), bias(tasks.count, need_bias ? 1 : 0, N);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
       float* bias_part = need_bias ? bias.clear(task) : nullptr;
       for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
         if (need_db) get_rows(s, m0, m1 - m0, left, panel.ld);
-        kernels().reduce(rows_of(dy), m0, m1, N, kAll, panel.data, panel.ld, R, own, left, panel.ld, db_part, grad.ld,
+        kernels().reduce(rows_of(dy), m0, m1, N, kAll, panel.data, panel.ld, R, static_cast<float>(scale), own, left, panel.ld, db_part, grad.ld,
                          bias_part);
         put_rows(own, panel.ld, m0, m1 - m0, R, ds.mutable_data_ptr(), type_of(ds));
       });
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, 
   Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a), dx = need_dx ? empty_like(ds, {M, K}) : nothing(ds);
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a);
-  const Panel panel(strided(readable_a), need_dx ? R : 0, K, mask.factor);
+  const Panel panel(strided(readable_a), need_dx ? R : 0, K, Use::expand, type_of(dx));
   const Tasks tasks(M);
   Partials grad(tasks.count, need_da ? R : 0, K);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
@@ -86,9 +86,9 @@ std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, 
         get_rows(ds, m0, m1 - m0, left, ld);
         const Bits bits = masks.of(m0, m1);
         if (need_da)
-          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, nullptr, left, ld, part, grad.ld, nullptr);
+          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, left, ld, part, grad.ld, nullptr);
         if (need_dx)
-          kernels().expand(left, ld, m0, m1, R, panel.data, panel.ld, nullptr, bits, false, dx.mutable_data_ptr(),
+          kernels().expand(left, ld, m0, m1, R, panel.data, panel.ld, nullptr, mask.factor, bits, false, dx.mutable_data_ptr(),
                            type_of(dx), K, K);
       });
     }

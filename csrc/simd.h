@@ -39,6 +39,13 @@ inline void store(void* p, V v) {
 }
 inline vf splat(float f) { return f - vf{}; }  // x - 0 is x for every x: folds to a broadcast
 
+// Not `= {}`, which GCC makes a `rep stos` on the stack of.
+template <int MR, int NV>
+inline void clear(vf (&acc)[MR][NV]) {
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
+}
+
 // Counters of Philox.
 struct Counter {
   vu v;
@@ -154,6 +161,27 @@ inline float scalar_to_float(const void* base, Type type, int64_t i) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
+}
+
+template <Type T>
+inline vf load_tail(const void* base, int64_t i, int64_t n) {
+  alignas(64) float part[kLanes] = {};
+  for (int64_t j = 0; j < n; ++j) part[j] = scalar_to_float(base, T, i + j);
+  return load<vf>(part);
+}
+
+template <Type T>
+inline vf load_some(const void* base, int64_t i, int64_t n) {
+  return n >= kLanes ? load_as_float<T>(base, i) : load_tail<T>(base, i, n);
+}
+
+template <Type T>
+inline void store_some(void* base, int64_t i, vf v, int64_t n) {
+  if (n >= kLanes) return store_from_float<T>(base, i, v);
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  alignas(64) unsigned char part[kLanes * 4];
+  store_from_float<T>(part, 0, v);
+  std::memcpy(static_cast<char*>(base) + i * size, part, static_cast<size_t>(n * size));
 }
 
 }  // namespace

@@ -39,10 +39,11 @@ struct BlockMask {
 
 constexpr Bits kAll = {nullptr, 0};
 
-// [long, padded(R)] fp32 from a [R, long]; and [R, padded(long)] from its transpose.
+// A thin parameter, or the transpose of one, [rows, cols] as a kernel wants it beside x, dy or y of `type`.
 struct Panel {
-  Panel(Strided src, int64_t rows, int64_t cols, float scale) : ld(padded(cols)), data(rows * ld) {
-    kernels().pack(src, rows, cols, scale, data, ld);
+  Panel(Strided src, int64_t rows, int64_t cols, Use use, Type type)
+      : ld(use == Use::expand ? spread_out(cols) : padded(cols)), data(rows * ld) {
+    kernels().pack(src, rows, cols, use, type, data, ld);
   }
   int64_t ld;
   Scratch data;
@@ -97,8 +98,8 @@ inline std::unique_ptr<Scratch> start_row(const optional<Tensor>& bias, const op
   for (const auto& [given, factor] : {std::pair(&bias, 1.0f), std::pair(&lora_bias, scale)}) {
     if (!*given) continue;
     const Tensor t = readable(**given);
-    kernels().pack({t.const_data_ptr(), type_of(t), 0, t.stride(0)}, 1, N, factor, other, padded(N));
-    for (int64_t n = 0; n < N; ++n) (*row)[n] += other[n];
+    kernels().pack({t.const_data_ptr(), type_of(t), 0, t.stride(0)}, 1, N, Use::expand, Type::f32, other, padded(N));
+    for (int64_t n = 0; n < N; ++n) (*row)[n] += factor * other[n];
   }
   return row;
 }
@@ -106,7 +107,7 @@ inline std::unique_ptr<Scratch> start_row(const optional<Tensor>& bias, const op
 // The partial sums [count, rows, ld] of the tasks, added in order, to a contiguous tensor [rows, cols] (or [cols, rows]).
 struct Partials {
   Partials(int64_t count, int64_t rows, int64_t cols)
-      : count(count), rows(rows), cols(cols), ld(padded(cols)), data(count * rows * ld) {}
+      : count(count), rows(rows), cols(cols), ld(spread_out(cols)), data(count * rows * ld) {}
   float* clear(int64_t task) {
     float* own = data + task * rows * ld;
     std::fill(own, own + rows * ld, 0.0f);
@@ -121,11 +122,17 @@ struct Partials {
     const bool direct = has_kernels(out.scalar_type());
     const Tensor target =
         direct ? out : torch::stable::new_empty(out, out.sizes(), std::make_optional(ScalarType::Float));
-    Scratch row(std::max(rows, cols));
-    const int64_t outer = transposed ? cols : rows, inner = transposed ? rows : cols;
-    for (int64_t i = 0; i < outer; ++i) {
-      for (int64_t j = 0; j < inner; ++j) row[j] = factor * (transposed ? total[j * ld + i] : total[i * ld + j]);
-      put_rows(row, inner, i, 1, inner, target.mutable_data_ptr(), type_of(target));
+    if (factor != 1.0f)
+      for (int64_t i = 0; i < rows * ld; ++i) total[i] *= factor;
+    if (!transposed) {
+      put_rows(total, ld, 0, rows, cols, target.mutable_data_ptr(), type_of(target));
+    } else {
+      Scratch block(kPad * rows);
+      for (int64_t i = 0; i < cols; i += kPad) {  // a cache line of each row at a time
+        for (int64_t j = 0; j < rows; ++j)
+          for (int64_t k = 0; k < kPad; ++k) block[k * rows + j] = total[j * ld + i + k];
+        put_rows(block, rows, i, std::min(kPad, cols - i), rows, target.mutable_data_ptr(), type_of(target));
+      }
     }
     if (!direct) {
       Tensor wide = out;
@@ -138,7 +145,8 @@ struct Partials {
 
 inline void shrink_rows(const Tensor& x, const Panel& panel, const Mask& mask, int64_t R, int64_t m0, int64_t m1, float* s) {
   BlockMask bits(mask, x.size(1));
-  kernels().reduce(rows_of(x), m0, m1, x.size(1), bits.of(m0, m1), panel.data, panel.ld, R, s, nullptr, 0, nullptr, 0, nullptr);
+  kernels().reduce(rows_of(x), m0, m1, x.size(1), bits.of(m0, m1), panel.data, panel.ld, R, mask.factor, s,
+                   nullptr, 0, nullptr, 0, nullptr);
 }
 
 }  // namespace fastpeft

@@ -48,6 +48,12 @@ def same_bits(ours, gold):
     assert torch.equal(ours[~nan].view(torch.int16), gold[~nan].view(torch.int16))
 
 
+def flush_denormals(isa, gold, exact=None):
+    """VDPBF16PS takes denormals for zero, in torch's own product of bf16 matrices too."""
+    if isa == "avx512_bf16" and gold.dtype == torch.bfloat16:
+        gold[(gold if exact is None else exact).abs() < 2.0**-126] = 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_value_survives(isa, dtype):
     """All 65536 values of a 16-bit dtype through fp32 and back."""
@@ -55,6 +61,7 @@ def test_every_value_survives(isa, dtype):
     y = ops.lora_expand(s, torch.ones(1, 1), backend="cpp")
     gold = s.clone()
     gold[gold == 0] = 0.0  # the sum starts at +0
+    flush_denormals(isa, gold)
     same_bits(y, gold)
 
 
@@ -68,4 +75,6 @@ def test_rounding(isa, dtype):
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.99, 65520.0, 3.4e38, 1e-45, 2.0**-25, 2.0**-24])
     b = torch.cat([values, special]).view(-1, 1)
     y = ops.lora_expand(torch.ones(1, 1, dtype=dtype), b, backend="cpp")
-    same_bits(y[0], b[:, 0].to(dtype))
+    gold = b[:, 0].to(dtype)
+    flush_denormals(isa, gold, b[:, 0])
+    same_bits(y[0], gold)
