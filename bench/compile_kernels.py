@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every architecture with no GPU, and check registers, spills and shared memory.
 
-    python bench/compile_kernels.py [--only lora_shrink] [--jobs 2] [--arch 90]
+    python bench/compile_kernels.py [--only lora_shrink lora_expand] [--jobs 2] [--arch 90]
 
 The launchers themselves name what is compiled: they run on meta tensors with their `launch` captured, so a kernel is
 compiled with the arguments, flags and tile it would really get. Every tile-table entry must be met on the way.
@@ -27,11 +27,14 @@ _tree.ensure_importable()
 
 # A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPS = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused")
+OPS = (
+    "_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "quantize_4bit",
+    "dequantize_4bit", "linear4bit_small",
+)  # fmt: skip
 M, N, K = 8192, 4096, 4096
 SCALE = 2.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int64: "i64"}
+TYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def meta(shape, dtype):
@@ -84,6 +87,44 @@ def linear_fused(op, x_dtype, R, a_dtype):
     op.lora_linear_fused_dx(dy, w, s, a, 0.1, seed)
 
 
+def packed_weight(block_size, double):
+    """(packed, scales) of an [N, K] weight."""
+    blocks = N * K // block_size
+    absmax = [meta((blocks,), torch.uint8), meta((256,), FP32), meta((-(-blocks // 256),), FP32), meta((), FP32)]
+    return meta((N * K // 2,), torch.uint8), absmax if double else [meta((blocks,), FP32)]
+
+
+# Formats of a 4-bit weight: what transformers quantises to, the other table, and blocks longer than a tile.
+FORMATS = (("nf4", 64, True), ("fp4", 64, False), ("nf4", 32, False), ("nf4", 4096, True))
+
+
+def quantize_4bit(op, x_dtype, R, a_dtype):
+    for quant_type, block_size, _ in FORMATS:
+        op.quantize_4bit(meta((N, K), x_dtype), quant_type, block_size)
+    op.quantize_absmax(meta((N * K // 64,), FP32), meta((256,), FP32))
+
+
+def dequantize_4bit(op, x_dtype, R, a_dtype):
+    for quant_type, block_size, double in FORMATS:
+        op.dequantize_4bit(*packed_weight(block_size, double), quant_type, block_size, meta((N, K), x_dtype))
+
+
+def linear4bit_small(op, x_dtype, R, a_dtype):
+    """Every count of rows that has a tile; the other formats, the biases and the smallest rank at one of them."""
+    b = adapters(16, a_dtype)[1]
+    for M in (1, 16, 32, 64):
+        x, dy, s = meta((M, K), x_dtype), meta((M, N), x_dtype), meta((M, 16), x_dtype)
+        for quant_type, block_size, double in FORMATS if M == 16 and a_dtype == FP32 else FORMATS[:1]:
+            weight = (*packed_weight(block_size, double), quant_type, block_size)
+            op.linear4bit_small(x, *weight, N, s, b, None, None, SCALE)
+            op.linear4bit_small_dx(dy, *weight, K, meta((M, K), x_dtype))
+    weight = (*packed_weight(64, True), "nf4", 64)
+    op.linear4bit_small(x, *weight, N, meta((M, 64), x_dtype), adapters(64, a_dtype)[1], b[:, 0], b[:, 0], SCALE)
+    if a_dtype == FP32:
+        op.linear4bit_small(x, *weight, N, None, None, None, None, SCALE)
+        op.linear4bit_small_dx(dy, *weight, K, None)
+
+
 # (x dtype, adapter dtype, ranks): fp32 adapters on a bf16 base are the first-class case and meet every rank.
 DTYPES = [
     (BF16, FP32, (16, 32, 64, 128, 256, 320)),
@@ -93,8 +134,10 @@ DTYPES = [
 ]
 CASES = {
     "lora_shrink": shrink, "lora_expand": expand, "lora_grad_b": grad_b, "lora_grad_a": grad_a,
-    "lora_linear_fused": linear_fused,
+    "lora_linear_fused": linear_fused, "quantize_4bit": quantize_4bit, "dequantize_4bit": dequantize_4bit,
+    "linear4bit_small": linear4bit_small,
 }  # fmt: skip
+RANKLESS = {"quantize_4bit", "dequantize_4bit", "linear4bit_small"}  # which one call for each dtype covers
 
 
 def signature(kernel, args, constants):
@@ -144,7 +187,7 @@ def collect(arch, only):
         if name != "_common":
             module.lookup_tile = lookup
     for op, case in CASES.items():
-        if only and op != only:
+        if only and op not in only:
             continue
         if op == "lora_linear_fused" and arch < 90:
             print(f"sm_{arch}: lora_linear_fused skipped, the architecture has no TMA")
@@ -152,9 +195,9 @@ def collect(arch, only):
         for x_dtype, a_dtype, ranks in DTYPES:
             if op == "lora_linear_fused" and x_dtype == FP32:
                 continue
-            for R in ranks:
+            for R in ranks[:1] if op in RANKLESS else ranks:
                 case(modules[op], x_dtype, R, a_dtype)
-    tables = {name: module.TILES for name, module in modules.items() if name in CASES and only in (None, name)}
+    tables = {name: module.TILES for name, module in modules.items() if name in CASES and (not only or name in only)}
     return list(jobs.values()), met, tables
 
 
@@ -181,7 +224,7 @@ def compile_job(job):
     types = [
         t
         for n, t in job["signature"].items()
-        if n in ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "x_desc", "dy_desc")
+        if n in ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "w_ptr", "out_ptr", "x_desc", "dy_desc")
     ]
     row |= {"types": " ".join(types), "config": " ".join(f"{k}={int(v)}" for k, v in shown.items())}
     started = time.perf_counter()
@@ -199,7 +242,7 @@ def compile_job(job):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--only", choices=CASES, nargs="+", default=[])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()

@@ -2,10 +2,11 @@
 
     python bench/gpu.py [--fresh] [--only STAGE] [--device cpu --dry-run]
 
-Stages: correctness -> tune -> bench -> summary. Each runs in a process of its own with a time limit, so that one crash
-or hang costs one stage. A stage that passed for these sources and this GPU is not run again unless --fresh. Nothing has
-to be installed (without the compiled extension the cpp backend is absent, no check here needs it).
-Results: bench/results/gpu_state.json, tune_state.json, lora_linear_cuda.json. Exit status 1 if a stage failed.
+Stages: correctness -> tune -> bench -> fourbit -> summary. Each runs in a process of its own with a time limit, so
+that one crash or hang costs one stage. A stage that passed for these sources and this GPU is not run again unless
+--fresh. Nothing has to be installed (without the compiled extension the backends cpp and cuda are absent).
+Results: bench/results/gpu_state.json, tune_state.json, lora_linear_cuda.json, linear4bit_cuda.json. Exit status 1 if a
+stage failed.
 --dry-run exercises every stage at tiny shapes on the CPU, Triton under its interpreter, and tunes copies of the tables.
 """
 
@@ -21,10 +22,11 @@ from pathlib import Path
 
 import _tree
 
-STAGES = {"correctness": 180, "tune": 150, "bench": 220}  # seconds at most
+STAGES = {"correctness": 180, "tune": 140, "bench": 200, "fourbit": 60}  # seconds at most
 GRACE = 30  # for the compile in flight when a stage's own budget ran out
 TOTAL = 590  # of all stages; the last gets what the others left
-LINES = 20
+LINES = 24
+FOURBIT_SHOWN = ("dequantize 14336", "forward 16x4096", "lora 2048x4096->14336")  # the other rows are in the JSON
 
 
 class State:
@@ -109,6 +111,18 @@ def stage_bench(device: str, dry_run: bool, budget_s: float) -> dict:
     return {"ok": not left_out, "errors": left_out, "ratios": ratios, "absent": absent, "host": host, "kept": kept}
 
 
+def stage_fourbit(device: str, dry_run: bool, budget_s: float) -> dict:
+    import gpu_fourbit
+
+    data = gpu_fourbit.run(device, dry_run, budget_s, progress=lambda line: print(line, flush=True))
+    fourbit = {
+        name: {peer: row["median_s"] * 1e6 for peer, row in case["peers"].items()}
+        for name, case in data["cases"].items()
+    }
+    absent = {name: why for case in data["cases"].values() for name, why in case["absent"].items()}
+    return {"ok": not data["left_out"], "errors": data["left_out"], "fourbit": fourbit, "absent": absent}
+
+
 def run_stage(name: str, device: str, dry_run: bool, budget_s: float) -> dict:
     """The stage's result, its output tail and time; a crash, a hang or a missing result is a failed stage."""
     started = time.monotonic()
@@ -117,7 +131,7 @@ def run_stage(name: str, device: str, dry_run: bool, budget_s: float) -> dict:
         command = [sys.executable, __file__, "--stage", name, "--out", str(out), "--device", device,
                    "--budget", str(budget_s), *(["--dry-run"] if dry_run else [])]  # fmt: skip
         env = dict(os.environ)
-        if device == "cpu" and name != "bench":  # the benchmark times what a CPU really runs
+        if device == "cpu" and name not in ("bench", "fourbit"):  # benchmarks time what a CPU really runs
             env["TRITON_INTERPRET"] = "1"  # read when triton is imported
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    start_new_session=True)  # fmt: skip
@@ -162,7 +176,11 @@ def summary(data: dict) -> list[str]:
         lines.append("host us, fwd · fwd+bwd: " + ", ".join(
             f"{n} {bench['host'][f'{n} fwd'] * 1e6:.0f} · {bench['host'][f'{n} fwd+bwd'] * 1e6:.0f}"
             for n in wanted if f"{n} fwd" in bench["host"]))  # fmt: skip
-    reasons = sorted({f"{name.split(' p=')[0]}: {why}" for name, why in bench.get("absent", {}).items()})
+    for case, peers in stages.get("fourbit", {}).get("fourbit", {}).items():
+        if case.startswith(FOURBIT_SHOWN):
+            lines.append(f"4-bit {case}, us: " + ", ".join(f"{name} {us:.0f}" for name, us in peers.items()))
+    absent = {**stages.get("fourbit", {}).get("absent", {}), **bench.get("absent", {})}
+    reasons = sorted({f"{name.split(' p=')[0]}: {why}" for name, why in absent.items()})
     lines += [f"absent {reason}"[:160] for reason in reasons]
     return lines[:LINES]
 

@@ -16,6 +16,7 @@ _tree.ensure_importable()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import gpu_checks_fourbit  # noqa: E402
 from fastpeft import dispatch  # noqa: E402
 from fastpeft.testing import EPS, error  # noqa: E402
 
@@ -244,6 +245,7 @@ CHECKS: dict[str, Callable[[Ctx], str]] = {
     "CUDA graph": check_graph,
     "torch.compile": check_compile,
     "PEFT": check_peft,
+    **gpu_checks_fourbit.CHECKS,
 }
 
 

@@ -48,6 +48,8 @@ struct Strided {  // any strides, for the thin parameters
 // The kernel that a panel is packed for: reduce takes [width, R], expand takes [R, width].
 enum class Use : int { reduce, expand };
 
+struct FourBitKernels;  // fourbit_cpu.h
+
 struct Kernels {
   const char* name;
 
@@ -73,6 +75,8 @@ struct Kernels {
   // Conversions of n values.
   void (*to_float)(const void* src, Type type, int64_t n, float* out);
   void (*from_float)(const float* src, int64_t n, void* out, Type type);
+
+  const FourBitKernels* four_bit;
 };
 
 const Kernels* kernels_base();

@@ -11,6 +11,8 @@
 #if FP_ISA >= 3
 #include "cpu_bf16_expand_impl.h"
 #endif
+#include "fourbit_cpu_impl.h"
+#include "fourbit_product_impl.h"
 
 namespace {
 
@@ -275,6 +277,6 @@ void from_float(const float* src, int64_t n, void* out, Type type) {
   as(src, n, out);
 }
 
-constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float};
+constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, &kFourBit};
 
 }  // namespace

@@ -11,4 +11,14 @@ STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
         "Tensor? seed, str strategy) -> (Tensor, Tensor)");
   m.def("lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, "
         "str strategy, bool need_dx, bool need_da, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize_4bit(Tensor w, str quant_type, int block_size) -> (Tensor, Tensor)");
+  m.def("quantize_absmax(Tensor values, Tensor code) -> (Tensor, Tensor)");
+  m.def("dequantize_4bit(Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor(a!) out) -> ()");
+  m.def("linear4bit_fwd(Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, int N, Tensor? a, Tensor? b, "
+        "Tensor? bias, Tensor? lora_bias, float scale, float p, Tensor? seed) -> (Tensor, Tensor)");
+  m.def("linear4bit_bwd(Tensor dy, Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, int K, Tensor? a, "
+        "Tensor? b, Tensor s, float scale, float p, Tensor? seed, bool need_dx, bool need_da, bool need_db, bool need_bias) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear4bit_small(Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor? s, Tensor? b, "
+        "Tensor? bias, float scale, bool accumulate, Tensor(a!) y) -> ()");
 }

@@ -3,6 +3,7 @@
 // Signatures and meaning: fastpeft/reference/lora_linear.py.
 #include <atomic>
 
+#include "base_product.h"
 #include "lora_adapter.h"
 
 namespace fastpeft {
@@ -11,27 +12,9 @@ namespace {
 // Which low-precision GEMMs this torch has at the speed of its processor; set once on import.
 std::atomic<bool> native_bf16{false}, native_f16{false};
 
-bool native(Type type) { return type == Type::f32 || (type == Type::bf16 ? native_bf16 : native_f16); }
-
 // The base product with x in fp32, panel by panel of W: torch's own bf16 and fp16 products on a processor without such
 // instructions run at 1 to 12 GFLOP/s, the fp32 one at its peak. y fp32 [M, N] += x wᵀ.
 constexpr int64_t kUpcastRows = 512;
-
-Tensor to_f32(const Tensor& t) {  // [rows, cols], last dimension contiguous
-  Tensor out = torch::stable::new_empty(t, t.sizes(), std::make_optional(ScalarType::Float));
-  float* data = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t cols = t.size(1);
-  parallel_rows(t.size(0), [&](int64_t m0, int64_t m1) { get_rows(t, m0, m1 - m0, data + m0 * cols, cols); });
-  return out;
-}
-
-void from_f32(const Tensor& src, const Tensor& out) {
-  const float* data = static_cast<const float*>(src.const_data_ptr());
-  const int64_t cols = src.size(1);
-  parallel_rows(src.size(0), [&](int64_t m0, int64_t m1) {
-    put_rows(data + m0 * cols, cols, m0, m1 - m0, cols, out.mutable_data_ptr(), type_of(out));
-  });
-}
 
 template <class F>
 void upcast_panels(const Tensor& w, F f) {
@@ -41,10 +24,6 @@ void upcast_panels(const Tensor& w, F f) {
     if (panel.stride(1) != 1) panel = torch::stable::contiguous(panel);
     f(to_f32(panel), n, rows);
   }
-}
-
-Tensor columns(const Tensor& t, int64_t n, int64_t count) {
-  return torch::stable::narrow(const_cast<Tensor&>(t), 1, n, count);
 }
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, optional<Tensor> bias,
@@ -98,6 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, 
 }
 
 }  // namespace
+
+bool native(Type type) { return type == Type::f32 || (type == Type::bf16 ? native_bf16 : native_f16); }
 
 void set_native_gemm(bool bf16, bool f16) {
   native_bf16 = bf16;

@@ -4,11 +4,12 @@ from fastpeft import ops
 from fastpeft._info import explain, info
 from fastpeft._version import __version__
 from fastpeft.integrations import accelerate, restore
-from fastpeft.nn import LoRALayer, LoRALinear, disable_lora, enable_lora, lora_disabled
+from fastpeft.nn import LoRALayer, LoRALinear, QLoRALinear, disable_lora, enable_lora, lora_disabled
 
 __all__ = [
     "LoRALayer",
     "LoRALinear",
+    "QLoRALinear",
     "__version__",
     "accelerate",
     "disable_lora",

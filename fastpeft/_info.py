@@ -37,7 +37,8 @@ def info() -> Info:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = {}
     for name in dispatch.BACKENDS:
-        missing = {kind: dispatch.unmet("lora_linear_fwd", name, kind, torch.float32) for kind in {"cpu", device}}
+        op = "linear4bit_fwd" if name == "cuda" else "lora_linear_fwd"
+        missing = {kind: dispatch.unmet(op, name, kind, torch.float32) for kind in {"cpu", device}}
         able = sorted(kind for kind, lack in missing.items() if lack is None)
         backends[name] = f"serves {' and '.join(able)}" if able else f"requires {missing[device]}"
     extension = {}
@@ -96,6 +97,24 @@ def _strategy(backend: str, x: torch.Tensor, w: torch.Tensor, rank: int, p: floa
     return f"upcast: accumulate in fp32, as this processor has no {name} arithmetic"
 
 
+def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int) -> str:
+    if backend == "eager":
+        return "eager: the reference, op by op"
+    if backend == "cpp":
+        return "panels: dequantised in the cache for the vendor GEMM; a few rows multiply the packed weight"
+    use_small = importlib.import_module("fastpeft.kernels.linear4bit").use_small
+    if use_small(x, N, x.shape[1], block_size):
+        return "small: one kernel reads the packed weight"
+    return "dequant: the weight is dequantised into a buffer, then the vendor GEMM"
+
+
+def _call(op: str, backend: str, strategy: str, x: torch.Tensor, N: int, rank: int, p: float) -> Call:
+    M, K = x.shape
+    shape = (("M", M), ("K", K), ("N", N), ("rank", rank))
+    flop, elements = 2 * M * N * K + 2 * M * rank * (K + N), M * K + N * K + M * N
+    return Call(op, backend, strategy, shape, str(x.dtype).removeprefix("torch."), p, flop, elements)
+
+
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Run ``module(*args, **kwargs)`` once without gradients and report each operator call that it makes.
 
@@ -104,21 +123,17 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     seen: Counter[Call] = Counter()
 
     def note(op: str, backend: str, arguments: tuple[Any, ...]) -> None:
-        if op != "lora_linear_fwd":
-            return
-        x, w, a, _, _, _, _, p, _, _ = arguments
-        (M, K), N, R = x.shape, w.shape[0], a.shape[0]
-        call = Call(
-            "lora_linear",
-            backend,
-            _strategy(backend, x, w, R, p),
-            (("M", M), ("K", K), ("N", N), ("rank", R)),
-            str(x.dtype).removeprefix("torch."),
-            p,
-            2 * M * N * K + 2 * M * R * (K + N),
-            M * K + N * K + M * N,
-        )
-        seen[call] += 1
+        if op == "lora_linear_fwd":
+            x, w, a, _, _, _, _, p, _, _ = arguments
+            strategy = _strategy(backend, x, w, a.shape[0], p)
+            seen[_call("lora_linear", backend, strategy, x, w.shape[0], a.shape[0], p)] += 1
+        elif op == "linear4bit_fwd":
+            x, _, scales, quant_type, block_size, N, a, _, _, _, _, p, _ = arguments
+            doubly = ", absmax in 8 bits" if len(scales) == 4 else ""
+            rank, name = (0, "linear4bit") if a is None else (a.shape[0], "linear4bit_lora")
+            strategy = _strategy_4bit(backend, x, N, block_size)
+            strategy = f"{strategy}; {quant_type} in blocks of {block_size}{doubly}"
+            seen[_call(name, backend, strategy, x, N, rank, p)] += 1
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), torch.no_grad(), _library.watching(note):

@@ -16,6 +16,11 @@ lora_grad_b = _ops.lora_grad_b.default._op
 lora_grad_a = _ops.lora_grad_a.default._op
 lora_linear_fwd = _ops.lora_linear_fwd.default._op
 lora_linear_bwd = _ops.lora_linear_bwd.default._op
+quantize_4bit = _ops.quantize_4bit.default._op
+quantize_absmax = _ops.quantize_absmax.default._op
+dequantize_4bit = _ops.dequantize_4bit.default._op
+linear4bit_fwd = _ops.linear4bit_fwd.default._op
+linear4bit_bwd = _ops.linear4bit_bwd.default._op
 
 set_isa = _C.set_isa
 build_info = _C.build_info

@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cpp", "triton", "eager")
-"""cpp: csrc/, on the CPU · triton: kernels/, on CUDA or under TRITON_INTERPRET=1 · eager: reference/, anywhere."""
+BACKENDS = ("cpp", "cuda", "triton", "eager")
+"""cpp: csrc/, on the CPU · cuda: csrc/*.cu, on CUDA · triton: kernels/, on CUDA or under TRITON_INTERPRET=1 · eager:
+reference/, anywhere."""
 
-_MODULES = {"cpp": "fastpeft._native", "triton": "fastpeft.kernels.{file}", "eager": "fastpeft.reference.{file}"}
+_MODULES = {
+    "cpp": "fastpeft._native",
+    "cuda": "fastpeft._cuda",
+    "triton": "fastpeft.kernels.{file}",
+    "eager": "fastpeft.reference.{file}",
+}
 
 _FILES = {
     "lora_shrink": "lora_shrink",
@@ -29,17 +35,24 @@ _FILES = {
     "lora_linear_fused_dx": "lora_linear_fused",
     "lora_linear_fwd": "lora_linear",
     "lora_linear_bwd": "lora_linear",
+    "quantize_4bit": "quantize_4bit",
+    "quantize_absmax": "quantize_4bit",
+    "dequantize_4bit": "dequantize_4bit",
+    "linear4bit_fwd": "linear4bit",
+    "linear4bit_bwd": "linear4bit",
 }
 """launcher -> base name of its file, the same in every folder."""
 
 # Strategy "fused" exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
 _FUSED = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
+# What vendor libraries and Triton leave undone on a GPU.
+_CUDA = frozenset({"quantize_4bit", "quantize_absmax", "dequantize_4bit", "linear4bit_fwd", "linear4bit_bwd"})
 
 TABLE: dict[str, dict[str, str]] = {
     op: {
         backend: f"{_MODULES[backend].format(file=file)}:{op}"
         for backend in BACKENDS
-        if not (backend == "cpp" and op in _FUSED)
+        if not (backend == "cpp" and op in _FUSED) and not (backend == "cuda" and op not in _CUDA)
     }
     for op, file in _FILES.items()
 }
@@ -59,6 +72,12 @@ def _import_error(module: str) -> str | None:
     return None
 
 
+def _uncompiled(op: str, module: str) -> str | None:
+    if _import_error(module):
+        return f"the compiled extension ({_import_error(module)})"
+    return None if hasattr(importlib.import_module(module), op) else f"a compiled extension that has {op}"
+
+
 def _interpreted() -> bool:
     from triton import knobs
 
@@ -75,12 +94,10 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
         return "bfloat16 or float16"
     if dtype not in _KERNEL_DTYPES:
         return "float32, bfloat16 or float16"
-    if backend == "cpp":
-        if device != "cpu":
-            return "tensors on the CPU"
-        if _import_error("fastpeft._native"):
-            return f"the compiled extension ({_import_error('fastpeft._native')})"
-        return None
+    if backend in ("cpp", "cuda"):
+        if device != ("cpu" if backend == "cpp" else "cuda"):
+            return "tensors on the CPU" if backend == "cpp" else "tensors on a CUDA device"
+        return _uncompiled(op, _MODULES[backend])
     if _import_error("triton"):
         return f"triton ({_import_error('triton')})"
     if device != "cuda" and not _interpreted():

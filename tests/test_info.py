@@ -1,15 +1,17 @@
 """fastpeft.info() and fastpeft.explain()."""
 
+import pytest
 import torch
 
 import fastpeft
 from cases import normal
 from fastpeft.testing import backends
+from nn_cases import linear
 
 
 def test_info():
     found = fastpeft.info()
-    assert set(found.backends) == {"cpp", "triton", "eager"}
+    assert set(found.backends) == {"cpp", "cuda", "triton", "eager"}
     assert found.backends["eager"] == "serves cpu"
     assert ("isa" in found.extension) == ("cpp" in backends("lora_linear_fwd"))
     assert str(found).startswith(f"fastpeft {fastpeft.__version__}\n")
@@ -35,3 +37,14 @@ def test_explain_low_precision_on_a_cpu():
 
 def test_explain_a_module_of_no_operator():
     assert str(fastpeft.explain(torch.nn.Linear(3, 3), normal(1, 3))) == "no fastpeft operator was called"
+
+
+@pytest.mark.parametrize("backend", ["eager", *backends("linear4bit_fwd")])
+def test_explain_4_bits(backend):
+    model = torch.nn.Sequential(*(fastpeft.QLoRALinear(linear(64, 64), rank=3, backend=backend) for _ in range(2)))
+    (call,) = fastpeft.explain(model, normal(5, 64)).calls
+    assert (call.op, call.backend, call.count) == ("linear4bit_lora", backend, 2)
+    assert call.shape == (("M", 5), ("K", 64), ("N", 64), ("rank", 3)) and call.p == 0.1
+    assert call.strategy.endswith("nf4 in blocks of 64, absmax in 8 bits")
+    model[0].disable()
+    assert [call.op for call in fastpeft.explain(model, normal(5, 64)).calls] == ["linear4bit", "linear4bit_lora"]

@@ -19,6 +19,7 @@ ALLOWED = {
     "fastpeft.reference": set(),
     "fastpeft.kernels": set(),
     "fastpeft._native": {"fastpeft._C"},
+    "fastpeft._cuda": {"fastpeft._C", "fastpeft.kernels"},
     "fastpeft._version": set(),
     "fastpeft._info": {"fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
     "fastpeft": {"fastpeft.integrations", "fastpeft.nn", "fastpeft.ops", "fastpeft._info", "fastpeft._version"},
@@ -71,7 +72,7 @@ def test_nothing_imports_the_top():
 
 def test_same_base_name_in_every_folder():
     for op, row in dispatch.TABLE.items():
-        files = {backend: entry.split(":")[0].rsplit(".", 1)[-1] for backend, entry in row.items() if backend != "cpp"}
+        files = {backend: entry.split(":")[0].rsplit(".", 1)[-1] for backend, entry in row.items() if backend not in {"cpp", "cuda"}}
         assert len(set(files.values())) == 1, op
         file = f"{files['eager']}.py"
         for folder in ("fastpeft/reference", "fastpeft/ops", "kernels"):

@@ -295,7 +295,8 @@ def good():
         ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
         ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
         ({"dropout": "0.1"}, TypeError, "dropout must be a float, got str"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of cpp, triton, eager or None, got 'cuda'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of cpp, cuda, triton, eager or None, got 'gpu'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be able to serve .* got 'cuda', which requires an implementation of lora_linear_fwd"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, text):

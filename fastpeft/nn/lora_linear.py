@@ -9,33 +9,13 @@ from torch import nn
 
 from fastpeft.nn._config import adapter_dtype as _adapter_dtype
 from fastpeft.nn._config import one_of, resolve, size
+from fastpeft.nn._linear import constructor_form, require_linear
 from fastpeft.nn.merge import Mergeable
-from fastpeft.ops import _checks, lora_linear
+from fastpeft.ops import lora_linear
 
 _OP = "LoRALinear"
+_NEW = ("in_features", "out_features", "rank", "alpha", "dropout_probability", "bias")
 _Self = TypeVar("_Self", bound="LoRALinear")
-
-
-def _require_linear(layer: object) -> None:
-    """Only what computes x Wᵀ + bias and nothing else may be replaced by a module that computes that."""
-    _checks.require_dtype(
-        isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward,
-        _OP, "original_layer", "be an nn.Linear with nn.Linear's own forward", type(layer).__name__,
-    )  # fmt: skip
-    assert isinstance(layer, nn.Linear)
-    weight = layer._parameters.get("weight")
-    lazy = isinstance(weight, nn.parameter.UninitializedParameter)
-    plain = weight is not None and not lazy and "bias" in layer._parameters
-    _checks.require(
-        plain, _OP, "original_layer", "hold initialised parameters named weight and bias (no parametrization)",
-        type(layer).__name__,
-    )  # fmt: skip
-    assert weight is not None
-    _checks.require_dtype(weight.dtype in _checks.FLOATS, _OP, "weight", "be float32, bfloat16, float16 or float64",
-                          weight.dtype)  # fmt: skip
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    count = sum(map(len, hooks)) + ("forward" in layer.__dict__)
-    _checks.require(count == 0, _OP, "original_layer", "have no hooks, which a replacement would not call", count)
 
 
 class LoRALinear(Mergeable):
@@ -74,15 +54,7 @@ class LoRALinear(Mergeable):
     def __init__(self, in_features: int, out_features: int, rank: int | None = None, **options: Any) -> None: ...
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        adapting = isinstance(args[0], nn.Module) if args else "original_layer" in options
-        form = ["original_layer"] if adapting else ["in_features", "out_features"]
-        names = [*form, "rank", "alpha", "dropout_probability", "bias"]
-        _checks.require_dtype(
-            len(args) <= len(names), _OP, "arguments", f"be at most {', '.join(names)} by position", len(args)
-        )
-        for name, value in zip(names, args, strict=False):
-            _checks.require_dtype(name not in options, _OP, name, "be given once", "two values")
-            options[name] = value
+        adapting = constructor_form(_OP, args, options, _NEW)
         (self._adapt_layer if adapting else self._adapt_new)(**options)
 
     def _adapt_new(
@@ -116,7 +88,7 @@ class LoRALinear(Mergeable):
         adapter_dtype: torch.dtype | None = None,
         freeze_base: bool = True,
     ) -> None:
-        _require_linear(original_layer)
+        require_linear(_OP, original_layer)
         N, K = original_layer.weight.shape
         config = resolve(
             _OP,

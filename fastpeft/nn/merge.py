@@ -24,7 +24,7 @@ class MergeReport:
 
     max_abs_error               largest |stored - exact|, in the weight's unit
     relative_error_of_update    ‖stored - exact‖ / ‖update‖ (Frobenius): 0.3 means that 30 % of it went; 0 without one
-    dtype                       of the stored weight
+    dtype                       of the stored weight; uint8 where that is packed
     """
 
     max_abs_error: float
@@ -36,7 +36,7 @@ class MergeReport:
 class Undo:
     """What takes a merge out again: the base as it was, or the factors that were added."""
 
-    weight: torch.Tensor | None
+    weight: Any
     bias: torch.Tensor | None
     a: torch.Tensor | None
     b: torch.Tensor | None
@@ -123,13 +123,13 @@ class Mergeable(LoRAModule):
         """
         self._require_unmerged("merge")
         _checks.require(self._enabled, self._op, "state", "be enabled for merge()", "a disabled module")
-        weight, bias = self.weight, self.bias
+        bias = self.bias
         a, b = self.factors()
         scale = float(self.scaling)
-        merged, report = added(self._op, weight, a, b, scale)
+        merged, report = self._added(a, b, scale)
         if keep_backup:
             saved_bias = None if bias is None else bias.detach().clone()
-            undo = Undo(weight.detach().clone(), saved_bias, None, None, None, scale, bias is not None)
+            undo = Undo(self._backup(), saved_bias, None, None, None, scale, bias is not None)
         else:
             saved_bias = None if self.lora_bias is None else self.lora_bias.detach().clone()
             undo = Undo(None, None, a.detach().clone(), b.detach().clone(), saved_bias, scale, bias is not None)
@@ -151,35 +151,53 @@ class Mergeable(LoRAModule):
             weight, bias, report = undo.weight, undo.bias, MergeReport(0.0, 0.0, self.weight.dtype)
         else:
             assert undo.a is not None and undo.b is not None
-            weight, report = added(self._op, self.weight, undo.a, undo.b, -undo.scale)
+            weight, report = self._added(undo.a, undo.b, -undo.scale)
             bias = added_bias(self.bias, undo.lora_bias, -undo.scale)
         self._write(weight, bias if undo.had_bias else None)
         self._undo = None
         return report
 
-    def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Into the Parameters that exist, so that optimizers, ties and version counters see the change."""
+    def _added(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[Any, MergeReport]:
+        """The base with scale · b a, in the form in which it is kept, and what that form loses of it."""
+        return added(self._op, self.weight, a, b, scale)
+
+    def _backup(self) -> Any:
+        """A copy of the base in the form in which it is kept."""
+        return self.weight.detach().clone()
+
+    def _write_weight(self, weight: Any) -> None:
         self.weight.copy_(weight)
+
+    def _base_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _write(self, weight: Any, bias: torch.Tensor | None) -> None:
+        """Into the Parameters that exist, so that optimizers, ties and version counters see the change."""
+        self._write_weight(weight)
         if bias is None:
             self.bias = None
         elif self.bias is None:
-            self.bias = nn.Parameter(bias.to(self.weight.dtype), requires_grad=False)
+            self.bias = nn.Parameter(bias.to(self._base_dtype()), requires_grad=False)
         elif bias is not self.bias:
             self.bias.copy_(bias)
 
     def to_linear(self) -> nn.Linear:
         """A new nn.Linear that computes what this module computes in eval mode, with its own copy of the weight."""
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        return self._as_linear(self.weight.detach(), self.weight.dtype, self.weight.requires_grad)
+
+    @torch.no_grad()
+    def _as_linear(self, weight: torch.Tensor, dtype: torch.dtype, trained: bool) -> nn.Linear:
+        """``weight`` [N, K] is the base as it is now, merged or not; it is copied."""
+        bias = None if self.bias is None else self.bias.detach().to(torch.promote_types(self.bias.dtype, weight.dtype))
         if self._enabled and not self.merged:
             a, b = self.factors()
-            with torch.no_grad():
-                scale = float(self.scaling)
-                weight = added(self._op, weight, a, b, scale)[0]
-                bias = added_bias(bias, self.lora_bias, scale)
+            scale = float(self.scaling)
+            weight = added(self._op, weight, a, b, scale)[0]
+            bias = added_bias(bias, self.lora_bias, scale)
         layer = nn.Linear(self.in_features, self.out_features, bias is not None, "meta")
-        layer.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
+        layer.weight = nn.Parameter(weight.to(dtype, copy=True), trained)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), self.weight.requires_grad)
+            layer.bias = nn.Parameter(bias.detach().to(dtype, copy=True), trained)
         return layer.train(self.training)
 
     def disable(self) -> None:

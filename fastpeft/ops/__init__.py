@@ -1,5 +1,7 @@
 """The operators: each checks its input, picks a backend once, and is differentiable where its docstring says so."""
 
+from fastpeft.ops.dequantize_4bit import dequantize_4bit
+from fastpeft.ops.linear4bit import linear4bit, linear4bit_lora
 from fastpeft.ops.lora_adapter import lora_adapter
 from fastpeft.ops.lora_expand import lora_expand, lora_expand_add
 from fastpeft.ops.lora_grad_a import lora_grad_a
@@ -7,8 +9,14 @@ from fastpeft.ops.lora_grad_b import lora_grad_b
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.lora_linear_fused import lora_linear_fused_dx, lora_linear_fused_fwd
 from fastpeft.ops.lora_shrink import lora_shrink
+from fastpeft.ops.quantize_4bit import quantize_4bit
+from fastpeft.ops.weight4bit import Weight4bit
 
 __all__ = [
+    "Weight4bit",
+    "dequantize_4bit",
+    "linear4bit",
+    "linear4bit_lora",
     "lora_adapter",
     "lora_expand",
     "lora_expand_add",
@@ -18,4 +26,5 @@ __all__ = [
     "lora_linear_fused_dx",
     "lora_linear_fused_fwd",
     "lora_shrink",
+    "quantize_4bit",
 ]

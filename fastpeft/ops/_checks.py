@@ -23,6 +23,20 @@ def tensor(op: str, argument: str, value: object) -> None:
     require_dtype(isinstance(value, torch.Tensor), op, argument, "be a tensor", type(value).__name__)
 
 
+def floats(op: str, argument: str, dtype: object) -> None:
+    require_dtype(dtype in FLOATS, op, argument, "be float32, bfloat16, float16 or float64", dtype)
+
+
+def activation(op: str, x: torch.Tensor) -> None:
+    tensor(op, "x", x)
+    floats(op, "x", x.dtype)
+    require(x.dim() >= 1, op, "x", "have at least one dimension", "a 0-d tensor")
+
+
+def one_of(op: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    require(value in choices, op, argument, f"be one of {', '.join(map(str, choices))}", repr(value))
+
+
 def matrix(op: str, argument: str, value: torch.Tensor, shape: tuple[int | None, int | None], names: str) -> None:
     """A float tensor of two dimensions; None in ``shape`` leaves that one free."""
     tensor(op, argument, value)
@@ -44,6 +58,24 @@ def same_device(op: str, device: torch.device, **tensors: torch.Tensor | None) -
     for argument, value in tensors.items():
         if value is not None and value.device != device:
             require(False, op, argument, f"be on the device of x, {device}", value.device)
+
+
+def adapter(
+    op: str,
+    x: torch.Tensor,
+    N: int | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    dropout: float,
+) -> None:
+    """The factors of an adapter between x's last dimension and N; None leaves N to lora_B."""
+    matrix(op, "lora_A", lora_A, (None, x.shape[-1]), "[rank, in_features]")
+    require(lora_A.shape[0] >= 1, op, "lora_A", "have a rank of at least 1", 0)
+    matrix(op, "lora_B", lora_B, (N, lora_A.shape[0]), "[out_features, rank]")
+    vector(op, "lora_bias", lora_bias, lora_B.shape[0], "out_features")
+    same_device(op, x.device, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    probability(op, "dropout", dropout)
 
 
 def probability(op: str, argument: str, value: float) -> None:

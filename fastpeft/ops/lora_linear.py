@@ -160,17 +160,11 @@ def _check(
 ) -> None:
     """Word what is wrong; called only when the quick test of ``lora_linear`` has failed."""
     op = "lora_linear"
-    _checks.tensor(op, "x", x)
-    _checks.require_dtype(x.dtype in _checks.FLOATS, op, "x", "be float32, bfloat16, float16 or float64", x.dtype)
-    _checks.require(x.dim() >= 1, op, "x", "have at least one dimension", "a 0-d tensor")
+    _checks.activation(op, x)
     _checks.matrix(op, "weight", weight, (None, x.shape[-1]), "[out_features, in_features]")
-    _checks.matrix(op, "lora_A", lora_A, (None, x.shape[-1]), "[rank, in_features]")
-    _checks.require(lora_A.shape[0] >= 1, op, "lora_A", "have a rank of at least 1", 0)
-    _checks.matrix(op, "lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), "[out_features, rank]")
     _checks.vector(op, "bias", bias, weight.shape[0], "out_features")
-    _checks.vector(op, "lora_bias", lora_bias, weight.shape[0], "out_features")
-    _checks.same_device(op, x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, lora_bias=lora_bias)
-    _checks.probability(op, "dropout", dropout)
+    _checks.same_device(op, x.device, weight=weight, bias=bias)
+    _checks.adapter(op, x, weight.shape[0], lora_A, lora_B, lora_bias, dropout)
 
 
 def lora_linear(

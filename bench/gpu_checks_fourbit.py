@@ -1,0 +1,194 @@
+"""What a GPU has to prove about 4-bit weights: the bytes are the reference's, the products within its error budget.
+
+Every backend that serves on the device is checked, "cuda" where the extension has its kernels; the reference runs on
+the CPU. A check returns one line, or raises.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpeft import dispatch, ops
+from fastpeft.ops.weight4bit import Weight4bit
+from fastpeft.testing import EPS, error
+
+SCALE = 0.5
+
+
+def backends(ctx, op: str) -> list[str]:
+    """Those with kernels on this device."""
+    able = [name for name in ("cuda", "triton") if dispatch.unmet(op, name, ctx.device, ctx.dtype) is None]
+    assert able, f"no backend serves {op} on {ctx.device}"
+    return able
+
+
+def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Drawn on the CPU, so that the reference there has the same values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _equal(ours: Tensor, want: Tensor, what: str) -> None:
+    same = torch.equal(ours.cpu().contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    assert same, f"{what}: {int((ours.cpu() != want).sum())} of {want.numel()} values differ"
+
+
+def check_bytes(ctx) -> str:
+    """quantize_4bit, quantize_absmax and dequantize_4bit, bit for bit, for every format and dtype."""
+    shapes = [(7, 33)] if ctx.tiny else [(7, 33), (4096, 1024), (1000, 1001)]
+    formats = [("nf4", 64), ("fp4", 64)] + ([] if ctx.tiny else [("nf4", 32), ("nf4", 128), ("fp4", 4096)])
+    dtypes = (torch.float16,) if ctx.tiny else (torch.float32, torch.bfloat16, torch.float16)
+    values = 0
+    for shape in shapes:
+        for quant_type, block_size in formats:
+            for double in (True, False):
+                w = _random(*shape, seed=block_size) * 0.02
+                want = ops.quantize_4bit(w, quant_type, block_size, double, backend="eager")
+                what = f"{shape} {quant_type} {block_size} {'double' if double else 'plain'}"
+                for backend in backends(ctx, "quantize_4bit"):
+                    launcher = dispatch.load("quantize_4bit", backend)
+                    packed, absmax = launcher(w.to(ctx.device), quant_type, block_size)
+                    _equal(packed, want.packed, f"{backend} packed {what}")
+                    if not double:
+                        _equal(absmax, want.scales[0], f"{backend} absmax {what}")
+                        continue
+                    # The mean is torch's, and may differ between devices in its last bit: the reference's is used.
+                    centred = absmax - want.scales[3].to(ctx.device)
+                    code = want.scales[1].to(ctx.device)
+                    codes, scale = dispatch.load("quantize_absmax", backend)(centred, code)
+                    _equal(codes, want.scales[0], f"{backend} codes {what}")
+                    _equal(scale, want.scales[2], f"{backend} scale {what}")
+                there = want.to(ctx.device)
+                for backend in backends(ctx, "dequantize_4bit"):
+                    for dtype in dtypes:
+                        out = ops.dequantize_4bit(there, dtype, backend=backend)
+                        _equal(out, ops.dequantize_4bit(want, dtype, backend="eager"), f"{backend} {dtype} {what}")
+                        values += out.numel()
+    return f"{values:,} values equal bit for bit, {' and '.join(backends(ctx, 'dequantize_4bit'))}"
+
+
+def check_bitsandbytes(ctx) -> str:
+    """bitsandbytes on the device reads our bytes as we do."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as missing:
+        return f"left out: {missing}"
+    # On a CPU its kernel misreads blocks that straddle rows, so that K is a multiple of the block here.
+    weight = ops.quantize_4bit(_random(64, 128, seed=1).to(ctx.dtype)).to(ctx.device)
+    theirs = functional.dequantize_4bit(*weight.to_quant_state())
+    for backend in ["eager"] if ctx.device == "cpu" else backends(ctx, "dequantize_4bit"):
+        _equal(ops.dequantize_4bit(weight, backend=backend), theirs.cpu(), f"{backend} beside bitsandbytes")
+    return "the same values as bitsandbytes"
+
+
+def _step(weight: Weight4bit, t: dict, p: float, backend: str, device: str) -> dict[str, Tensor]:
+    fwd, bwd = (dispatch.load(op, backend) for op in ("linear4bit_fwd", "linear4bit_bwd"))
+    t = {name: None if value is None else value.to(device) for name, value in t.items()}
+    weight = weight.to(device)
+    packed = (weight.packed, weight.scales, weight.quant_type, weight.block_size)
+    seed, (N, K) = t["seed"] if p else None, weight.shape
+    y, s = fwd(t["x"], *packed, N, t["a"], t["b"], t["bias"], t["lora_bias"], SCALE, p, seed)
+    adapter = t["a"] is not None
+    grads = bwd(t["dy"], t["x"], *packed, K, t["a"], t["b"], s, SCALE, p, seed, True, adapter, adapter, True)
+    return {name: v.cpu() for name, v in zip(("y", "dx", "da", "db", "dbias"), (y, *grads), strict=True)}
+
+
+def _compare(ctx, M: int, N: int, K: int, R: int, dtype: torch.dtype, p: float, weight: Weight4bit) -> float:
+    """Worst share of the error budget that a backend uses. AssertionError beyond 1."""
+    t = {"x": _random(M, K, seed=2, dtype=dtype), "dy": _random(M, N, seed=3, dtype=dtype),
+         "bias": _random(N, seed=4, dtype=dtype), "a": None, "b": None, "lora_bias": None,
+         "seed": torch.tensor([2**40 + R])}  # fmt: skip
+    if R:
+        a, b = _random(R, K, seed=5) / K**0.5, _random(N, R, seed=6) / R**0.5
+        t |= {"a": a.to(dtype), "b": b.to(dtype), "lora_bias": _random(N, seed=7, dtype=dtype)}
+    where = "cpu" if M * N * K < 1 << 28 else ctx.device
+    peer = _step(weight, t, p, "eager", where)
+    # Exact operands: the weight as it is rounded to the tested dtype, everything then in fp64.
+    w = ops.dequantize_4bit(weight, dtype, backend="eager").to(where, torch.float64)
+    wide = {n: v if v is None or n == "seed" else v.to(where, torch.float64) for n, v in t.items()}
+    x, dy, seed = wide["x"], wide["dy"], wide["seed"].to(where) if p else None
+    if R:
+        fwd, bwd = (dispatch.load(op, "eager") for op in ("lora_linear_fwd", "lora_linear_bwd"))
+        y, s = fwd(x, w, wide["a"], wide["b"], wide["bias"], wide["lora_bias"], SCALE, p, seed, "auto")
+        grads = bwd(dy, x, w, wide["a"], wide["b"], s, SCALE, p, seed, "auto", True, True, True, True)
+        gold = dict(zip(peer, (y, *grads), strict=True))
+    else:
+        gold = {"y": x @ w.t() + wide["bias"], "dx": dy @ w, "dbias": dy.sum(0)}
+    worst = 0.0
+    for backend in backends(ctx, "linear4bit_fwd"):
+        ours = _step(weight, t, p, backend, ctx.device)
+        for name, exact in gold.items():
+            exact = exact.cpu()
+            budget = 2 * (error(peer[name], exact) + EPS[dtype] * float(exact.abs().max()))
+            share = error(ours[name], exact) / budget
+            where_ = f"{backend} M={M} N={N} K={K} R={R} {dtype} p={p} {weight.quant_type} {weight.block_size}"
+            assert share <= 1, f"{name}: {share:.2f} of the error budget, {where_}"
+            worst = max(worst, share)
+    return worst
+
+
+def check_linear(ctx) -> str:
+    """Few and many rows, with and without an adapter, rows that blocks and bytes straddle."""
+    if ctx.tiny:
+        shapes = [(3, 24, 64, 4), (70, 24, 45, 0)]
+    else:
+        shapes = [(M, 1000, 1024, 16) for M in (1, 7, 16, 33, 64, 65, 300)]
+        shapes += [(9, 514, 2048, 0), (40, 96, 4096, 64), (5, 77, 301, 3), (200, 77, 301, 3), (2048, 4096, 4096, 16)]
+    shares = []
+    for M, N, K, R in shapes:
+        # The largest: NF4 doubly quantised in the working dtype alone.
+        small = M * N * K < 1 << 28
+        for quant_type, block_size, double in [("nf4", 64, True), ("fp4", 128, False)][: 2 if small else 1]:
+            w = _random(N, K, seed=N + K) / K**0.5
+            weight = ops.quantize_4bit(w, quant_type, block_size, double, backend="eager")
+            for dtype in (ctx.dtype, torch.float32)[: 2 if small and not ctx.tiny else 1]:
+                for p in (0.0, 0.1) if R and not ctx.tiny else (0.1 if R else 0.0,):
+                    shares.append(_compare(ctx, M, N, K, R, dtype, p, weight))
+    able = " and ".join(backends(ctx, "linear4bit_fwd"))
+    return f"{len(shares)} cases, {able}, worst {max(shares):.0%} of the error budget"
+
+
+def check_deterministic(ctx) -> str:
+    N, K = (24, 64) if ctx.tiny else (4096, 4096)
+    weight = ops.quantize_4bit(_random(N, K, seed=8) / K**0.5, backend="eager").to(ctx.device)
+    for M in (3,) if ctx.tiny else (1, 16, 64, 1024):
+        x, dy = _random(M, K, seed=9, dtype=ctx.dtype), _random(M, N, seed=10, dtype=ctx.dtype)
+        t = {"x": x, "dy": dy, "a": _random(16, K, seed=11), "b": _random(N, 16, seed=12), "bias": None,
+             "lora_bias": None, "seed": torch.tensor([77])}  # fmt: skip
+        for backend in backends(ctx, "linear4bit_fwd"):
+            first, second = (_step(weight, t, 0.1, backend, ctx.device) for _ in range(2))
+            for name in first:
+                assert torch.equal(first[name], second[name]), f"{name} differs between two runs, {backend} M={M}"
+    return "same bytes twice"
+
+
+def check_graph(ctx) -> str:
+    """A CUDA graph replays both paths on new values of x; what it captured stays its own."""
+    if ctx.device != "cuda":
+        return "left out: needs CUDA graphs"
+    weight = ops.quantize_4bit(_random(512, 1024, seed=13) / 32).to("cuda")
+    for backend in backends(ctx, "linear4bit_fwd"):
+        for M in (4, 256):
+            x = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), torch.no_grad():
+                ops.linear4bit(x, weight, backend=backend)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph), torch.no_grad():
+                y = ops.linear4bit(x, weight, backend=backend)
+            x.normal_()
+            ops.linear4bit(x[:1].repeat(300, 1), weight, backend=backend)  # another call between capture and replay
+            graph.replay()
+            call = ops.linear4bit(x, weight, backend=backend)
+            gap = error(y, call) / float(call.abs().max())
+            assert gap <= EPS[torch.bfloat16], f"{backend} M={M}: the replay differs by {gap:.3g} of the largest value"
+    return "replays equal calls"
+
+
+CHECKS = {
+    "4-bit linear": check_linear,
+    "4-bit bytes": check_bytes,
+    "4-bit deterministic": check_deterministic,
+    "4-bit graph": check_graph,
+    "4-bit bitsandbytes": check_bitsandbytes,
+}

@@ -1,0 +1,200 @@
+// Between values and 4-bit weights, for one instruction set; included by cpu_kernels_impl.h.
+//
+// Decoding is bound by memory: half a byte read and two (four) written for each value. Nibbles are looked up in fp32, and
+// each product with absmax is rounded once: bytes equal to bitsandbytes'.
+#pragma once
+#include "fourbit_table_impl.h"
+
+namespace {
+
+// v rounded to fp32 here and now: a product that is added to would be contracted to an fma, of another rounding.
+template <class V>
+inline V rounded(V v) {
+#if FP_ISA >= 2
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
+void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
+  if (of.plain) {
+    std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
+    return;
+  }
+  alignas(64) float table[256];
+  for (int64_t i = first; i < last;) {
+    const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
+    const float scale = of.scale[i / kNestedBlock];
+    if (end - i < 64) {
+      for (; i < end; ++i) *out++ = rounded(of.code[of.codes[i]] * scale) + of.offset;
+      continue;
+    }
+    for (int c = 0; c < 256; c += kLanes) store(table + c, rounded(load<vf>(of.code + c) * scale) + of.offset);
+    for (; i < end; ++i) *out++ = table[of.codes[i]];
+  }
+}
+
+// Values 2i of `even` and 2i + 1 of `odd`, in turn. `tame`: no value is denormal, which vcvtneps2bf16 takes for zero.
+template <Type T>
+inline void store_pairs(void* out, int64_t i, vf even, vf odd, bool tame) {
+  if constexpr (T == Type::f32) {
+    float* p = static_cast<float*>(out) + i;
+#if FP_ISA >= 2
+    store(p, __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    store(p + 16, __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#elif FP_ISA == 1
+    store(p, __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11));
+    store(p + 8, __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
+    store(p, __builtin_shufflevector(even, odd, 0, 4, 1, 5));
+    store(p + 4, __builtin_shufflevector(even, odd, 2, 6, 3, 7));
+#endif
+    return;
+  }
+#if FP_ISA == 3
+  if (T == Type::bf16 && tame) {
+    const vu both = reinterpret_cast<vu>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
+    alignas(64) static constexpr uint16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    store(static_cast<uint16_t*>(out) + i, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), reinterpret_cast<__m512i>(both)));
+    return;
+  }
+#endif
+  alignas(64) uint16_t half[2 * kLanes];
+  store_from_float<T>(half, 0, even);
+  store_from_float<T>(half, kLanes, odd);
+  const vu low = __builtin_convertvector(load<vh>(half), vu), high = __builtin_convertvector(load<vh>(half + kLanes), vu);
+  store(static_cast<uint16_t*>(out) + i, low | high << 16);
+}
+
+template <Type T>
+void decode_one(const uint8_t* packed, const float* code, int64_t i, float scale, void* out, int64_t o) {
+  store_some<T>(out, o, splat(code[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15] * scale), 1);
+}
+
+// Values [begin, end), all of one block.
+template <Type T>
+inline void decode_block(const uint8_t* packed, const float* code, const Table& table, int64_t begin, int64_t end, float scale, void* out) {
+  int64_t i = begin;
+  if (i & 1) decode_one<T>(packed, code, i++, scale, out, 0);
+  const vf factor = splat(scale);
+  const bool tame = !(scale > -1e-30f && scale < 1e-30f);
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    const vu bytes = __builtin_convertvector(load<vb>(packed + (i >> 1)), vu);
+    store_pairs<T>(out, i - begin, table.values(bytes >> 4) * factor, table.values(bytes) * factor, tame);
+  }
+  for (; i < end; ++i) decode_one<T>(packed, code, i, scale, out, i - begin);
+}
+
+template <Type T>
+void decode_as(const Packed& w, int64_t begin, int64_t width, int64_t rows, int64_t stride, void* out) {
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  const float* code = code_of(w.type);
+  const Table table(code);
+  alignas(64) float scales[kNestedBlock];
+  char* to = static_cast<char*>(out);
+  for (int64_t m = 0; m < rows; ++m, begin += stride)
+    for (int64_t i = begin, end = begin + width; i < end;) {
+      const int64_t first = i / w.block_size;
+      const int64_t last = smaller((end - 1) / w.block_size + 1, (first / kNestedBlock + 1) * kNestedBlock);
+      absmax(w.absmax, first, last, scales);
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t stop = smaller(end, (b + 1) * w.block_size);
+        decode_block<T>(w.data, code, table, i, stop, scales[b - first], to);
+        to += (stop - i) * size;
+        i = stop;
+      }
+    }
+}
+
+void decode(const Packed& w, int64_t begin, int64_t width, int64_t rows, int64_t stride, void* out, Type type) {
+  auto as = type == Type::f32 ? decode_as<Type::f32> : type == Type::bf16 ? decode_as<Type::bf16> : decode_as<Type::f16>;
+  as(w, begin, width, rows, stride, out);
+}
+
+// The number of bounds below v: 15 for a NaN.
+inline vu below(const Bounds& bounds, vf v) {
+#if FP_ISA >= 2
+  const __m512 x = reinterpret_cast<__m512>(v), all = _mm512_load_ps(bounds.values);
+  const auto step = [&](__m512i index, int ahead, int by) {
+    const __m512 bound = _mm512_permutexvar_ps(_mm512_add_epi32(index, _mm512_set1_epi32(ahead)), all);
+    return _mm512_mask_add_epi32(index, _mm512_cmp_ps_mask(x, bound, _CMP_NLE_UQ), index, _mm512_set1_epi32(by));
+  };
+  return reinterpret_cast<vu>(step(step(step(step(_mm512_setzero_si512(), 7, 8), 3, 4), 1, 2), 0, 1));
+#else
+  vi count = vi{} + 15;
+  for (int i = 0; i < 15; ++i) count += reinterpret_cast<vi>(splat(bounds.values[i]) >= v);
+  return reinterpret_cast<vu>(count);
+#endif
+}
+
+inline uint8_t encode_one(const Bounds& bounds, float v) {
+  int index = 15;
+  for (int i = 0; i < 15; ++i) index -= bounds.values[i] >= v;
+  return static_cast<uint8_t>(bounds.order[index]);
+}
+
+// kLanes nibbles to kLanes / 2 bytes.
+inline void put_nibbles(uint8_t* out, vu nibbles) {
+  const vw pairs = reinterpret_cast<vw>(nibbles);
+  store(out, __builtin_convertvector((pairs << 4 | pairs >> 32) & 0xff, vbw));
+}
+
+template <Type T>
+void encode_block(const void* w, int64_t i, int64_t block_size, const Bounds& bounds, const Table& order, uint8_t* packed, float* absmax) {
+  vi most = vi{};
+  for (int64_t j = 0; j < block_size; j += kLanes) {
+    const vi magnitude = reinterpret_cast<vi>(load_as_float<T>(w, i + j)) & 0x7fffffff;  // a NaN's is above all others
+    most = magnitude > most ? magnitude : most;
+  }
+  int32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits = most[l] > bits ? most[l] : bits;
+  std::memcpy(absmax, &bits, 4);
+  const vf factor = splat(1.0f / (*absmax < kTiny ? kTiny : *absmax));
+  for (int64_t j = 0; j < block_size; j += kLanes) {
+    const vu place = below(bounds, load_as_float<T>(w, i + j) * factor);
+    put_nibbles(packed + ((i + j) >> 1), bounds.remaps ? order.at(place) : place);
+  }
+}
+
+// What is left after the whole blocks: bitsandbytes divides there, and its absmax has a floor.
+template <Type T>
+void encode_rest(const void* w, int64_t i, int64_t n, const Bounds& bounds, uint8_t* packed, float* absmax) {
+  float most = kTiny;
+  for (int64_t j = i; j < n; ++j) {
+    const float v = scalar_to_float(w, T, j), magnitude = v < 0 ? -v : v;
+    if (!(magnitude <= most)) most = magnitude;
+    if (most != most) break;
+  }
+  *absmax = most;
+  for (int64_t j = i; j < n; j += 2) {
+    const uint8_t even = encode_one(bounds, scalar_to_float(w, T, j) / most);
+    const uint8_t odd = encode_one(bounds, j + 1 < n ? scalar_to_float(w, T, j + 1) / most : 0.0f);
+    packed[j >> 1] = static_cast<uint8_t>(even << 4 | odd);
+  }
+}
+
+template <Type T>
+void encode_as(const void* w, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed, float* absmax) {
+  const Bounds bounds(to);
+  const Table order(bounds.order);
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t i = b * block_size;
+    if (i + block_size <= n) encode_block<T>(w, i, block_size, bounds, order, packed, absmax + b);
+    else encode_rest<T>(w, i, n, bounds, packed, absmax + b);
+  }
+}
+
+void encode(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed,
+            float* absmax) {
+  auto as = type == Type::f32 ? encode_as<Type::f32> : type == Type::bf16 ? encode_as<Type::bf16> : encode_as<Type::f16>;
+  as(w, n, to, block_size, first, last, packed, absmax);
+}
+
+}  // namespace

@@ -1,0 +1,70 @@
+// Tables of 16 entries in registers, looked up by nibbles; for one instruction set.
+#pragma once
+#include "cpu_masks_impl.h"
+#include "fourbit_cpu.h"
+
+namespace {
+
+typedef uint8_t vb __attribute__((vector_size(kLanes)));           // a byte for each lane
+typedef uint64_t vw __attribute__((vector_size(4 * kLanes)));      // pairs of lanes
+typedef uint8_t vbw __attribute__((vector_size(kLanes / 2)));
+
+alignas(64) constexpr float kNf4[16] = {FP_NF4_CODE};
+alignas(64) constexpr float kFp4[16] = {FP_FP4_CODE};
+constexpr float kTiny = 1e-38f;
+
+inline const float* code_of(FourBit type) { return type == FourBit::nf4 ? kNf4 : kFp4; }
+
+// 16 entries of 32 bits in registers.
+struct Table {
+  explicit Table(const void* entries) {
+#if FP_ISA >= 2
+    all = _mm512_loadu_si512(entries);
+#elif FP_ISA == 1
+    low = _mm256_loadu_si256(static_cast<const __m256i*>(entries));
+    high = _mm256_loadu_si256(static_cast<const __m256i*>(entries) + 1);
+#else
+    std::memcpy(all, entries, sizeof(all));
+#endif
+  }
+  // entry[index % 16] for each lane.
+  vu at(vu index) const {
+#if FP_ISA >= 2
+    return reinterpret_cast<vu>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), all));
+#elif FP_ISA == 1
+    const __m256i i = reinterpret_cast<__m256i>(index);
+    const __m256 first = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(low, i));
+    const __m256 second = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(high, i));
+    return reinterpret_cast<vu>(_mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28))));
+#else
+    vu out;
+    for (int i = 0; i < kLanes; ++i) out[i] = all[index[i] & 15];
+    return out;
+#endif
+  }
+  vf values(vu index) const { return reinterpret_cast<vf>(at(index)); }
+#if FP_ISA >= 2
+  __m512i all;
+#elif FP_ISA == 1
+  __m256i low, high;
+#else
+  uint32_t all[16];
+#endif
+};
+
+// The midpoints between neighbours of the sorted code, and the nibble of each place in the order.
+struct Bounds {
+  explicit Bounds(FourBit type) : remaps(type != FourBit::nf4) {
+    // 0 stands before -0, as a stable sort leaves them.
+    static constexpr uint8_t kSorted[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+    const float* code = code_of(type);
+    for (int i = 0; i < 16; ++i) order[i] = remaps ? kSorted[i] : static_cast<uint32_t>(i);
+    for (int i = 0; i < 15; ++i) values[i] = (code[order[i]] + code[order[i + 1]]) * 0.5f;
+    values[15] = values[14];
+  }
+  alignas(64) float values[16];
+  uint32_t order[16];
+  bool remaps;
+};
+
+}  // namespace

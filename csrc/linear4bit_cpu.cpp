@@ -1,0 +1,164 @@
+// linear4bit on the CPU: a few rows of x on the nibbles as they lie, more through panels of W and the vendor GEMM.
+//
+// Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
+// that W in 16 bits is neither written to memory nor read from it.
+#include "base_product.h"
+#include "fourbit_weight.h"
+#include "lora_adapter.h"
+
+namespace fastpeft {
+namespace {
+
+// Rows of x up to which the nibbles are multiplied as they lie: above, decoding once for all rows is cheaper.
+constexpr int64_t kFewRows = 16;
+// Rows of W whose absmax is decoded at a time by such a product.
+constexpr int64_t kWeightRows = 16;
+// Bytes of a panel.
+constexpr int64_t kPanelBytes = 1 << 20;
+
+struct Weight {
+  Packed packed;
+  int64_t N, K;
+
+  // W[n0 : n1, k0 : k1] to [n1 - n0, k1 - k0].
+  void decode(int64_t n0, int64_t n1, int64_t k0, int64_t k1, const Tensor& out) const {
+    char* data = static_cast<char*>(out.mutable_data_ptr());
+    const Type type = type_of(out);
+    const int64_t width = k1 - k0, grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, width));
+    parallel((n1 - n0 + grain - 1) / grain, [&](int64_t first, int64_t last) {
+      const int64_t begin = n0 + first * grain, end = std::min(n1, n0 + last * grain);
+      char* to = data + (begin - n0) * width * size_of(type);
+      const bool whole = width == K;
+      four_bit().decode(packed, begin * K + k0, whole ? (end - begin) * K : width, whole ? 1 : end - begin, K, to, type);
+    });
+  }
+};
+
+// The rows (or columns) of a panel of `other` values each: whole blocks of 64.
+int64_t panel_width(int64_t other, Type type) { return std::max<int64_t>(64, kPanelBytes / (std::max<int64_t>(1, other) * size_of(type)) / 64 * 64); }
+
+// y = beta y + x wᵀ
+void add_rows(const Weight& w, const Tensor& x, const Tensor& y, double beta) {
+  const int64_t step = std::min(w.N, panel_width(w.K, type_of(x)));
+  const Tensor panel = empty_like(x, {step, w.K});
+  for (int64_t n = 0; n < w.N; n += step) {
+    const int64_t count = std::min(step, w.N - n);
+    w.decode(n, n + count, 0, w.K, panel);
+    gemm(columns(y, n, count), x, transpose(torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count)), beta);
+  }
+}
+
+// dx = beta dx + dy w, a panel of columns of w at a time: over rows, the partial sums would be rounded each time.
+void add_columns(const Weight& w, const Tensor& dy, const Tensor& dx, double beta) {
+  const int64_t step = std::min(w.K, panel_width(w.N, type_of(dy)));
+  for (int64_t k = 0; k < w.K; k += step) {
+    const int64_t count = std::min(step, w.K - k);
+    const Tensor panel = empty_like(dy, {w.N, count});
+    w.decode(0, w.N, k, k + count, panel);
+    gemm(columns(dx, k, count), dy, panel, beta);
+  }
+}
+
+bool takes_nibbles(const Weight& w, int64_t M) { return M <= kFewRows && w.K % w.packed.block_size == 0; }
+
+// y fp32 = x wᵀ
+void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
+  const FourBitKernels& kernel = four_bit();
+  const bool pairs = kernel.in_pairs(type_of(x));
+  const int64_t M = x.size(0), row_blocks = w.K / w.packed.block_size;
+  Scratch rows(M * arranged(w.K) / (pairs ? 2 : 1));
+  kernel.arrange(rows_of(x), w.K, rows);
+  float* out = static_cast<float*>(y.mutable_data_ptr());
+  parallel((w.N + kWeightRows - 1) / kWeightRows, [&](int64_t first, int64_t last) {
+    Scratch absmax(kWeightRows * row_blocks);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t n0 = task * kWeightRows, n1 = std::min(n0 + kWeightRows, w.N);
+      kernel.absmax(w.packed.absmax, n0 * row_blocks, n1 * row_blocks, absmax);
+      kernel.product(rows, pairs, M, w.K, w.packed, absmax, n0, n1, out, w.N);
+    }
+  });
+}
+
+// y += bias, each row in fp32.
+void add_bias(const Tensor& y, const optional<Tensor>& bias) {
+  const auto start = start_row(bias, {}, y.size(1), 1.0f);
+  if (!start) return;
+  const int64_t N = y.size(1);
+  parallel_rows(y.size(0), [&](int64_t m0, int64_t m1) {
+    kernels().expand(nullptr, 0, m0, m1, 0, nullptr, padded(N), start->data, 1.0f, kAll, true, y.mutable_data_ptr(), type_of(y), N, N);
+  });
+}
+
+// Sums of dy over its rows, fp32 [N].
+Tensor column_sums(const Tensor& dy) {
+  const int64_t N = dy.size(1);
+  Tensor sums = empty({N}, ScalarType::Float);
+  const Tasks tasks(dy.size(0));
+  Partials parts(tasks.count, 1, N);
+  parallel(tasks.count, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      float* own = parts.clear(task);
+      for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
+        kernels().reduce(rows_of(dy), m0, m1, N, kAll, nullptr, 0, 0, 1.0f, nullptr, nullptr, 0, nullptr, 0, own);
+      });
+    }
+  });
+  parts.finish(sums, 1.0f, false);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                                          int64_t N, optional<Tensor> a, optional<Tensor> b, optional<Tensor> bias,
+                                          optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed) {
+  const int64_t M = x.size(0), K = x.size(1);
+  const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
+  const Type type = type_of(x);
+  const bool few = takes_nibbles(w, M), direct = !few && native(type);
+  // In x's own type where the vendor GEMM writes it, in fp32 else.
+  Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
+  if (M && N) {
+    if (few) multiply_nibbles(w, x, y);
+    else add_rows(w, direct ? x : to_f32(x), y, 0.0);
+  }
+  if (a) std::tie(y, s) = adapter_fwd(x, N, *a, *b, bias, lora_bias, scale, p, seed, y.scalar_type(), y);
+  else add_bias(y, bias);
+  if (y.scalar_type() == x.scalar_type()) return {y, s};
+  Tensor out = empty_like(x, {M, N});
+  from_f32(y, out);
+  return {out, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, Tensor packed, std::vector<Tensor> scales,
+                                                          std::string quant_type, int64_t block_size, int64_t K, optional<Tensor> a,
+                                                          optional<Tensor> b, Tensor s, double scale, double p, optional<Tensor> seed,
+                                                          bool need_dx, bool need_da, bool need_db, bool need_bias) {
+  const int64_t M = dy.size(0), N = dy.size(1);
+  const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
+  const bool direct = native(type_of(dy));
+  optional<Tensor> base;
+  if (need_dx) {
+    base = empty({M, K}, direct ? dy.scalar_type() : ScalarType::Float);
+    if (M && K) add_columns(w, direct ? dy : to_f32(dy), *base, 0.0);
+  }
+  AdapterGrads grads = {base ? *base : nothing(dy), nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
+  if (a) {
+    const AdapterNeeds need = {need_dx, need_da, need_db, need_bias};
+    grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, need, base ? base->scalar_type() : dy.scalar_type(), base);
+  } else if (need_bias) {
+    grads.bias = column_sums(dy);
+  }
+  if (!need_dx) return {nothing(dy), grads.da, grads.db, grads.bias};
+  if (direct) return {grads.dx, grads.da, grads.db, grads.bias};
+  Tensor dx = empty_like(dy, {M, K});
+  from_f32(grads.dx, dx);
+  return {dx, grads.da, grads.db, grads.bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CPU, m) {
+  m.impl("linear4bit_fwd", TORCH_BOX(&linear4bit_fwd));
+  m.impl("linear4bit_bwd", TORCH_BOX(&linear4bit_bwd));
+}
+
+}  // namespace fastpeft

@@ -1,0 +1,109 @@
+"""The launchers of csrc/*.cu under the names of the dispatch table; ImportError where the extension has no CUDA build.
+
+Two primitives are CUDA's, dequantise and the product of few rows; what surrounds them is the composition of
+kernels/linear4bit.py, with its passes over activations in Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft import _C  # type: ignore[attr-defined]
+
+if _C.build_info().get("cuda", "none") == "none":
+    raise ImportError("fastpeft._C was built without CUDA")
+
+from fastpeft.kernels import linear4bit as _composition
+from fastpeft.kernels import linear4bit_small as _triton
+
+_ops = torch.ops.fastpeft_cpp
+
+dequantize_4bit = _ops.dequantize_4bit.default._op
+_small = _ops.linear4bit_small.default._op
+
+
+def _serves(x: torch.Tensor, packed: torch.Tensor, block_size: int) -> bool:
+    """Whether the CUDA kernel takes these operands: 16 bits, whole chunks of 64 columns in one block, aligned rows."""
+    return (
+        x.dtype != torch.float32
+        and x.shape[0] > 0
+        and x.shape[1] % 64 == 0
+        and block_size >= 64
+        and x.data_ptr() % 16 == 0
+        and packed.data_ptr() % 8 == 0
+        and x.stride(0) % 8 == 0
+        and x.stride(0) <= 1 << 24
+    )
+
+
+def linear4bit_small(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: list[torch.Tensor],
+    quant_type: str,
+    block_size: int,
+    N: int,
+    s: torch.Tensor,
+    b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """y [M, N]; what the CUDA kernel does not take goes to Triton's, on the same packed bytes."""
+    weight = (packed, scales, quant_type, block_size)
+    if N == 0 or not _serves(x, packed, block_size):
+        return _triton.linear4bit_small(x, *weight, N, s, b, bias, lora_bias, scale)
+    y = x.new_empty(x.shape[0], N)
+    if lora_bias is not None:
+        bias = lora_bias.float() * scale if bias is None else torch.add(bias.float(), lora_bias, alpha=scale)
+    b = b if b is None or b.stride(1) == 1 else b.contiguous()
+    _small(x, *weight, None if b is None else s, b, bias, scale, False, y)
+    return y
+
+
+_PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, _triton.linear4bit_small_dx)
+
+
+def linear4bit_fwd(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: list[torch.Tensor],
+    quant_type: str,
+    block_size: int,
+    N: int,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N], s [M, R]; s [0] without an adapter."""
+    weight = (packed, scales, quant_type, block_size)
+    return _composition.linear4bit_fwd(x, *weight, N, a, b, bias, lora_bias, scale, p, seed, _PRIMITIVES)
+
+
+def linear4bit_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: list[torch.Tensor],
+    quant_type: str,
+    block_size: int,
+    K: int,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    s: torch.Tensor,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx [M, K], da [R, K], db [N, R], dbias [N] fp32; [0] where not needed."""
+    weight = (packed, scales, quant_type, block_size)
+    asked = (need_dx, need_da, need_db, need_bias)
+    return _composition.linear4bit_bwd(dy, x, *weight, K, a, b, s, scale, p, seed, *asked, _PRIMITIVES)

@@ -1,0 +1,90 @@
+"""What the 4-bit kernels share: the code tables, the absmax of a block, decoded weights.
+
+Format (bitsandbytes'): the weight [N, K] as one row-major run of n values, two to a byte, the first in the high nibble;
+blocks of block_size consecutive values share an fp32 absmax, w = code[nibble] * absmax. `scales` is [absmax], or doubly
+quantised [codes uint8, code fp32 [256], scale fp32, offset]: absmax[i] = code[codes[i]] * scale[i // 256] + offset,
+rounded after the product and after the sum. NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+"""
+
+import triton
+import triton.language as tl
+
+NESTED_BLOCK = 256  # values of absmax that share one fp32 scale where they are quantised themselves
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4: the index is no order of size.
+FP4 = (
+    0.0, 0.005208333333333333, 0.6666666666666666, 1.0, 0.3333333333333333, 0.5, 0.16666666666666666, 0.25,
+    -0.0, -0.005208333333333333, -0.6666666666666666, -1.0, -0.3333333333333333, -0.5, -0.16666666666666666, -0.25,
+)  # fmt: skip
+CODES = {"nf4": NF4, "fp4": FP4}
+_NF4, _FP4 = tl.constexpr(NF4), tl.constexpr(FP4)
+
+
+def nested(scales):
+    return len(scales) > 1
+
+
+def scale_args(scales):
+    """(absmax or codes, code, scale, offset) of a kernel; what a plain weight lacks is never read."""
+    return tuple(scales) if nested(scales) else tuple(scales) * 4
+
+
+def scale_bytes(scales):
+    return sum(t.numel() * t.element_size() for t in scales)
+
+
+def packed_flags(scales, quant_type, block_size):
+    """The constants of a kernel that reads a packed weight."""
+    return {"BLOCK_SIZE": block_size, "FP4": quant_type == "fp4", "NESTED": nested(scales)}
+
+
+@triton.jit
+def code_table(FP4: tl.constexpr):
+    """The 16 values as a tensor, from constants: no table in memory to allocate, cache or copy."""
+    index = tl.arange(0, 16)
+    values = tl.zeros((16,), tl.float32)
+    for i in tl.static_range(16):
+        values = tl.where(index == i, _FP4[i] if FP4 else _NF4[i], values)
+    return values
+
+
+@triton.jit
+def block_absmax(absmax_ptr, code_ptr, scale_ptr, offset_ptr, block, mask, NESTED: tl.constexpr):
+    """absmax fp32 of the blocks `block` (int64), zero where not mask.
+
+    The product is an fma with zero: already rounded, so nothing downstream can contract it with the sum, whatever the
+    compiler's fusion flags say.
+    """
+    if NESTED:
+        codes = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(scale_ptr + block // 256, mask=mask, other=0.0)
+        return tl.fma(tl.load(code_ptr + codes), scale, 0.0) + tl.load(offset_ptr)
+    else:
+        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def decode(packed, FP4: tl.constexpr):
+    """Code values fp32 [ROWS, 2 * COLS] of `packed` [ROWS, COLS], in the order of the weight.
+
+    Looked up with tl.gather, one 4-byte read of shared memory a weight: the 16 words lie in 16 banks, so that reads do
+    not conflict. A tree of tl.where takes 15 selects, which at 64 lanes a clock are slower than the memory; a table in
+    global memory costs 64-bit addresses and becomes part of the software pipeline.
+    """
+    nibbles = tl.interleave(packed >> 4, packed & 15).to(tl.int32)
+    flat = tl.gather(code_table(FP4), tl.reshape(nibbles, (nibbles.numel,)), 0)
+    return tl.reshape(flat, nibbles.shape)
+
+
+@triton.jit
+def scale_rows(values, absmax):
+    """values [ROWS, COLS] times absmax [ROWS, GROUPS], each value of absmax for COLS // GROUPS columns."""
+    rows: tl.constexpr = values.shape[0]
+    groups: tl.constexpr = absmax.shape[1]
+    grouped = tl.reshape(values, (rows, groups, values.shape[1] // groups))
+    return tl.reshape(grouped * absmax[:, :, None], values.shape)

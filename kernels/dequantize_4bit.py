@@ -1,0 +1,55 @@
+"""w = code[nibble] * absmax of a packed 4-bit weight, both forms of scales, in one launch.
+
+packed uint8 [ceil(n / 2)], scales as in _fourbit.py, out n elements of fp32, bf16 or fp16; bit for bit what
+bitsandbytes writes. Fused: the second quantisation of absmax, the cast. Not stored: absmax in fp32.
+A tile row is a run of one block, so absmax is computed once a run.
+Memory-bound. Floor: n / 2 bytes and the scales read, n elements written.
+Dettmers et al. 2023, arXiv:2305.14314, eq. 6.
+"""
+
+# ruff: noqa: C408 (tile tables are written with dict())
+
+import triton
+import triton.language as tl
+from fastpeft.kernels._common import arch_of, launch, lookup_tile, record, tile_product
+from fastpeft.kernels._fourbit import block_absmax, decode, packed_flags, scale_args, scale_bytes
+
+MODES = ("plain",)
+# tiles: begin
+TILES = {
+    (80, "half", "plain", 0): dict(BLOCK=4096, num_warps=4),
+    (80, "float32", "plain", 0): dict(BLOCK=4096, num_warps=8),
+}
+# tiles: end
+
+
+def tile_space(arch, dtype, R=0, mode="plain"):
+    """Candidate tiles; BLOCK is the elements of a program."""
+    return tile_product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8))
+
+
+@triton.jit
+def _dequantize_4bit_kernel(
+    packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, out_ptr, n, packed_bytes,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP4: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
+    bytes_ = (rows * (RUN // 2))[:, None] + tl.arange(0, RUN // 2)[None, :]
+    packed = tl.load(packed_ptr + bytes_, mask=bytes_ < packed_bytes, other=0)  # [BLOCK // RUN, RUN // 2]
+    first = rows * RUN
+    absmax = block_absmax(absmax_ptr, code_ptr, scale_ptr, offset_ptr, first // BLOCK_SIZE, first < n, NESTED)
+    w = decode(packed, FP4) * absmax[:, None]
+    offs = first[:, None] + tl.arange(0, RUN)[None, :]
+    tl.store(out_ptr + offs, w.to(out_ptr.dtype.element_ty), mask=offs < n)
+
+
+def dequantize_4bit(packed, scales, quant_type, block_size, out, *, tile=None):
+    """Fill `out`, contiguous, any shape of n elements."""
+    n = out.numel()
+    if n == 0:
+        return
+    tile = dict(tile or lookup_tile(TILES, arch_of(out), out.dtype, 0))
+    record("dequantize_4bit", n, (n + 1) // 2 + scale_bytes(scales), n * out.element_size())
+    constants = {"RUN": min(block_size, tile["BLOCK"]), **packed_flags(scales, quant_type, block_size)}
+    args = (packed, *scale_args(scales), out, n, (n + 1) // 2)
+    launch(_dequantize_4bit_kernel, (-(-n // tile["BLOCK"]),), out, args, {**tile, **constants})

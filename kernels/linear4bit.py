@@ -1,0 +1,99 @@
+"""y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, with w [N, K] kept in 4 bits.
+
+small     up to 64 rows: shrink, one kernel on the packed bytes       | grad_b, grad_a writes dx, the like adds dy w
+dequant   shrink, expand writes y, dequantise, vendor GEMM y += x wᵀ  | grad_b, grad_a, dequantise, dx += dy w
+Which one is taken is data: `_fourbit_cost.choose_small`. Elements moved beside those of lora_linear's "accumulate":
+dequant writes and reads NK of x's dtype once a pass; small neither.
+The dequantised weight lives from one launch to the next, in memory of torch's allocator: that is a cache by device and
+stream which grows, empties and follows CUDA graph capture by itself; a buffer kept here would outlive a graph's private
+pool, and two threads on one stream would share it.
+QLoRA: Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from fastpeft.kernels._common import arch_of, record
+from fastpeft.kernels._fourbit_cost import choose_small
+from fastpeft.kernels.dequantize_4bit import dequantize_4bit
+from fastpeft.kernels.linear4bit_small import linear4bit_small, linear4bit_small_dx, small_unmet
+from fastpeft.kernels.lora_expand import lora_expand
+from fastpeft.kernels.lora_grad_a import lora_grad_a
+from fastpeft.kernels.lora_grad_b import lora_grad_b
+from fastpeft.kernels.lora_shrink import lora_shrink
+
+
+class Primitives(NamedTuple):
+    """The kernels on packed bytes; a backend that has its own composes them in the same way."""
+
+    dequantize_4bit: Callable
+    linear4bit_small: Callable
+    linear4bit_small_dx: Callable
+
+
+TRITON = Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx)
+
+
+def use_small(x, N, K, block_size):
+    """Whether the packed weight is multiplied as it is by these rows, x in forward and dy in backward."""
+    M = x.shape[0]
+    if small_unmet(M, K, block_size):
+        return False
+    return choose_small(M, N, K, x.dtype, block_size, arch_of(x))
+
+
+def _dequantized(like, packed, scales, quant_type, block_size, N, K, primitives):
+    w = torch.empty((N, K), device=like.device, dtype=like.dtype)
+    primitives.dequantize_4bit(packed, scales, quant_type, block_size, w)
+    return w
+
+
+def _product(left, right, out=None, bias=None):
+    """left right by the vendor's GEMM: added to `out` in place, or with a bias [N] in its epilogue, or as it is."""
+    item = left.element_size()
+    (M, J), N = left.shape, right.shape[1]
+    read = (M * J + M * N * (out is not None) + N * (bias is not None)) * item
+    record("gemm", 2 * M * J * N, read, M * N * item, weight_bytes=J * N * item)
+    if out is not None:
+        return out.addmm_(left, right)
+    return left @ right if bias is None else torch.addmm(bias.to(left.dtype), left, right)
+
+
+def linear4bit_fwd(
+    x, packed, scales, quant_type, block_size, N, a, b, bias, lora_bias, scale, p, seed, primitives=TRITON
+):
+    """(y [M, N], s [M, R] or [0] without an adapter); x with contiguous rows, a and b any float dtype and strides."""
+    K = x.shape[1]
+    weight = (packed, scales, quant_type, block_size)
+    s = x.new_empty(0) if a is None else lora_shrink(x, a, p, seed)
+    if use_small(x, N, K, block_size):
+        return primitives.linear4bit_small(x, *weight, N, s, b, bias, lora_bias, scale), s
+    y = None if a is None else lora_expand(s, b, bias, lora_bias, scale)
+    w = _dequantized(x, *weight, N, K, primitives)
+    return _product(x, w.t(), y, bias), s
+
+
+def linear4bit_bwd(
+    dy, x, packed, scales, quant_type, block_size, K, a, b, s, scale, p, seed,
+    need_dx, need_da, need_db, need_bias, primitives=TRITON,
+):  # fmt: skip
+    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for."""
+    if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
+        dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
+    da, db = (dy.new_empty(0), dy.new_empty(0)) if a is None else (a.new_empty(0), b.new_empty(0))
+    dx, dbias = None, torch.empty(0, device=dy.device, dtype=torch.float32)
+    need_ds = need_dx or need_da
+    if a is None and need_bias:
+        dbias = dy.sum(0, dtype=torch.float32)
+    elif a is not None and (need_ds or need_db or need_bias):
+        ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias)
+        if need_ds:
+            da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
+    if not need_dx:
+        return dy.new_empty(0), da, db, dbias
+    N, weight = dy.shape[1], (packed, scales, quant_type, block_size)
+    if use_small(dy, N, K, block_size):
+        return primitives.linear4bit_small_dx(dy, *weight, K, dx), da, db, dbias
+    w = _dequantized(dy, *weight, N, K, primitives)
+    return _product(dy, w, dx), da, db, dbias

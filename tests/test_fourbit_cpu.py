@@ -1,0 +1,193 @@
+"""4-bit weights in C++: bytes equal to bitsandbytes', and its products, under every instruction set."""
+
+import pytest
+import torch
+
+from cases import normal
+from fastpeft import dispatch
+from fastpeft.testing import assert_all_within_budget, assert_within_budget
+
+bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the reference of the bytes")
+pytestmark = pytest.mark.skipif(
+    dispatch.unmet("quantize_4bit", "cpp", "cpu", torch.float32) is not None, reason="the extension is not built"
+)
+
+TYPES = ["nf4", "fp4"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [0, 1, 2, 31, 63, 64, 65, 4096, 5001, 300 * 64 + 7]
+SHAPES = [(1, 64, 64), (3, 40, 96), (7, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (20, 5, 160)]
+
+
+@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16"])
+def native(request):
+    from fastpeft import _native
+
+    try:
+        _native.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield _native
+    _native.set_isa("auto")
+
+
+def same_values(ours, theirs):
+    nan = theirs.isnan()
+    assert torch.equal(ours.isnan(), nan)
+    assert torch.equal(ours[~nan], theirs[~nan])
+
+
+def values(n, dtype, kind="normal"):
+    w = normal(n, dtype=torch.float32, std=0.05) if n else torch.empty(0)
+    if kind == "hard" and n > 8:
+        w[:64] = 0.0
+        w[n // 2 :: 97] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-42, -0.0, 1e-39]).repeat(n)[: w[n // 2 :: 97].numel()]
+    return w.to(dtype)
+
+
+def quantised(n, quant_type, block_size, double):
+    """bitsandbytes' bytes of n random values, and the scales as the operators take them."""
+    packed, state = bnb.quantize_4bit(
+        values(n, torch.float32), blocksize=block_size, quant_type=quant_type, compress_statistics=double
+    )
+    scales = [state.absmax]
+    if double:
+        scales += [state.state2.code, state.state2.absmax, state.offset]
+    return packed.reshape(-1), scales, state
+
+
+@pytest.mark.parametrize("kind", ["normal", "hard"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_quantize(native, quant_type, dtype, kind):
+    for n in SIZES[1:]:
+        for block_size in (32, 64, 256, 4096):
+            w = values(n, dtype, kind)
+            packed, absmax = native.quantize_4bit(w, quant_type, block_size)
+            float32 = w.float() if dtype is torch.float64 else w  # bitsandbytes refuses fp64
+            gold, state = bnb.quantize_4bit(float32, blocksize=block_size, quant_type=quant_type)
+            assert torch.equal(packed, gold.reshape(-1)), (n, block_size)
+            same_values(absmax, state.absmax)
+
+
+def test_quantize_ties(native):
+    """Values on the midpoints of the code and one float beside them."""
+    from bitsandbytes.functional import get_4bit_type
+
+    for quant_type in TYPES:
+        code = get_4bit_type(quant_type, device="cpu").sort().values
+        middle = (code[1:] + code[:-1]) / 2
+        beside = [torch.nextafter(middle, torch.full_like(middle, to)) for to in (-2.0, 2.0)]
+        w = torch.cat([code, middle, *beside, torch.zeros(3)])
+        assert w.numel() == 64
+        packed, _ = native.quantize_4bit(w, quant_type, 64)
+        assert torch.equal(packed, bnb.quantize_4bit(w, quant_type=quant_type)[0].reshape(-1))
+
+
+def test_quantize_absmax(native):
+    code = bnb.create_dynamic_map()
+    for n in (1, 2, 255, 256, 257, 5000, 70000):
+        for std in (1.0, 1e-42, 0.0):
+            given = normal(n, std=1.0) * std
+            for special in ((), (float("nan"),), (float("inf"), 0.0)):
+                given[: len(special)] = torch.tensor(special)[:n]
+                codes, scale = native.quantize_absmax(given, code)
+                gold, state = bnb.quantize_blockwise(given, code.clone(), blocksize=256)
+                assert torch.equal(codes, gold), (n, std, special)
+                same_values(scale, state.absmax)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_dequantize(native, quant_type, dtype, double, poisoned):
+    for n in SIZES[1:]:
+        for block_size in (32, 64, 512, 4096):
+            packed, scales, state = quantised(n, quant_type, block_size, double)
+            out = torch.empty(n, dtype=dtype)
+            native.dequantize_4bit(packed, scales, quant_type, block_size, out)
+            state.dtype = dtype
+            gold = bnb.dequantize_4bit(packed.view(-1, 1), state).reshape(-1)
+            same_values(out, gold)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize_hard_absmax(native, dtype):
+    absmax = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 1e-40, 1e-38, 3e38, -1.0, 1e-45, 70000.0, 1e-7])
+    packed = torch.randint(0, 256, (absmax.numel() * 32,), dtype=torch.uint8)
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
+    for quant_type in TYPES:
+        out = torch.empty(packed.numel() * 2, dtype=dtype)
+        native.dequantize_4bit(packed, [absmax], quant_type, 64, out)
+        code = bnb.get_4bit_type(quant_type, device="cpu")
+        same_values(out, (code[nibbles] * absmax.repeat_interleave(64)).to(dtype))
+
+
+def test_empty(native):
+    packed, absmax = native.quantize_4bit(torch.empty(0), "nf4", 64)
+    assert packed.numel() == absmax.numel() == 0
+    native.dequantize_4bit(packed, [absmax], "nf4", 64, torch.empty(0, 5))
+    codes, scale = native.quantize_absmax(torch.empty(0), bnb.create_dynamic_map())
+    assert codes.numel() == scale.numel() == 0
+
+
+def reference(given, lora, w, dtype):
+    """y, dx, da, db and the bias gradient through autograd, all in `dtype`."""
+    leaf = {k: v.detach().to(dtype).requires_grad_() for k, v in given.items() if k != "dy"}
+    y = torch.nn.functional.linear(leaf["x"], w.to(dtype), leaf["bias"])
+    if lora:
+        y = y + 0.5 * (leaf["x"] @ leaf["a"].T @ leaf["b"].T)
+    names = ["x", "a", "b", "bias"] if lora else ["x", "bias"]
+    grads = torch.autograd.grad(y, [leaf[name] for name in names], given["dy"].to(dtype))
+    return {"y": y.detach()} | {"d" + name: grad for name, grad in zip(names, grads, strict=True)}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_linear(native, quant_type, dtype, lora, poisoned):
+    for M, N, K in SHAPES:
+        for block_size, double in ((32, False), (64, True), (128, True)):
+            packed, scales, state = quantised(N * K, quant_type, block_size, double)
+            w = bnb.dequantize_4bit(packed.view(-1, 1), state).reshape(N, K)
+            given = {"x": normal(M, K, dtype=dtype), "bias": normal(N, dtype=dtype), "dy": normal(M, N, dtype=dtype)}
+            given |= {"a": normal(6, K, std=0.1), "b": normal(N, 6, std=0.1)}
+            a, b = (given["a"], given["b"]) if lora else (None, None)
+            weight = (packed, scales, quant_type, block_size)
+            y, s = native.linear4bit_fwd(given["x"], *weight, N, a, b, given["bias"], None, 0.5, 0.0, None)
+            needs = (True, lora, lora, True)
+            dx, da, db, dbias = native.linear4bit_bwd(given["dy"], given["x"], *weight, K, a, b, s, 0.5, 0.0, None, *needs)
+            ours = {"y": y, "dx": dx, "dbias": dbias} | ({"da": da, "db": db} if lora else {})
+            rounded = w.to(dtype)
+            assert_all_within_budget(
+                ours, reference(given, lora, rounded, dtype), reference(given, lora, w, torch.float64), dtype
+            )
+
+
+def test_linear_empty(native):
+    packed, scales, _ = quantised(96 * 64, "nf4", 64, True)
+    weight = (packed, scales, "nf4", 64)
+    x = torch.empty(0, 64, dtype=torch.bfloat16)
+    y, s = native.linear4bit_fwd(x, *weight, 96, None, None, None, None, 1.0, 0.0, None)
+    assert y.shape == (0, 96) and s.shape == (0,)
+    dx, *_ = native.linear4bit_bwd(y, x, *weight, 64, None, None, s, 1.0, 0.0, None, True, False, False, True)
+    assert dx.shape == (0, 64)
+
+
+def test_linear_fuzz(native):
+    """Random bytes and strided rows: nothing is read out of place, and every byte is a weight."""
+    generator = torch.Generator().manual_seed(0)
+    code = {name: bnb.get_4bit_type(name, device="cpu") for name in TYPES}
+    for trial in range(40):
+        M, N, K = (int(torch.randint(1, high, (1,), generator=generator)) for high in (24, 70, 200))
+        block_size, quant_type, dtype = (32, 64, 128)[trial % 3], TYPES[trial % 2], DTYPES[trial % 3]
+        if trial % 2:
+            K = K // 64 * 64 + 64
+        n = N * K
+        packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
+        absmax = torch.rand(-(n // -block_size), generator=generator)
+        nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n].long()
+        w = (code[quant_type][nibbles] * absmax.repeat_interleave(block_size)[:n]).view(N, K)
+        x = torch.randn(M, K + 3, generator=generator).to(dtype)[:, :K]
+        y, _ = native.linear4bit_fwd(x, packed, [absmax], quant_type, block_size, N, None, None, None, None, 1.0, 0.0, None)
+        peer = torch.nn.functional.linear(x, w.to(dtype))
+        assert_within_budget(y, peer, x.double() @ w.double().T, dtype)
