@@ -33,6 +33,16 @@ type:  ## mypy
 kernels:  ## compile every Triton kernel and tile for sm_80, sm_90, sm_100 with no GPU: registers, spills, shared memory
 	$(PYTHON) bench/compile_kernels.py $(ARGS)
 
+cuda:  ## compile every CUDA kernel for sm_80 to sm_120 with nvcc and no GPU: registers, spills, shared memory
+	$(PYTHON) bench/compile_cuda.py $(ARGS)
+
+EMULATED = $(PYTHON) -m pytest -q -s tests/test_cuda_emulator.py -k "dequantize or linear4bit or deterministic or twins"
+
+sanitize: env  ## the CUDA kernels on the emulator under ThreadSanitizer, then under AddressSanitizer and UBSan
+	FASTPEFT_SANITIZE=thread LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" $(EMULATED)
+	FASTPEFT_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" $(EMULATED)
+
 model:  ## the cost model against the measured rows
 	$(PYTHON) bench/model.py
 
@@ -47,4 +57,4 @@ gpu:  ## on a CUDA machine: correctness, tuning and benchmarks in under ten minu
 
 check: env lint type test kernels model  ## what CI runs, in CI's order
 
-.PHONY: help env demo test lint type kernels model bench roof gpu check
+.PHONY: help env demo test lint type kernels cuda sanitize model bench roof gpu check

@@ -1,41 +1,89 @@
-"""Builds fastpeft._C from csrc/ where a C++ compiler is found; without one the package installs, and info() says so."""
+"""Builds fastpeft._C from csrc/: with a C++ compiler the CPU kernels, with nvcc the CUDA kernels too.
+
+FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails where its compiler is missing, auto (default) takes what
+is there. CUDA kernels need no GPU and no CUDA build of torch to be compiled; TORCH_CUDA_ARCH_LIST names their
+architectures.
+"""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
+HEADERS = sorted(str(path) for end in ("h", "cuh") for path in Path("csrc").glob(f"*.{end}"))
 # The stable ABI of libtorch 2.10: one build serves every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
          "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fvisibility=hidden"]
+CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+
+
+def wanted(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("0", "1", "auto"):
+        sys.exit(f"fastpeft: {variable} must be 0, 1 or auto, got {value!r}")
+    return value
 
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
+def cuda_home() -> Path | None:
+    """The toolkit's folder, asked of nvcc itself: the nvcc on PATH may be a wrapper."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-E", "any.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(top[1]).resolve() if top and (Path(top[1]) / "include/cuda_runtime.h").exists() else None
+
+
+def cuda_options() -> dict | None:
+    """What CppExtension needs for the .cu files; None without them."""
+    if wanted("FASTPEFT_CUDA") == "0":
+        return None
+    home = cuda_home()
+    if home is None:
+        if wanted("FASTPEFT_CUDA") == "1":
+            sys.exit("fastpeft: FASTPEFT_CUDA must be 0 or auto where no nvcc is found, got 1")
+        return None
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(home)  # which a CPU build of torch leaves unset
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    return {"home": home, "define": f'-DFASTPEFT_CUDA="{archs}"'}
+
+
 def extensions() -> tuple[list, dict]:
-    if os.environ.get("FASTPEFT_CPP", "auto") == "0":
+    if wanted("FASTPEFT_CPP") == "0":
         return [], {}
     if compiler() is None:
-        if os.environ.get("FASTPEFT_CPP") == "1":
+        if wanted("FASTPEFT_CPP") == "1":
             sys.exit("fastpeft: FASTPEFT_CPP must be 0 or auto where no C++ compiler is found, got 1")
         print("fastpeft: no C++ compiler found; installing without the CPU kernels", file=sys.stderr)
         return [], {}
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    cuda = cuda_options()
     extension = CppExtension(
         "fastpeft._C",
-        SOURCES,
-        include_dirs=[pybind11.get_include()],
-        extra_compile_args={"cxx": FLAGS},
-        extra_link_args=["-Wl,--no-as-needed"],
-        libraries=["torch", "torch_cpu", "c10"],
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        SOURCES + (CUDA_SOURCES if cuda else []),
+        include_dirs=[pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
+        extra_compile_args={"cxx": FLAGS + ([cuda["define"]] if cuda else []), "nvcc": NVCC_FLAGS},
+        # libtorch.so leads to libtorch_cuda.so where torch has it: kept though no symbol of its own is used.
+        extra_link_args=["-Wl,--no-as-needed,-ltorch"],
+        library_dirs=[str(cuda["home"] / "lib64")] if cuda else [],
+        libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),
+        depends=HEADERS,
     )
     return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
 

@@ -78,18 +78,27 @@ void decode_one(const uint8_t* packed, const float* code, int64_t i, float scale
   store_some<T>(out, o, splat(code[packed[i >> 1] >> (i & 1 ? 0 : 4) & 15] * scale), 1);
 }
 
-// Values [begin, end), all of one block.
+// Values [begin, end), all of one block, from an even one on and of whole vectors.
 template <Type T>
-inline void decode_block(const uint8_t* packed, const float* code, const Table& table, int64_t begin, int64_t end, float scale, void* out) {
-  int64_t i = begin;
-  if (i & 1) decode_one<T>(packed, code, i++, scale, out, 0);
+inline void decode_vectors(const uint8_t* packed, const Table& table, int64_t begin, int64_t end, float scale, void* out) {
   const vf factor = splat(scale);
   const bool tame = !(scale > -1e-30f && scale < 1e-30f);
-  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-    const vu bytes = __builtin_convertvector(load<vb>(packed + (i >> 1)), vu);
-    store_pairs<T>(out, i - begin, table.values(bytes >> 4) * factor, table.values(bytes) * factor, tame);
+  const uint8_t* from = packed + (begin >> 1);
+  for (int64_t i = 0; i < end - begin; i += 2 * kLanes) {
+    const vu bytes = widen_bytes(from + (i >> 1));
+    store_pairs<T>(out, i, table.values(bytes >> 4) * factor, table.values(bytes) * factor, tame);
   }
-  for (; i < end; ++i) decode_one<T>(packed, code, i, scale, out, i - begin);
+}
+
+// Any of one block.
+template <Type T>
+__attribute__((noinline)) void decode_some(const uint8_t* packed, const float* code, const Table& table, int64_t begin, int64_t end,
+                                           float scale, char* out) {
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  const int64_t even = begin + (begin & 1), whole = even + (end > even ? (end - even) / (2 * kLanes) * (2 * kLanes) : 0);
+  if (begin < even) decode_one<T>(packed, code, begin, scale, out, 0);
+  decode_vectors<T>(packed, table, even, whole, scale, out + (even - begin) * size);
+  for (int64_t i = whole; i < end; ++i) decode_one<T>(packed, code, i, scale, out, i - begin);
 }
 
 template <Type T>
@@ -104,11 +113,14 @@ void decode_as(const Packed& w, int64_t begin, int64_t width, int64_t rows, int6
       const int64_t first = i / w.block_size;
       const int64_t last = smaller((end - 1) / w.block_size + 1, (first / kNestedBlock + 1) * kNestedBlock);
       absmax(w.absmax, first, last, scales);
-      for (int64_t b = first; b < last; ++b) {
-        const int64_t stop = smaller(end, (b + 1) * w.block_size);
-        decode_block<T>(w.data, code, table, i, stop, scales[b - first], to);
-        to += (stop - i) * size;
-        i = stop;
+      int64_t stop = first * w.block_size;
+      for (int64_t b = 0; b < last - first; ++b) {
+        stop += w.block_size;
+        const int64_t own = smaller(end, stop);
+        if ((i | own) % (2 * kLanes) == 0) decode_vectors<T>(w.data, table, i, own, scales[b], to);
+        else decode_some<T>(w.data, code, table, i, own, scales[b], to);
+        to += (own - i) * size;
+        i = own;
       }
     }
 }
@@ -140,12 +152,6 @@ inline uint8_t encode_one(const Bounds& bounds, float v) {
   return static_cast<uint8_t>(bounds.order[index]);
 }
 
-// kLanes nibbles to kLanes / 2 bytes.
-inline void put_nibbles(uint8_t* out, vu nibbles) {
-  const vw pairs = reinterpret_cast<vw>(nibbles);
-  store(out, __builtin_convertvector((pairs << 4 | pairs >> 32) & 0xff, vbw));
-}
-
 template <Type T>
 void encode_block(const void* w, int64_t i, int64_t block_size, const Bounds& bounds, const Table& order, uint8_t* packed, float* absmax) {
   vi most = vi{};
@@ -153,8 +159,12 @@ void encode_block(const void* w, int64_t i, int64_t block_size, const Bounds& bo
     const vi magnitude = reinterpret_cast<vi>(load_as_float<T>(w, i + j)) & 0x7fffffff;  // a NaN's is above all others
     most = magnitude > most ? magnitude : most;
   }
+#if FP_ISA >= 2
+  const int32_t bits = _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(most));
+#else
   int32_t bits = 0;
   for (int l = 0; l < kLanes; ++l) bits = most[l] > bits ? most[l] : bits;
+#endif
   std::memcpy(absmax, &bits, 4);
   const vf factor = splat(1.0f / (*absmax < kTiny ? kTiny : *absmax));
   for (int64_t j = 0; j < block_size; j += kLanes) {

@@ -79,7 +79,8 @@ struct PairProduct {  // bf16
     table = _mm512_load_si512(twice);
   }
   vu plane(vu bytes, int p) const {
-    return reinterpret_cast<vu>(_mm512_permutexvar_epi16(_mm512_srl_epi16(reinterpret_cast<__m512i>(bytes), _mm_cvtsi32_si128(4 * p)), table));
+    typedef uint16_t words __attribute__((vector_size(64)));
+    return reinterpret_cast<vu>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(reinterpret_cast<words>(bytes) >> (4 * p)), table));
   }
   vf add(vf sum, vu weights, const void* x) const { return dot(sum, weights, load<vu>(x)); }
   __m512i table;
@@ -106,22 +107,27 @@ inline void product_tile(const P& by, const BlockScales& scales, const char* x, 
   vf acc[NR][MR];
   clear(acc);
   const auto step = [&](const vu (&bytes)[NR], const vf (&factor)[NR], const char* at) {
-    vf sum[NR][MR];
-    clear(sum);
+    vu weights[NR][P::kPlanes];
+#pragma GCC unroll 8
     for (int p = 0; p < P::kPlanes; ++p)
-      for (int n = 0; n < NR; ++n) {
-        const vu weights = by.plane(bytes[n], p);
-        for (int m = 0; m < MR; ++m) sum[n][m] = by.add(sum[n][m], weights, at + m * ldx + p * plane);
-      }
-    for (int n = 0; n < NR; ++n)
-      for (int m = 0; m < MR; ++m) acc[n][m] += sum[n][m] * factor[n];
+      for (int n = 0; n < NR; ++n) weights[n][p] = by.plane(bytes[n], p);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      vf sum[NR] = {};
+#pragma GCC unroll 8
+      for (int p = 0; p < P::kPlanes; ++p)
+        for (int n = 0; n < NR; ++n) sum[n] = by.add(sum[n], weights[n][p], at + m * ldx + p * plane);
+      for (int n = 0; n < NR; ++n) acc[n][m] += sum[n] * factor[n];
+    }
   };
   vu bytes[NR];
   vf factor[NR];
   const int64_t whole = K / kChunk;
   for (int64_t c = 0; c < whole; ++c) {
     for (int n = 0; n < NR; ++n) {
-      bytes[n] = load<vu>(w + n * (K / 2) + c * (kChunk / 2));
+      const uint8_t* from = w + n * (K / 2) + c * (kChunk / 2);
+      __builtin_prefetch(from + NR * (K / 2));  // the rows after these: the hardware's prefetcher starts anew at every row
+      bytes[n] = load<vu>(from);
       factor[n] = scales.at(absmax + n * row_blocks, c);
     }
     step(bytes, factor, x + c * P::kPlanes * plane);
@@ -146,6 +152,7 @@ inline void product_rows(const P& by, const BlockScales& scales, const char* x, 
                          int64_t row_blocks, float* y, int64_t ldy) {
   const int64_t ldx = arranged(K) * P::kElement;
   int64_t m = 0;
+  for (; m + 8 <= M; m += 8) product_tile<P, 8, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
   for (; m + 4 <= M; m += 4) product_tile<P, 4, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
   for (; m + 2 <= M; m += 2) product_tile<P, 2, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
   for (; m < M; ++m) product_tile<P, 1, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);

@@ -5,9 +5,26 @@
 
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(kLanes)));           // a byte for each lane
-typedef uint64_t vw __attribute__((vector_size(4 * kLanes)));      // pairs of lanes
-typedef uint8_t vbw __attribute__((vector_size(kLanes / 2)));
+// kLanes bytes, one to a lane. By intrinsics: GCC 12 takes __builtin_convertvector of bytes apart.
+inline vu widen_bytes(const uint8_t* p) {
+#if FP_ISA >= 2
+  return reinterpret_cast<vu>(_mm512_cvtepu8_epi32(load<__m128i>(p)));
+#elif FP_ISA == 1
+  return reinterpret_cast<vu>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return vu{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// kLanes nibbles to kLanes / 2 bytes, the first of a pair high.
+inline void put_nibbles(uint8_t* out, vu nibbles) {
+#if FP_ISA >= 2
+  const __m512i pairs = reinterpret_cast<__m512i>(nibbles);
+  store(out, _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(pairs, 4), _mm512_srli_epi64(pairs, 32))));
+#else
+  for (int i = 0; i < kLanes; i += 2) out[i / 2] = static_cast<uint8_t>(nibbles[i] << 4 | nibbles[i + 1]);
+#endif
+}
 
 alignas(64) constexpr float kNf4[16] = {FP_NF4_CODE};
 alignas(64) constexpr float kFp4[16] = {FP_FP4_CODE};

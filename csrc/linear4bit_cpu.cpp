@@ -10,7 +10,7 @@ namespace fastpeft {
 namespace {
 
 // Rows of x up to which the nibbles are multiplied as they lie: above, decoding once for all rows is cheaper.
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 32;
 // Rows of W whose absmax is decoded at a time by such a product.
 constexpr int64_t kWeightRows = 16;
 // Bytes of a panel.

@@ -5,6 +5,13 @@
 
 #include "cpu_kernels.h"
 
+// The architectures of the CUDA kernels, as the build was told; setup.py defines it where it found nvcc.
+#ifdef FASTPEFT_CUDA
+#define FASTPEFT_CUDA_ARCHS FASTPEFT_CUDA
+#else
+#define FASTPEFT_CUDA_ARCHS "none"
+#endif
+
 namespace fastpeft {
 void set_native_gemm(bool bf16, bool f16);
 }
@@ -14,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;
+    info["cuda"] = FASTPEFT_CUDA_ARCHS;
     info["isa"] = fastpeft::kernels().name;
     return info;
   });

@@ -1,0 +1,40 @@
+// The launchers of the CUDA kernels: C calls on plain pointers, free of torch, so that tests reach them through ctypes.
+//
+// Each returns a cudaError_t: cudaErrorInvalidValue (1) where it does not serve its arguments, and then nothing was
+// launched. `stream` is a cudaStream_t.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// A quantised weight of n values (fourbit.h). Plain: absmax fp32 [blocks], codes null. Doubly quantised: codes uint8
+// [blocks], code fp32 [256], scale fp32 [blocks / 256, rounded up], offset one fp32; absmax null.
+struct fp_weight4bit {
+  const void* packed;
+  const float* absmax;
+  const uint8_t* codes;
+  const float* code;
+  const float* scale;
+  const float* offset;
+  int32_t quant_type;  // fastpeft::FourBit
+  int32_t block_size;  // a power of two, 32 to 4096
+};
+
+// A matrix with a contiguous last dimension; `type` is 0 fp32, 1 bf16, 2 fp16 (fastpeft::Type).
+struct fp_matrix {
+  void* data;
+  int64_t stride;  // between rows, in elements
+  int32_t type;
+};
+
+// out [N, K] = the weight, to the bit of bitsandbytes. out.stride >= K: a workspace may keep columns for an adapter.
+int fp_dequantize_4bit(const fp_weight4bit* w, const fp_matrix* out, int64_t N, int64_t K, void* stream);
+
+// y [M, N] = x [M, K] Wᵀ + scale · s [M, R] bᵀ + bias, added to what y holds where `accumulate`.
+// x, y the same 16-bit type; s, b, bias any of the three. s.data null: no adapter; bias null: none.
+// Serves 1 <= M <= 64, K % 64 = 0, N K <= 2^36, block_size >= 64, x aligned to 16 bytes, packed to 8, x.stride a multiple
+// of 8 and at most 2^24.
+int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, const fp_matrix* y, const fp_matrix* s,
+                        const fp_matrix* b, const fp_matrix* bias, float scale, int accumulate, int64_t M, int64_t N,
+                        int64_t K, int64_t R, void* stream);
+}

@@ -1,0 +1,307 @@
+"""The CUDA kernels run thread by thread on the CPU: bits, sums, bounds, races; and the emulator's own eyes."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cases import normal
+from emulator import build
+from emulator.kernels import SCHEDULES, Kernels
+from fastpeft import ops
+from fastpeft.ops import Weight4bit
+from fastpeft.testing import assert_within_budget
+from fourbit_cases import QUANT_TYPES, bitsandbytes, weight
+
+GUARD = 32
+INVALID = 1  # cudaErrorInvalidValue
+HALF = [torch.bfloat16, torch.float16]
+SANITIZED = os.environ.get("FASTPEFT_SANITIZE", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("emulator")
+    if build.compiler() is None:
+        pytest.skip("the emulator is built by g++, which is not here")
+    try:
+        build.include_flags(path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return path
+
+
+@pytest.fixture(scope="module")
+def kernels(folder):
+    return Kernels(folder)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request, kernels):
+    kernels.schedule(request.param)
+    yield
+    kernels.schedule("forward")
+
+
+class Guarded:
+    """A matrix of NaN between guards of NaN, `offset` elements past an aligned address."""
+
+    def __init__(self, rows, columns, dtype, stride=None, offset=0):
+        self.memory = torch.full((2 * GUARD + offset + rows * (stride or columns),), torch.nan, dtype=dtype)
+        self.value = self.memory[GUARD + offset :].as_strided((rows, columns), (stride or columns, 1))
+
+    def only_written_inside(self):
+        inside = self.value.clone()
+        self.value.fill_(torch.nan)
+        around = self.memory.isnan().all().item()
+        self.value.copy_(inside)
+        return around and not inside.isnan().any().item()
+
+
+def same(ours, gold):
+    assert torch.equal(ours, gold)
+    # bitsandbytes has two zeros, of which its CPU kernels write one.
+    assert torch.equal((ours + 0.0).contiguous().view(torch.uint8), (gold + 0.0).contiguous().view(torch.uint8))
+
+
+# N, K, block_size, columns between rows beyond K, elements past an aligned address
+DEQUANTIZE = {
+    "round": (64, 512, 64, 0, 0),
+    "one": (1, 1, 64, 0, 0),
+    "tail": (1, 1003, 32, 0, 0),
+    "odd": (7, 33, 64, 0, 0),
+    "tiles": (5, 4104, 4096, 0, 0),
+    "workspace": (33, 264, 64, 16, 0),
+    "workspace_wide": (3, 8 * 300, 128, 64, 0),
+    "workspace_narrow": (300, 8, 64, 8, 0),
+    "workspace_odd": (9, 50, 32, 3, 0),
+    "unaligned": (16, 96, 64, 0, 1),
+}
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("case", DEQUANTIZE)
+def test_dequantize(kernels, schedule, case, dtype, quant_type, double_quant):
+    N, K, block_size, extra, offset = DEQUANTIZE[case]
+    q = ops.quantize_4bit(weight((N, K), dtype), quant_type, block_size, double_quant, backend="eager")
+    out = Guarded(N, K, dtype, K + extra, offset)
+    assert kernels.dequantize_4bit(q, out.value) == 0, kernels.message()
+    assert out.only_written_inside()
+    same(out.value, ops.dequantize_4bit(q, backend="eager"))
+
+
+def test_dequantize_unaligned_packed(kernels):
+    q = ops.quantize_4bit(weight((16, 96)), backend="eager")
+    packed = torch.empty(q.packed.numel() + 1, dtype=torch.uint8)[1:].copy_(q.packed)
+    out = Guarded(16, 96, torch.bfloat16)
+    shifted = Weight4bit(packed, q.scales, q.shape, q.dtype, q.quant_type, q.block_size)
+    assert kernels.dequantize_4bit(shifted, out.value) == 0, kernels.message()
+    same(out.value, ops.dequantize_4bit(q, torch.bfloat16, backend="eager"))
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="bitsandbytes' own threads are not this check's")
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("shape", [(64, 512), (48, 1088), (1, 1001)])
+def test_dequantize_is_bitsandbytes(kernels, shape, quant_type, double_quant):
+    functional = bitsandbytes()
+    w = normal(*shape, dtype=torch.bfloat16)
+    data, state = functional.quantize_4bit(w, quant_type=quant_type, compress_statistics=double_quant)
+    out = Guarded(*shape, torch.bfloat16)
+    assert kernels.dequantize_4bit(Weight4bit.from_quant_state(data, state), out.value) == 0, kernels.message()
+    same(out.value, functional.dequantize_4bit(data, state))
+
+
+def test_dequantize_nothing(kernels):
+    q = Weight4bit(torch.zeros(1, dtype=torch.uint8), [torch.ones(1)], torch.Size((0, 8)), torch.float32, "nf4", 64)
+    assert kernels.dequantize_4bit(q, torch.empty(0, 8)) == 0
+
+
+# M, N, K, block_size, double_quant, R, accumulate
+LINEAR = {
+    "one": (1, 16, 64, 64, True, 0, False),
+    "decode": (1, 48, 1024, 64, True, 8, False),
+    "two": (2, 37, 128, 64, False, 5, True),
+    "seven": (7, 80, 320, 128, True, 16, False),
+    "sixteen": (16, 131, 192, 64, True, 33, False),
+    "thirds": (17, 24, 704, 4096, False, 3, True),
+    "many_rows": (33, 513, 64, 64, True, 4, False),
+    "full": (64, 70, 576, 256, True, 20, True),
+}
+
+
+def linear_case(name, dtype, quant_type="nf4"):
+    M, N, K, block_size, double_quant, R, accumulate = LINEAR[name]
+    q = ops.quantize_4bit(normal(N, K, std=0.1), quant_type, block_size, double_quant, backend="eager")
+    given = {"x": normal(M, K, dtype=dtype), "bias": normal(N)}
+    if R:
+        given |= {"s": normal(M, R, dtype=dtype), "b": normal(N, R, std=0.2)}
+    return q, given, accumulate
+
+
+def linear_reference(q, given, before, dtype, scale):
+    """In fp64 from the exact weight; and from the weight and result rounded to `dtype`."""
+    out = []
+    for w in (ops.dequantize_4bit(q, torch.float32, backend="eager"), ops.dequantize_4bit(q, dtype, backend="eager")):
+        y = given["x"].double() @ w.double().T + given["bias"].double()
+        if "s" in given:
+            y += scale * given["s"].double() @ given["b"].double().T
+        out.append(y if before is None else y + before.double())
+    return out[0], out[1].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", LINEAR)
+def test_linear4bit_small(kernels, schedule, case, dtype):
+    q, given, accumulate = linear_case(case, dtype)
+    y = Guarded(given["x"].shape[0], q.shape[0], dtype)
+    before = normal(*y.value.shape, dtype=dtype) if accumulate else None
+    if accumulate:
+        y.value.copy_(before)
+    assert kernels.linear4bit_small(given["x"], q, y.value, given.get("s"), given.get("b"), given["bias"], 0.5,
+                                    accumulate) == 0, kernels.message()  # fmt: skip
+    assert y.only_written_inside()
+    gold, peer = linear_reference(q, given, before, dtype, 0.5)
+    assert_within_budget(y.value, peer, gold, dtype)
+
+
+def test_linear4bit_small_is_exact_on_integers(kernels):
+    """Weights of -1, 0 and 1, powers of two for absmax: every product and sum is exact, so every bit is checked."""
+    M, N, K = 13, 50, 256
+    nibbles = torch.tensor([0, 7, 15])[torch.randint(3, (N, K))]
+    packed = (nibbles.view(-1, 2)[:, 0] * 16 + nibbles.view(-1, 2)[:, 1]).to(torch.uint8)
+    absmax = 2.0 ** torch.randint(-1, 2, (N * K // 64,))
+    q = Weight4bit(packed, [absmax], torch.Size((N, K)), torch.bfloat16, "nf4", 64)
+    x = torch.randint(-2, 3, (M, K)).to(torch.float16)
+    y = Guarded(M, N, torch.float16, N + 3)
+    assert kernels.linear4bit_small(x, q, y.value) == 0, kernels.message()
+    assert torch.equal(y.value.double(), x.double() @ ops.dequantize_4bit(q, backend="eager").double().T)
+
+
+@pytest.mark.parametrize("case", ["decode", "full"])
+def test_deterministic(kernels, case):
+    q, given, _ = linear_case(case, torch.bfloat16, "fp4")
+    results = []
+    for name in SCHEDULES:
+        kernels.schedule(name)
+        y = torch.empty(given["x"].shape[0], q.shape[0], dtype=torch.bfloat16)
+        assert kernels.linear4bit_small(given["x"], q, y, given["s"], given["b"]) == 0
+        results.append(y)
+    kernels.schedule("forward")
+    assert all(torch.equal(results[0].view(torch.int16), y.view(torch.int16)) for y in results[1:])
+
+
+def test_linear4bit_small_refuses(kernels):
+    q, given, _ = linear_case("seven", torch.bfloat16)
+    x, y = given["x"], torch.empty(7, 80, dtype=torch.bfloat16)
+    unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    short = Weight4bit(q.packed, q.scales, q.shape, q.dtype, q.quant_type, 32)
+    for x_given, q_given, y_given in [
+        (unaligned, q, y), (x.float(), q, y.float()), (x[:, :32], q, y), (x, short, y),
+        (x.repeat(10, 1), q, y.repeat(10, 1)),
+    ]:  # fmt: skip
+        assert kernels.linear4bit_small(x_given, q_given, y_given) == INVALID
+    assert kernels.linear4bit_small(x[:0], q, y[:0]) == 0
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="the count allocates inside a thread")
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("stride", [512, 528])
+def test_dequantize_moves_its_floor(kernels, double_quant, stride):
+    q = ops.quantize_4bit(normal(128, 512), double_quant=double_quant, backend="eager")
+    out = torch.empty(128, stride, dtype=torch.bfloat16)[:, :512]
+    floor = q.nbytes + 2 * out.numel()
+    assert floor <= kernels.moved(lambda: kernels.dequantize_4bit(q, out)) <= 1.02 * floor
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="the count allocates inside a thread")
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
+def test_linear4bit_small_moves_its_floor(kernels, M):
+    q = ops.quantize_4bit(normal(128, 1024), backend="eager")
+    x, y = normal(M, 1024, dtype=torch.bfloat16), torch.empty(M, 128, dtype=torch.bfloat16)
+    floor = q.nbytes + x.nbytes + y.nbytes
+    assert floor <= kernels.moved(lambda: kernels.linear4bit_small(x, q, y)) <= 1.05 * floor
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_ptx_twins(folder, half):
+    """cp.async, ldmatrix and mma against a plain product of small integers."""
+    library = ctypes.CDLL(str(build.build([build.HERE / "twins.cu"], folder, "twins.so", SANITIZED)))
+    dtype = torch.float16 if half else torch.bfloat16
+    a, b = torch.randint(-6, 7, (16, 16)).to(dtype), torch.randint(-6, 7, (16, 8)).to(dtype)
+    c = torch.full((16, 8), torch.nan)
+    assert library.twin_product(half, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c))) == 0
+    assert torch.equal(c, a.float() @ b.float())
+
+
+# kernel -> the build that finds its mistake, and what that says
+PLANTED = {
+    "missing_syncthreads": ("thread", "data race"),
+    "missing_barrier_at_loop_end": ("thread", "data race"),
+    "missing_syncwarp": ("thread", "data race"),
+    "shuffle_as_fence": ("thread", "data race"),
+    "missing_barrier_after_copy": ("thread", "data race"),
+    "two_blocks_add": ("thread", "data race"),
+    "missing_copy_wait": ("", "nan"),
+    "uninitialised_shared": ("", "nan"),
+    "misaligned_load": ("", "misaligned address"),
+    "divergent_barrier": ("", "meet __syncthreads at different lines"),
+    "lanes_apart": ("", "meet in different operations"),
+    "deadlock": ("", "deadlock"),
+    "past_static_shared": ("address", "out of bounds"),
+    "past_dynamic_shared": ("address", "heap-buffer-overflow"),
+    "past_global": ("address", "heap-buffer-overflow"),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(folder):
+    def program(sanitizer, mended):
+        name = f"planted_{sanitizer}_{mended}"
+        if not (folder / name).exists():
+            build.build([build.HERE / "planted.cu"], folder, name, sanitizer, True, ["-DMENDED"] if mended else [])
+        return folder / name
+
+    def run(kernel, sanitizer, mended):
+        # Two blocks race only in memory that both may touch: each needs stacks of its own.
+        apart = {"EMU_APART": "1"} if kernel == "two_blocks_add" else {}
+        environment = build.plain_environment() | apart
+        return subprocess.run([program(sanitizer, mended), kernel], capture_output=True, text=True, env=environment)
+
+    return run
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="builds its own sanitized programs")
+@pytest.mark.parametrize("kernel", PLANTED)
+def test_planted_mistake_is_found(planted, kernel):
+    sanitizer, said = PLANTED[kernel]
+    done = planted(kernel, sanitizer, mended=False)
+    assert said in done.stdout + done.stderr
+    mended = planted(kernel, sanitizer, mended=True)
+    assert mended.returncode == 0 and not mended.stderr and "nan" not in mended.stdout, mended.stderr
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="it is this run")
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_kernels_under_sanitizer(folder, sanitizer):
+    """Each kernel at its edges, one schedule, in a process whose every access is watched."""
+    done = run_sanitized(sanitizer, "forward and bfloat16 and not fp4")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def run_sanitized(sanitizer, selection):
+    names = {"thread": ["libtsan.so"], "address": ["libasan.so", "libstdc++.so.6"]}[sanitizer]
+    found = [
+        subprocess.check_output([build.compiler(), f"-print-file-name={name}"], text=True).strip() for name in names
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(found), "FASTPEFT_SANITIZE": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", __file__, "-k", selection]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
