@@ -35,6 +35,8 @@ struct FourBitKernels {
   // of a vector of nibbles lie in the order of the nibble in its lane, and `arrange` puts x in that order. It writes
   // arranged(K) values a row: bf16 where `in_pairs`, else fp32. `absmax` holds that of the blocks of rows [n0, n1).
   bool (*in_pairs)(Type x);
+  // The rows of x up to which that is faster than to decode the weight once and multiply: measured at K = N = 4096.
+  int64_t (*few_rows)(Type x);
   void (*arrange)(Rows x, int64_t K, void* out);
   void (*product)(const void* x, bool pairs, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y,
                   int64_t ldy);

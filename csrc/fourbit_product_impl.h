@@ -13,6 +13,11 @@ constexpr int64_t kChunk = 8 * kLanes;  // weights of a vector of nibbles
 
 bool product_in_pairs(Type x) { return FP_ISA == 3 && x == Type::bf16; }
 
+int64_t few_rows(Type x) {
+  if (product_in_pairs(x)) return 32;
+  return FP_ISA >= 2 ? 24 : FP_ISA == 1 ? 16 : 4;
+}
+
 void arrange(Rows x, int64_t K, void* out) {
   const int64_t ld = arranged(K);
   for (int64_t m = 0; m < x.count; ++m)
@@ -176,6 +181,6 @@ void product(const void* x, bool pairs, int64_t M, int64_t K, const Packed& w, c
   (pairs ? product_as<PairProduct> : product_as<FloatProduct>)(x, M, K, w, absmax, n0, n1, y, ldy);
 }
 
-constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, arrange, product};
+constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product};
 
 }  // namespace

@@ -20,7 +20,8 @@ inline vu widen_bytes(const uint8_t* p) {
 inline void put_nibbles(uint8_t* out, vu nibbles) {
 #if FP_ISA >= 2
   const __m512i pairs = reinterpret_cast<__m512i>(nibbles);
-  store(out, _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(pairs, 4), _mm512_srli_epi64(pairs, 32))));
+  const __m128i bytes = _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(pairs, 4), _mm512_srli_epi64(pairs, 32)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), bytes);
 #else
   for (int i = 0; i < kLanes; i += 2) out[i / 2] = static_cast<uint8_t>(nibbles[i] << 4 | nibbles[i + 1]);
 #endif

@@ -9,8 +9,6 @@
 namespace fastpeft {
 namespace {
 
-// Rows of x up to which the nibbles are multiplied as they lie: above, decoding once for all rows is cheaper.
-constexpr int64_t kFewRows = 32;
 // Rows of W whose absmax is decoded at a time by such a product.
 constexpr int64_t kWeightRows = 16;
 // Bytes of a panel.
@@ -59,7 +57,9 @@ void add_columns(const Weight& w, const Tensor& dy, const Tensor& dx, double bet
   }
 }
 
-bool takes_nibbles(const Weight& w, int64_t M) { return M <= kFewRows && w.K % w.packed.block_size == 0; }
+bool takes_nibbles(const Weight& w, const Tensor& x) {
+  return x.size(0) <= four_bit().few_rows(type_of(x)) && w.K % w.packed.block_size == 0;
+}
 
 // y fp32 = x wᵀ
 void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const int64_t M = x.size(0), K = x.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
-  const bool few = takes_nibbles(w, M), direct = !few && native(type);
+  const bool few = takes_nibbles(w, x), direct = !few && native(type);
   // In x's own type where the vendor GEMM writes it, in fp32 else.
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
   if (M && N) {

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 2, 31, 63, 64, 65, 4096, 5001, 300 * 64 + 7]
-SHAPES = [(1, 64, 64), (3, 40, 96), (7, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (20, 5, 160)]
+SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160)]
 
 
 @pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16"])
@@ -40,7 +40,9 @@ def values(n, dtype, kind="normal"):
     w = normal(n, dtype=torch.float32, std=0.05) if n else torch.empty(0)
     if kind == "hard" and n > 8:
         w[:64] = 0.0
-        w[n // 2 :: 97] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-42, -0.0, 1e-39]).repeat(n)[: w[n // 2 :: 97].numel()]
+        places = torch.arange(n // 2, n, 97)
+        hard = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-42, -0.0, 1e-39])
+        w[places] = hard.repeat(n)[: places.numel()]
     return w.to(dtype)
 
 
@@ -155,7 +157,9 @@ def test_linear(native, quant_type, dtype, lora, poisoned):
             weight = (packed, scales, quant_type, block_size)
             y, s = native.linear4bit_fwd(given["x"], *weight, N, a, b, given["bias"], None, 0.5, 0.0, None)
             needs = (True, lora, lora, True)
-            dx, da, db, dbias = native.linear4bit_bwd(given["dy"], given["x"], *weight, K, a, b, s, 0.5, 0.0, None, *needs)
+            dx, da, db, dbias = native.linear4bit_bwd(
+                given["dy"], given["x"], *weight, K, a, b, s, 0.5, 0.0, None, *needs
+            )
             ours = {"y": y, "dx": dx, "dbias": dbias} | ({"da": da, "db": db} if lora else {})
             rounded = w.to(dtype)
             assert_all_within_budget(
@@ -188,6 +192,8 @@ def test_linear_fuzz(native):
         nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n].long()
         w = (code[quant_type][nibbles] * absmax.repeat_interleave(block_size)[:n]).view(N, K)
         x = torch.randn(M, K + 3, generator=generator).to(dtype)[:, :K]
-        y, _ = native.linear4bit_fwd(x, packed, [absmax], quant_type, block_size, N, None, None, None, None, 1.0, 0.0, None)
+        y, _ = native.linear4bit_fwd(
+            x, packed, [absmax], quant_type, block_size, N, None, None, None, None, 1.0, 0.0, None
+        )
         peer = torch.nn.functional.linear(x, w.to(dtype))
         assert_within_budget(y, peer, x.double() @ w.double().T, dtype)
