@@ -1,8 +1,8 @@
-"""``accelerate`` gives the ``lora.Linear`` layers of a PEFT model our operator, in place; ``restore`` takes it out.
+"""``accelerate`` gives the linear LoRA layers of a PEFT model our operators, in place; ``restore`` takes them out.
 
-Only the class of a layer changes, to one built from the layer's own (`peft_layers`): parameters, buffers, keys,
-attributes, saved files, ``isinstance`` and every method stay PEFT's. fastpeft does not import PEFT: a model that holds
-its layers has.
+Only the class of a layer changes, to one built from the layer's own (`peft_layers`, `peft_bnb`): parameters, buffers,
+keys, attributes, saved files, ``isinstance`` and every method stay PEFT's. fastpeft imports neither PEFT nor
+bitsandbytes: a model that holds their layers has.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def _check(op: str, model: object) -> None:
 
 def accelerate(model: Module) -> Report:
     """Compute every PEFT ``lora.Linear`` under ``model`` that can be with `fastpeft.ops.lora_linear`.
+
+    And every ``lora.Linear4bit``, over a weight of bitsandbytes, with `fastpeft.ops.linear4bit_lora`.
 
     model      any module: a PeftModel, a model with injected adapters, a single layer. Call it before ``fully_shard``,
                and again after adding adapters to further layers: a second call changes only what is new

@@ -1,10 +1,11 @@
-"""The class that an accelerated ``peft.tuners.lora.layer.Linear`` has, built at run time from the class it had.
+"""The class that an accelerated PEFT layer has, built at run time from the class it had.
 
     y = x Wᵀ + bias + Σ_active scale · (dropout(x) Aᵀ Bᵀ + lora_bias)             PEFT's maths, in one operator
 
-All state stays in PEFT's own attributes and is read at every call, so that merging, switching, adding, loading,
-rescaling and hot-swapping adapters need no notice. Whatever a call cannot prove to be the plain case goes to PEFT's own
-forward; `peft_report.reason` names what it was, and has an answer for every branch that steps back here.
+`Accelerated` is for ``lora.Linear``; `peft_bnb` has the one for a base of 4 bits. All state stays in PEFT's own
+attributes and is read at every call, so that merging, switching, adding, loading, rescaling and hot-swapping adapters
+need no notice. Whatever a call cannot prove to be the plain case goes to PEFT's own forward; `peft_report.reason` names
+what it was, and has an answer for every branch that steps back here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PLAIN = frozenset((torch.Tensor, Parameter))
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Base layers that are one matrix product -> whether they store W as [in, out]. `accelerate` adds transformers' Conv1D.
 TRANSPOSED: dict[type, bool] = {Linear: False}
+# PEFT's class -> what comes before it and its subclasses, where that is not `Accelerated` itself; `accelerate` adds it.
+MIXINS: dict[type, type] = {}
 # torch never rebinds these dictionaries, so that the names stay true.
 _global_hooks = torch_module._global_forward_hooks
 _global_pre_hooks = torch_module._global_forward_pre_hooks
@@ -76,22 +79,26 @@ def scalable(scale: Any) -> bool:
     return isinstance(scale, (int, float))
 
 
-def matching(layer: Any, x: Any, w: Any, a: Any, b: Any) -> bool:
-    """Whether PEFT would multiply these without an error, and one operator can."""
-    if type(x) not in PLAIN or type(w) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
+def adaptable(layer: Any, x: Any, a: Any, b: Any) -> bool:
+    """Whether PEFT would multiply x with these factors without an error, and one operator can."""
+    if type(x) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
         return False
-    dtype, adapter, device = x.dtype, a.dtype, x.device
+    adapter, device = a.dtype, x.device
     return (
-        dtype in DTYPES
+        x.dtype in DTYPES
         and adapter in DTYPES
         and b.dtype is adapter
-        and (w.dtype is dtype or torch.is_autocast_enabled(device.type))
-        and (adapter is dtype or layer.cast_input_dtype_enabled)
-        and w.device == device
+        and (adapter is x.dtype or layer.cast_input_dtype_enabled)
         and a.device == device
         and b.device == device
         and not x.is_nested
     )
+
+
+def matching(x: torch.Tensor, w: Any) -> bool:
+    """Whether PEFT would multiply x with the base weight without an error."""
+    device = x.device
+    return type(w) in PLAIN and (w.dtype is x.dtype or torch.is_autocast_enabled(device.type)) and w.device == device
 
 
 class Accelerated:
@@ -110,19 +117,16 @@ class Accelerated:
         base = modules["base_layer"]
         lora_B = modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
-        w = base._parameters.get("weight")
         a = lora_A._parameters.get("weight")
         b = lora_B._parameters.get("weight")
-        transposed = TRANSPOSED.get(type(base))
         p = drop_probability(dropout)
         scale = self.scaling[name]
         if (
-            transposed is None
-            or p is None
+            p is None
             or type(lora_A) is not Linear
             or type(lora_B) is not Linear
             or not (type(scale) is float or scalable(scale))
-            or not matching(self, x, w, a, b)
+            or not adaptable(self, x, a, b)
             or hooked(base)
             or hooked(lora_A)
             or hooked(lora_B)
@@ -131,7 +135,18 @@ class Accelerated:
             or transformed()
         ):
             return super().forward(x)  # type: ignore[misc]
-        bias, lora_bias = base._parameters["bias"], lora_B._parameters["bias"]
+        y = self._fused(x, base, a, b, lora_B._parameters["bias"], scale, p)
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+    def _fused(
+        self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
+    ) -> torch.Tensor | None:
+        """The whole layer with one adapter that is `adaptable`; None: the base is not the plain case."""
+        transposed = TRANSPOSED.get(type(base))
+        w = base._parameters.get("weight")
+        if transposed is None or not matching(x, w):
+            return None
+        bias = base._parameters["bias"]
         return lora_linear(x, w.t() if transposed else w, a, b, bias, lora_bias, scale=scale, dropout=p)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -162,9 +177,7 @@ def _several(layer: Any, x: torch.Tensor, active: list[str]) -> torch.Tensor | N
     """
     modules = layer._modules
     base = modules["base_layer"]
-    w = base._parameters.get("weight")
-    transposed = TRANSPOSED.get(type(base))
-    if transposed is None or hooked(base) or globally_hooked() or transformed():
+    if hooked(base) or globally_hooked() or transformed():
         return None
     a_parts: list[torch.Tensor] = []
     b_parts: list[torch.Tensor] = []
@@ -184,7 +197,7 @@ def _several(layer: Any, x: torch.Tensor, active: list[str]) -> torch.Tensor | N
             or type(lora_A) is not Linear
             or type(lora_B) is not Linear
             or not scalable(scale)
-            or not matching(layer, x, w, a, b)
+            or not adaptable(layer, x, a, b)
             or hooked(lora_A)
             or hooked(lora_B)
             or hooked(dropout)
@@ -199,8 +212,10 @@ def _several(layer: Any, x: torch.Tensor, active: list[str]) -> torch.Tensor | N
             lora_bias = scaled if lora_bias is None else lora_bias + scaled
     if not a_parts:
         return None
-    lora_A, lora_B = torch.cat(a_parts), torch.cat(b_parts, dim=1)
-    return lora_linear(x, w.t() if transposed else w, lora_A, lora_B, base._parameters["bias"], lora_bias)
+    fused: torch.Tensor | None = layer._fused(
+        x, base, torch.cat(a_parts), torch.cat(b_parts, dim=1), lora_bias, 1.0, 0.0
+    )
+    return fused
 
 
 _built: dict[type, type] = {}
@@ -214,7 +229,8 @@ def accelerated(kind: type) -> type:
         names = {key: vars(kind)[key] for key in ("__module__", "__qualname__", "__doc__") if key in vars(kind)}
         if hasattr(kind, "__deepcopy__"):
             names["__deepcopy__"] = kind.__deepcopy__  # FSDP2 forbids it
-        built = types.new_class(kind.__name__, (Accelerated, kind), exec_body=lambda body: body.update(names))
+        mixin = next((mixin for base, mixin in MIXINS.items() if issubclass(kind, base)), Accelerated)
+        built = types.new_class(kind.__name__, (mixin, kind), exec_body=lambda body: body.update(names))
         _built[kind], _sources[built] = built, kind
     return _built[kind]
 

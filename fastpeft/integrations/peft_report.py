@@ -10,10 +10,11 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch.nn import Linear, Module
 
+from fastpeft.integrations import peft_bnb
 from fastpeft.integrations import peft_layers as layers
 
 TESTED = (Version("0.20"), Version("0.23"))
-"""peft from, up to but not including: the releases whose ``lora.Linear.forward`` is known to be the one we replace."""
+"""peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
 
 _METHODS = ("forward", "_check_forward_args", "_cast_input_dtype", "merged", "disable_adapters", "active_adapters")
 
@@ -32,12 +33,20 @@ def is_peft_layer(module: Module) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
+def _over_4bit(module: Module) -> bool:
+    kind = peft_bnb.linear4bit_class()
+    return kind is not None and isinstance(module, kind)
+
+
 def unfit(module: Module) -> str | None:
     """What keeps ``module`` from being given our class at all; None if it may have it."""
-    plain = lora_linear_class()
+    quantised = _over_4bit(module)
+    plain = peft_bnb.linear4bit_class() if quantised else lora_linear_class()
     kind = layers.source(type(module))
     label = f"{kind.__module__.rpartition('.')[0].rpartition('.')[2]}.{kind.__name__}"
     if plain is None or not isinstance(module, plain):
+        if label == "lora.Linear8bitLt":
+            return f"{label}: bitsandbytes multiplies 8-bit weights in integers, with a threshold for outliers"
         return f"{label} is not PEFT's lora.Linear"
     version = getattr(peft_module("peft"), "__version__", "unknown")
     try:
@@ -47,7 +56,7 @@ def unfit(module: Module) -> str | None:
     if not known:
         return f"peft {version} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
     if plain.forward.__module__ != plain.__module__:
-        return f"lora.Linear.forward has been replaced by {plain.forward.__module__}"
+        return f"lora.{plain.__name__}.forward has been replaced by {plain.forward.__module__}"
     if any(getattr(kind, method, None) is not getattr(plain, method) for method in _METHODS):
         return f"{label} has a forward of its own"
     if "forward" in vars(module):
@@ -55,6 +64,8 @@ def unfit(module: Module) -> str | None:
     base = module.base_layer
     if is_peft_layer(base):
         return f"its base layer is itself an adapter layer ({type(base).__name__})"
+    if quantised:
+        return peft_bnb.unfit(base)
     if type(base) not in layers.TRANSPOSED and not hasattr(base, "parametrizations"):
         return f"base layer {type(base).__module__}.{type(base).__qualname__} is not torch.nn.Linear or Conv1D"
     return None
@@ -62,6 +73,7 @@ def unfit(module: Module) -> str | None:
 
 def _tensors(layer: Any, parts: dict[str, Any]) -> str | None:
     """What is wrong with the weights, whatever the input."""
+    quantised = _over_4bit(layer)
     for role, part in parts.items():
         w = part._parameters.get("weight")
         if w is None:
@@ -70,6 +82,11 @@ def _tensors(layer: Any, parts: dict[str, Any]) -> str | None:
             return f"the weight of {role} is partitioned by DeepSpeed"
         if type(w).__name__ == "DTensor":
             return "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
+        if quantised and role == "base_layer":
+            why = peft_bnb.unreadable(part)
+            if why is not None:
+                return why
+            continue
         if type(w) not in layers.PLAIN:
             return f"the weight of {role} is a {type(w).__name__}"
         if w.is_meta:
@@ -81,7 +98,7 @@ def _tensors(layer: Any, parts: dict[str, Any]) -> str | None:
         return "the weights are on different devices"
     if len({w.dtype for w in weights[1:]}) > 1:
         return "the weights of the adapters have different dtypes"
-    if weights[0].dtype is not weights[1].dtype and not layer.cast_input_dtype_enabled:
+    if not quantised and weights[0].dtype is not weights[1].dtype and not layer.cast_input_dtype_enabled:
         return "adapter and base dtype differ and casting the input is disabled"
     return None
 
@@ -111,7 +128,7 @@ def _state(layer: Any) -> str | None:
         suffix = "" if len(names) == 1 else f"[{name}]"
         parts |= {f"lora_A{suffix}": layer.lora_A[name], f"lora_B{suffix}": layer.lora_B[name]}
         dropouts[f"lora_dropout{suffix}"] = layer.lora_dropout[name]
-    if type(layer.base_layer) not in layers.TRANSPOSED:
+    if not _over_4bit(layer) and type(layer.base_layer) not in layers.TRANSPOSED:
         return f"base layer {type(layer.base_layer).__name__} is not torch.nn.Linear or Conv1D (parametrised?)"
     for role, part in parts.items():
         if role != "base_layer" and type(part) is not Linear:
@@ -140,14 +157,15 @@ def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return "the input is not a plain dense tensor"
     if x.dtype not in layers.DTYPES:
         return f"the input is {x.dtype}"
-    if x.dtype is not w.dtype and not torch.is_autocast_enabled(x.device.type):
+    quantised = _over_4bit(layer)
+    if not quantised and x.dtype is not w.dtype and not torch.is_autocast_enabled(x.device.type):
         return "the input and the base weight have different dtypes"
     adapter = layer.lora_A[_active(layer)[0]].weight
     if x.dtype is not adapter.dtype and not layer.cast_input_dtype_enabled:
         return "the input and the adapter have different dtypes and casting the input is disabled"
     if x.device != w.device:
         return "the input is on another device than the weights"
-    return None
+    return peft_bnb.uncallable(layer.base_layer, x, adapter.dtype) if quantised else None
 
 
 def reason(

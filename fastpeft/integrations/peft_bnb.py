@@ -1,0 +1,209 @@
+"""PEFT's ``lora.Linear4bit``: the same in one operator over the packed bytes that bitsandbytes keeps.
+
+    y = (x Wᵀ + bias) in bitsandbytes' compute dtype + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), in x.dtype
+
+The bytes and their scales are read at every call, as views: a few microseconds, so that nothing can be stale and no
+memory is kept that its owner has given up. bitsandbytes' own forward is not called, so that in eval mode on a CPU it
+does not repack the weight (which loses bits of doubly quantised scales). A model that holds its layers has imported it;
+fastpeft does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from fastpeft.integrations import peft_layers as layers
+from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
+from fastpeft.ops.weight4bit import BLOCK_SIZES, NESTED_BLOCK, QUANT_TYPES
+
+TESTED = (Version("0.48"), Version("0.51"))
+"""bitsandbytes from, up to but not including: the releases whose ``Linear4bit.forward`` is known to be what we do."""
+
+# The layers of bitsandbytes that are one product with a weight of 4 bits -> whether their bias takes the dtype of the
+# input, as before 0.50, and not that of the product; and the types of that weight: its own, and what FSDP makes of it.
+# Exact types; `_register` adds to both.
+BASES: dict[type, bool] = {}
+WEIGHTS: set[type] = set(layers.PLAIN)
+
+_compiling = torch.compiler.is_compiling
+_plain_torch = torch._C.DisableTorchFunctionSubclass
+
+
+def linear4bit_class() -> Any:
+    return getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+
+
+def _version() -> Version | None:
+    try:
+        return Version(getattr(sys.modules.get("bitsandbytes"), "__version__", "unknown"))
+    except InvalidVersion:
+        return None
+
+
+def _register() -> None:
+    """Learn the classes of PEFT and of bitsandbytes, which somebody has imported."""
+    modules: Any = sys.modules["bitsandbytes.nn.modules"]
+    early = (_version() or TESTED[1]) < Version("0.50")
+    layers.MIXINS[linear4bit_class()] = Accelerated4bit
+    BASES.update(dict.fromkeys((modules.Linear4bit, modules.LinearNF4, modules.LinearFP4), early))
+    WEIGHTS.add(modules.Params4bit)
+
+
+def state_of(base: Any) -> Any:
+    """The QuantState of the weight, or the one that the layer remembers where a wrapper (FSDP) has lost it."""
+    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    return base.quant_state if state is None else state
+
+
+def weight_4bit(base: Any) -> Weight4bit | None:
+    """The weight of a layer in ``BASES`` on the layer's own tensors; None where bitsandbytes must deal with it."""
+    w, state = base._parameters.get("weight"), state_of(base)
+    if type(w) not in WEIGHTS or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    with _plain_torch():  # Params4bit sends every attribute through Python
+        if not w.is_contiguous():
+            return None
+        # Not .data: that loses the version, by which autograd notices that a saved tensor has been written to.
+        packed = w.detach().view(-1)
+        if packed.dtype is not torch.uint8:
+            packed = packed.view(torch.uint8)
+    scales = [state.absmax]
+    if state.nested:
+        nested, offset = state.state2, state.offset
+        if nested.blocksize != NESTED_BLOCK:
+            return None
+        if offset.dtype is not torch.float32 or offset.device != state.absmax.device:
+            # bitsandbytes reads it from JSON in torch's default dtype of that moment.
+            offset = offset.to(state.absmax.device, torch.float32)
+        scales = [state.absmax, nested.code, nested.absmax, offset]
+    weight = Weight4bit(packed, scales, state.shape, state.dtype, state.quant_type, state.blocksize)
+    return weight if _sound(weight) else None
+
+
+def _sound(weight: Weight4bit) -> bool:
+    """What `Weight4bit.check` asks, as one cheap conjunction."""
+    if len(weight.shape) != 2 or weight.block_size not in BLOCK_SIZES or weight.quant_type not in QUANT_TYPES:
+        return False
+    packed, scales = weight.packed, weight.scales
+    n = weight.shape[0] * weight.shape[1]
+    blocks = -(-n // weight.block_size)
+    device, absmax, nested = packed.device, scales[0], len(scales) == 4
+    if (
+        packed.shape != ((n + 1) // 2,)
+        or absmax.shape != (blocks,)
+        or absmax.dtype is not (torch.uint8 if nested else torch.float32)
+        or absmax.device != device
+        or not absmax.is_contiguous()
+    ):
+        return False
+    return not nested or (
+        scales[1].shape == (256,)
+        and scales[2].shape == (-(-blocks // NESTED_BLOCK),)
+        and scales[3].dim() == 0
+        and scales[1].dtype is scales[2].dtype is torch.float32
+        and scales[1].device == device == scales[2].device
+        and scales[1].is_contiguous()
+        and scales[2].is_contiguous()
+    )
+
+
+def _unserved(x: torch.Tensor, adapter: torch.dtype, compute: torch.dtype | None) -> str | None:
+    """Why PEFT's dtypes for this call are not ours to reproduce."""
+    dtype, device = x.dtype, x.device.type
+    if compute is not None and compute not in layers.DTYPES:
+        return f"the compute dtype of base_layer is {compute}"
+    if torch.is_autocast_enabled(device):
+        amp = torch.get_autocast_dtype(device)
+        if dtype is not torch.float32 and dtype is not amp:
+            return f"the input is {dtype} under autocast to {amp}"
+    elif adapter is not dtype and torch.is_autocast_enabled():
+        return "autocast is enabled for another device, and PEFT then does not cast the input"
+    return None
+
+
+def _compute_dtype(base: Any, x: torch.Tensor) -> torch.dtype:
+    """The dtype of bitsandbytes' product; the first input settles it, as there."""
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    compute: torch.dtype | None = base.compute_dtype
+    return x.dtype if compute is None else compute
+
+
+class Accelerated4bit(layers.Accelerated):
+    """Comes before PEFT's ``lora.Linear4bit``."""
+
+    def _fused(
+        self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
+    ) -> torch.Tensor | None:
+        early = BASES.get(type(base))
+        if early is None:
+            return None
+        weight, bias = weight_4bit(base), base._parameters["bias"]
+        if (
+            weight is None
+            or weight.shape[1] != x.shape[-1]
+            or weight.packed.device != x.device
+            or (bias is not None and type(bias) not in layers.PLAIN)
+            or _unserved(x, a.dtype, base.compute_dtype) is not None
+        ):
+            return None
+        dtype, compute = x.dtype, _compute_dtype(base, x)
+        if bias is not None and bias.dtype is not (dtype if early else compute) and not _compiling():
+            bias.data = bias.data.to(dtype if early else compute)  # for good, as bitsandbytes does
+        if torch.is_autocast_enabled(x.device.type) or compute is dtype:
+            y = linear4bit_lora(x, weight, a, b, bias, lora_bias, scale=scale, dropout=p)
+        elif compute is torch.float32:
+            y = linear4bit_lora(x.to(compute), weight, a, b, bias, lora_bias, scale=scale, dropout=p)
+        else:
+            # PEFT keeps the adapter in the wider or another dtype than the base: its gradients are as exact.
+            base_y = linear4bit(x.to(compute), weight, bias).to(dtype)
+            y = base_y + lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)
+        return y if y.dtype is dtype else y.to(dtype)
+
+
+def unfit(base: Any) -> str | None:
+    """What keeps a layer over ``base`` from being given our class at all."""
+    _register()
+    version = _version()
+    if version is None or not TESTED[0] <= version < TESTED[1]:
+        found = getattr(sys.modules["bitsandbytes"], "__version__", "unknown")
+        return f"bitsandbytes {found} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
+    kind: Any = sys.modules["bitsandbytes.nn.modules"].Linear4bit
+    if kind.forward.__module__ != kind.__module__:
+        return f"bitsandbytes' Linear4bit.forward has been replaced by {kind.forward.__module__}"
+    if type(base) not in BASES and not hasattr(base, "parametrizations"):
+        return f"base layer {type(base).__module__}.{type(base).__qualname__} is not bitsandbytes' Linear4bit"
+    return None
+
+
+def unreadable(base: Any) -> str | None:
+    """Why `weight_4bit` leaves the weight of ``base`` to bitsandbytes."""
+    if type(base) not in BASES:
+        return f"base layer {type(base).__name__} is not bitsandbytes' Linear4bit (parametrised?)"
+    w, state, bias = base._parameters.get("weight"), state_of(base), base._parameters["bias"]
+    if type(w) not in WEIGHTS:
+        return f"the weight of base_layer is a {type(w).__name__}"
+    if bias is not None and type(bias) not in layers.PLAIN:
+        return f"the bias of base_layer is a {type(bias).__name__}"
+    if state is None:
+        return "the weight of base_layer has not been quantised yet, or has lost its quant_state"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has repacked the weight for inference on a CPU (a call in eval mode that was left to PEFT)"
+    if w.is_meta:
+        return "the weight of base_layer is on the meta device"
+    if weight_4bit(base) is None:
+        return "the quant_state of base_layer does not describe its weight (sharded?)"
+    return None
+
+
+def uncallable(base: Any, x: torch.Tensor, adapter: torch.dtype) -> str | None:
+    """What in a call with ``x``, of a layer whose weight can be read, is bitsandbytes' own."""
+    shape = list(state_of(base).shape)
+    if list(x.shape[-1:]) != shape[1:]:
+        return f"the input is {list(x.shape)} for a weight of {shape}"
+    return _unserved(x, adapter, base.compute_dtype)
