@@ -81,7 +81,7 @@ def environment(device: str = "cpu") -> dict:
         "device": device,
         "commit": commit(),
     }
-    for name in ("triton", "peft", "transformers", "numpy"):
+    for name in ("triton", "peft", "bitsandbytes", "transformers", "numpy"):
         info[name] = _version(name)
     if device == "cuda":
         props = torch.cuda.get_device_properties(0)

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from peers import SCALE, Case, build, ours_layer, peft_layer  # noqa: E402
 from report import plot, result_tables  # noqa: E402
 from roofline import measure  # noqa: E402
-from timing import Race, peak_bytes, steady_cpu  # noqa: E402
+from timing import Race, kept_bytes, peak_bytes, steady_cpu  # noqa: E402
 
 OP = "lora_linear"
 DROPOUTS = (0.0, 0.1)
@@ -123,25 +123,6 @@ def host_peers(device: str) -> tuple[dict, dict]:
     return sides | {f"{name} fwd+bwd": peer.step for name, peer in peers.items()}, absent
 
 
-def kept_bytes(layers: list, x: torch.Tensor) -> int:
-    """Bytes autograd keeps for backward beyond the layers' parameters; storage shared by several counts once."""
-    params = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in params:
-            kept[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)  # keeps the address from being given to another tensor
-        return tensor
-
-    held: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = [layer(x) for layer in layers]
-        del outputs
-    return sum(kept.values())
-
-
 def kept_result(device: str, tiny: bool) -> dict:
     """Bytes per token and channel of x that a q/k/v triple keeps for backward; x itself (2 in bf16) included."""
     case = Case("bf16", 8, 32, 32, 4) if tiny else Case("bf16", 512 if device == "cpu" else 8192, 1024, 1024, 16)
@@ -154,7 +135,9 @@ def kept_result(device: str, tiny: bool) -> dict:
     }  # fmt: skip
     out: dict = {"case": f"q/k/v {case.name} p=0.1", "x_bytes": 2 * x.numel(), "s_bytes": 3 * 2 * case.M * case.R}
     for name, make in makers.items():
-        total = kept_bytes([make(w) for w in weights], x)
+        layers = [make(w) for w in weights]
+        own = [parameter for layer in layers for parameter in layer.parameters()]
+        total = kept_bytes(lambda layers=layers: [layer(x) for layer in layers], own)
         out[name] = {"bytes": total, "per_element_of_x": total / x.numel()}
     return out
 

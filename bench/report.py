@@ -7,6 +7,7 @@ python bench/report.py --plots         a PNG beside every JSON
 
 import argparse
 import json
+from itertools import compress
 from pathlib import Path
 
 import _tree
@@ -28,21 +29,32 @@ def _spread(row: dict) -> str:
     return f"{row['ratio']:.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
 
 
+def _agreement(found: dict) -> str:
+    said = [f"{name} {value if isinstance(value, str) else format(value, '.1e')}" for name, value in found.items()]
+    return "beside bitsandbytes: " + (", ".join(said) or "not compared")
+
+
 def result_tables(data: dict) -> str:
     """Plain-text tables of one results file: cases, host time, kept bytes, launches, what was absent and why."""
     lines = [_machine(data["environment"]), *(f"note: {note}" for note in data["notes"])]
     for case in data["cases"]:
-        lines.append(f"\n{case['case']}: forward + backward")
-        lines.append(f"  {'peer':22} {'median':>11} {'IQR':>9} {'/ frozen [quartiles]':>22} {'of roof':>8}  rounds")
+        lines.append(f"\n{case['case']}: {case.get('what', 'forward + backward')}")
+        width = max(22, *map(len, (*case["peers"], *case["absent"])))
+        title = f"/ {case.get('base', 'frozen')} [quartiles]"
+        lines.append(f"  {'peer':{width}} {'median':>11} {'IQR':>9} {title:>26} {'of roof':>8}  rounds")
         for name, row in case["peers"].items():
             iqr = (row["q3_s"] - row["q1_s"]) / row["median_s"]
             share = f"{row['roof_share']:.0%}" if "roof_share" in row else ""
             extra = f"  / frozen fp32 {row['ratio_fp32']:.2f}" if "ratio_fp32" in row else ""
             extra += f"  peak {row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
-            lines.append(f"  {name:22} {_time(row['median_s']):>11} {iqr:>8.1%} {_spread(row):>23} {share:>8}  "
+            extra += f"  kept {row['kept_bytes'] / 1e6:.2f} MB" if "kept_bytes" in row else ""
+            extra += "".join(f"  {times:.2f} x as fast as {peer}" for peer, times in row.get("faster", {}).items())
+            lines.append(f"  {name:{width}} {_time(row['median_s']):>11} {iqr:>8.1%} {_spread(row):>27} {share:>8}  "
                          f"{row['rounds']:>4}{extra}")  # fmt: skip
-        lines += [f"  {name:22} absent: {why}" for name, why in case["absent"].items()]
-        if isinstance(case["counted"], str):
+        lines += [f"  {name:{width}} absent: {why}" for name, why in case["absent"].items()]
+        if "agreement" in case:
+            lines.append("  " + _agreement(case["agreement"]))
+        elif isinstance(case["counted"], str):
             lines.append(f"  {case['counted']}")
         else:
             for strategy, c in case["counted"].items():
@@ -61,11 +73,26 @@ def result_tables(data: dict) -> str:
     return "\n".join(lines)
 
 
+def _peer_table(data: dict) -> list[str]:
+    """Markdown: one line a case and peer, where the cases do not have their peers and their base in common."""
+    lines = [f"\n{_machine(data['environment'])}; median of interleaved rounds [quartiles]", ""]
+    lines += ["| case | peer | time | ratio |", "|---|---|---|---|"]
+    for case in data["cases"]:
+        for name, row in case["peers"].items():
+            ratio = "1" if name == case["base"] else f"{_spread(row)} of {case['base']}"
+            times = "".join(f", {times:.1f} x as fast as {peer}" for peer, times in row.get("faster", {}).items())
+            lines.append(f"| {case['case']} | {name} | {_time(row['median_s'])} | {ratio}{times} |")
+    return [*lines, "", *(f"{note}." for note in data["notes"])]
+
+
 def readme_table(results: list[dict]) -> str:
     """Markdown: one line a case and dropout, the ratio of every peer to the frozen linear of the same run."""
     names = ["eager", "PEFT", "PEFT base dtype", "torch.compile", "ours"]
     lines = []
     for data in results:
+        if any("base" in case for case in data["cases"]):
+            lines += _peer_table(data)
+            continue
         lines += [
             f"\n{_machine(data['environment'])}; time ÷ frozen linear's forward + dX, median of interleaved rounds",
             "",
@@ -98,7 +125,7 @@ def readme_table(results: list[dict]) -> str:
 
 
 def plot(data: dict, path: Path) -> Path | None:
-    """Bars of time ÷ frozen per case and peer, with quartiles. None where matplotlib is not installed (says so)."""
+    """Bars of time ÷ the base's per case and peer, with quartiles. None where matplotlib is not installed (says so)."""
     try:
         import matplotlib
 
@@ -110,8 +137,13 @@ def plot(data: dict, path: Path) -> Path | None:
     if not data["cases"]:
         return None
     count = len(data["cases"])
-    figure, axes = pyplot.subplots(1, count, figsize=(max(4.5, 3.4 * count), 4.2), squeeze=False, layout="constrained")
-    for axis, case in zip(axes[0], data["cases"], strict=True):
+    columns = min(count, 4)
+    size = (max(4.5, 3.4 * columns), 4.2 * -(-count // columns))
+    figure, grid = pyplot.subplots(-(-count // columns), columns, figsize=size, squeeze=False, layout="constrained")
+    axes = grid.ravel()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis, case in zip(axes, data["cases"], strict=False):
         rows = {name: row for name, row in case["peers"].items() if name != "frozen fp32"}
         ratios = [row["ratio"] for row in rows.values()]
         low = [max(0.0, row["ratio"] - row["ratio_q1"]) for row in rows.values()]
@@ -120,9 +152,10 @@ def plot(data: dict, path: Path) -> Path | None:
         axis.barh(list(rows), ratios, xerr=[low, high], color=colors, ecolor="#505050", capsize=2)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.invert_yaxis()
-        axis.set_title(case["case"], fontsize=9)
+        axis.set_title(case["case"], fontsize=9, loc="right")
         axis.tick_params(labelsize=8)
-        axis.set_xlabel("time ÷ frozen linear (forward + dX)", fontsize=8)
+        base = case.get("base", "frozen linear (forward + dX)")
+        axis.set_xlabel(f"time ÷ {base}", fontsize=8)
     figure.suptitle(_machine(data["environment"]), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -138,6 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     paths = [p for p in sorted(_tree.RESULTS.glob(f"{args.op}_*.json")) if not p.stem.endswith("_tiny")]
     loaded = [json.loads(path.read_text()) for path in paths]
+    # gpu_fourbit.py keeps its cases by name, to take up a run that was cut off, and `make gpu` prints them itself.
+    listed = [isinstance(data["cases"], list) for data in loaded]
+    paths, loaded = list(compress(paths, listed)), list(compress(loaded, listed))
     if not loaded:
         raise SystemExit(
             f"report: bench/results must hold a result of {args.op}, found none; run make bench OP={args.op}"

@@ -4,16 +4,19 @@ CPU: one thread, perf_counter. CUDA: device events, L2 flushed before every call
 enqueues so that host time does not leak into a kernel's. Medians and quartiles; ratios are taken round by round.
 """
 
+import contextlib
 import ctypes
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 (B200: 126 MB)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+MMAP_MAX = 65536  # glibc's own
 SLOW_S = 0.5  # a call this long needs no warm-up beyond itself
 
 
@@ -28,6 +31,26 @@ def steady_cpu() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def with_pages_kept(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with tensors of 32 MiB and more on the heap too, whose pages stay; `call` where malloc is not glibc's.
+
+    glibc maps them anew at each allocation, 8192 page faults for 32 MiB, unless the heap has room: once this has run,
+    it has, so what is to pay for its faults goes first.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return call
+
+    def run() -> None:
+        libc.mallopt(M_MMAP_MAX, 0)
+        try:
+            call()
+        finally:
+            libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+
+    return run
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -118,3 +141,49 @@ def peak_bytes(peer: Callable[[], object]) -> int:
     peer()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_cpu_bytes(peer: Callable[[], object]) -> int:
+    """The same of torch's CPU allocator; what C++ code takes past it is not seen."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with _stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        peer()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """The profiler's C++ writes two lines there each time it is used."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def kept_bytes(forward: Callable[[], object], own: Iterable[torch.Tensor]) -> int:
+    """Bytes autograd keeps for backward beyond the layers' `own` tensors; storage shared by several counts once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []  # keeps an address from being given to another tensor
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+        del outputs
+    return sum(kept.values())

@@ -1,4 +1,4 @@
-"""What both examples ask for on the command line, and where they print."""
+"""What the examples ask for on the command line, and where they print."""
 
 import argparse
 import os

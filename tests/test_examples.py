@@ -26,8 +26,9 @@ import _assets
 import _data
 import _measure
 import finetune_minilm
+import finetune_qlora
 import finetune_smollm2
-from _compare import Task
+from _training import Lora, Task
 
 WORDS = ["good", "bad", "film", "plot", "actor", "scene", "and", "the"]
 
@@ -84,8 +85,8 @@ def tiny_llama() -> nn.Module:
 
 
 def task(build, kind, train, test, folder, dropout):
-    config = peft.LoraConfig(task_type=kind, r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
-    return Task("tiny", build, config, train, test, 5e-3, False, torch.device("cpu"), 0, folder)
+    lora = Lora(rank=4, alpha=8, dropout=dropout)
+    return Task("tiny", kind, build, lora, train, test, 5e-3, False, torch.device("cpu"), 0, folder)
 
 
 def check_outputs(summary, folder, build):
@@ -118,12 +119,7 @@ def test_minilm(tmp_path, out):
 
 def test_smollm2(tmp_path, out):
     """A Llama with grouped queries: the loss falls in both runs, and samples are drawn before and after."""
-    tokenizer = word_tokenizer()
-    blocks = _data.text_blocks(tokenizer, "good film bad plot the actor and scene " * 60, 16)
-    one = task(
-        tiny_llama, "CAUSAL_LM", _data.block_batches(blocks, 4, 12), _data.block_batches(blocks[:4], 2), tmp_path, 0.1
-    )
-    summary = finetune_smollm2.run(one, tokenizer, 4, out)
+    summary = finetune_smollm2.run(llama_task(tmp_path), word_tokenizer(), 4, out)
     check_outputs(summary, tmp_path, tiny_llama)
     assert all(run["loss"] < summary["before"]["loss"] for run in summary["runs"].values())
     assert {"sample_before", "sample_after"} <= summary.keys()
@@ -131,14 +127,65 @@ def test_smollm2(tmp_path, out):
 
 def test_without_dropout_both_runs_agree(tmp_path, out):
     """With no mask to differ in, only rounding is left between plain and accelerated, over the whole run."""
-    tokenizer = word_tokenizer()
-    blocks = _data.text_blocks(tokenizer, "good film bad plot the actor and scene " * 60, 16)
-    one = task(
-        tiny_llama, "CAUSAL_LM", _data.block_batches(blocks, 4, 8), _data.block_batches(blocks[:4], 2), tmp_path, 0.0
-    )
-    summary = finetune_smollm2.run(one, tokenizer, 0, out)
+    summary = finetune_smollm2.run(llama_task(tmp_path, 0.0, 8), word_tokenizer(), 0, out)
     assert summary["loss_curves"]["largest_step_difference"] < 1e-4
     assert "a single step differs" in out.file.getvalue()
+
+
+def llama_task(folder, dropout=0.1, steps=12):
+    blocks = _data.text_blocks(word_tokenizer(), "good film bad plot the actor and scene " * 60, 16)
+    train, test = _data.block_batches(blocks, 4, steps), _data.block_batches(blocks[:4], 2)
+    return task(tiny_llama, "CAUSAL_LM", train, test, folder, dropout)
+
+
+def test_qlora(tmp_path, out):
+    """Both runs learn, and the files hold what was returned."""
+    summary = finetune_qlora.run(llama_task(tmp_path), out, {"LoRA": 2_000_000, "QLoRA": 1_000_000}.get)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["adapter"] == summary["adapter"]
+    assert written["adapter"]["reloaded_equals_trained_bitwise"] is True
+    plain, ours = written["runs"].values()
+    for run in (plain, ours):
+        assert run["loss"] < run["before"]["loss"] and len(run["train_losses"]) == 12
+    elements = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+    assert written["frozen_elements"] == elements and plain["frozen_bytes"] == 4 * elements
+    assert elements / 2 < ours["frozen_bytes"] < plain["frozen_bytes"]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    printed = out.file.getvalue()
+    for said in ("Step time, QLoRA / LoRA", "bits an element", "bit for bit", "2.0 MB", "1.0 MB"):
+        assert said in printed
+
+
+def test_qlora_starts_where_lora_does(tmp_path):
+    """The same adapter in both; a head that is not adapted; the losses differ by the rounding to 4 bits alone."""
+    one = llama_task(tmp_path)
+    plain, ours = (finetune_qlora.make(one, name) for name in finetune_qlora.RUNS)
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    others = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained.keys() == others.keys() and all("lora_" in name for name in trained)
+    assert all(torch.equal(p, others[name]) for name, p in trained.items())
+    assert type(ours.lm_head) is nn.Linear
+
+
+def test_qlora_refuses_another_adapter(tmp_path):
+    one = llama_task(tmp_path)
+    model = finetune_qlora.make(one, "QLoRA")
+    finetune_qlora.save_adapter(model.model.layers[0], tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="names must be those of the adapter"):
+        finetune_qlora.load_adapter(model, tmp_path / "part.safetensors")
+
+
+def test_qlora_command(tmp_path):
+    """From the command line, with the two processes of their own whose memory is measured."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    tiny_llama().save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    text.write_text("good film bad plot the actor and scene " * 60)
+    shared = ["--model", str(model), "--data", str(text), "--output", str(tmp_path / "out"), "--steps", "2"]
+    assert finetune_qlora.main([*shared, "--max-length", "16", "--batch-size", "2"]) == 0
+    runs = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+    if Path("/proc/self/status").is_file():
+        assert all(run["resident_bytes"] > 50e6 for run in runs.values())
 
 
 def test_kept_for_backward_counts_storages_once():
