@@ -76,6 +76,9 @@ struct Kernels {
   void (*to_float)(const void* src, Type type, int64_t n, float* out);
   void (*from_float)(const float* src, int64_t n, void* out, Type type);
 
+  // out[m * ldo + i] = sum_k a[i, k] * x[m, k] for the rows of a and M rows of x, fp32 and zero from width up to ldx.
+  void (*dots)(Rows a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo);
+
   const FourBitKernels* four_bit;
 };
 

@@ -7,6 +7,7 @@
 //   expand: the rank is summed (s bᵀ, ds a): A = rows of s, B = the packed panel [R, N].
 // Compute-bound at rank >= 16: 2R FLOP for each element of x, against 4 bytes read once from memory.
 #pragma once
+#include "cpu_dots_impl.h"
 #include "cpu_masks_impl.h"
 #if FP_ISA >= 3
 #include "cpu_bf16_expand_impl.h"
@@ -277,6 +278,6 @@ void from_float(const float* src, int64_t n, void* out, Type type) {
   as(src, n, out);
 }
 
-constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, &kFourBit};
+constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, dots, &kFourBit};
 
 }  // namespace

@@ -37,16 +37,6 @@ void arrange(Rows x, int64_t K, void* out) {
     }
 }
 
-inline float total(vf v) {
-#if FP_ISA >= 2
-  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
-#else
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-#endif
-}
-
 // absmax of the blocks of one chunk, each to its lanes.
 struct BlockScales {
   explicit BlockScales(int64_t block_size) : blocks(block_size < kChunk ? kChunk / block_size : 1), chunks(block_size < kChunk ? 1 : block_size / kChunk) {

@@ -2,6 +2,59 @@
 #include "lora_adapter.h"
 
 namespace fastpeft {
+namespace {
+
+// Up to here a and b are read as they lie: packing them takes the time of some ten rows.
+constexpr int64_t kFewRows = 8;
+// The rows of b that one task multiplies.
+constexpr int64_t kTaskRows = 512;
+
+bool few(const Tensor& x, const Tensor& a, const Tensor& b) {
+  return x.size(0) > 0 && x.size(0) <= kFewRows && a.stride(1) == 1 && b.stride(1) == 1;
+}
+
+// x in fp32 [M, ld], zero where dropped and past K.
+void wide_rows(const Tensor& x, const Mask& mask, float* out, int64_t ld) {
+  const int64_t M = x.size(0), K = x.size(1);
+  std::fill(out, out + M * ld, 0.0f);
+  get_rows(x, 0, M, out, ld);
+  if (!mask.drop.threshold) return;
+  BlockMask masks(mask, K);
+  const Bits bits = masks.of(0, M);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t k = 0; k < K; ++k)
+      if (!(bits.row(m, 0)[k / 8] >> k % 8 & 1)) out[m * ld + k] = 0.0f;
+}
+
+// s [M, R] and sum (+)= start + scale · s bᵀ, for a few rows.
+void adapter_few(const Tensor& x, const Tensor& a, const Tensor& b, const float* start, float scale, const Mask& mask,
+                 const Tensor& s, const Tensor& sum, bool add) {
+  const int64_t M = x.size(0), K = x.size(1), N = sum.size(1), R = a.size(0), ldx = padded(K), lds = padded(R);
+  Scratch wide(M * ldx), thin(M * lds);
+  wide_rows(x, mask, wide, ldx);
+  std::fill(thin.data, thin.data + M * lds, 0.0f);
+  kernels().dots(rows_of(a), K, wide, ldx, M, thin, lds);
+  for (int64_t i = 0; i < M * lds; ++i) thin[i] *= mask.factor;
+  put_rows(thin, lds, 0, M, R, s.mutable_data_ptr(), type_of(s));
+  const Type type = type_of(sum);
+  parallel((N + kTaskRows - 1) / kTaskRows, [&](int64_t first, int64_t last) {
+    const int64_t n0 = first * kTaskRows, count = std::min(N, last * kTaskRows) - n0;
+    Scratch product(M * padded(count)), old(padded(count));
+    Rows part = rows_of(b);
+    part.data = static_cast<const char*>(part.data) + n0 * part.stride * size_of(part.type);
+    part.count = count;
+    kernels().dots(part, R, thin, lds, M, product, padded(count));
+    for (int64_t m = 0; m < M; ++m) {
+      void* out = static_cast<char*>(sum.mutable_data_ptr()) + (m * N + n0) * size_of(type);
+      float* row = product + m * padded(count);
+      if (add) kernels().to_float(out, type, count, old);
+      for (int64_t n = 0; n < count; ++n) row[n] = scale * row[n] + (start ? start[n0 + n] : 0.0f) + (add ? old[n] : 0.0f);
+      kernels().from_float(row, count, out, type);
+    }
+  });
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> adapter_fwd(const Tensor& x, int64_t N, const Tensor& a, const Tensor& b,
                                        const optional<Tensor>& bias, const optional<Tensor>& lora_bias, double scale,
@@ -11,9 +64,13 @@ std::tuple<Tensor, Tensor> adapter_fwd(const Tensor& x, int64_t N, const Tensor&
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
   const float factor = static_cast<float>(scale);
+  const auto start = start_row(bias, lora_bias, N, factor);
+  if (few(x, readable_a, readable_b)) {
+    adapter_few(x, readable_a, readable_b, start ? start->data : nullptr, factor, mask, s, sum, base.has_value());
+    return {sum, s};
+  }
   const Panel down(transposed(readable_a), K, R, Use::reduce, type_of(x));
   const Panel up(transposed(readable_b), R, N, Use::expand, type_of(sum));
-  const auto start = start_row(bias, lora_bias, N, factor);
   parallel_rows(M, [&](int64_t m0, int64_t m1) {
     Scratch own((m1 - m0) * down.ld);
     shrink_rows(x, down, mask, R, m0, m1, own);

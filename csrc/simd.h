@@ -46,6 +46,16 @@ inline void clear(vf (&acc)[MR][NV]) {
     for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
 }
 
+inline float total(vf v) {
+#if FP_ISA >= 2
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
 // Counters of Philox.
 struct Counter {
   vu v;
