@@ -3,9 +3,10 @@
     make bench OP=linear4bit        or, without pytest:  python bench/bench_linear4bit.py [--seconds S] [--tiny]
 
 NF4 in blocks of 64, absmax in 8 bits. Measured: dequantisation beside a copy of as many bytes, into fresh pages, as
-glibc has for 32 MiB, and, last, into kept ones · quantisation · the forward of few rows in training mode · forward +
-backward of a QLoRA layer beside our own over bf16 · bytes kept for backward and the allocator's peak. Before anything
-is timed, bytes must equal bitsandbytes' and products agree with PEFT's. On a CPU only: `make gpu` has the GPU's.
+glibc has for 32 MiB, and, last, into kept ones · quantisation · the forward of few rows in training mode, the weight
+from memory or, in a loop, from a cache · forward + backward of a QLoRA layer beside our own over bf16 · bytes kept for
+backward and the allocator's peak. Before anything is timed, bytes must equal bitsandbytes' and products agree with
+PEFT's. On a CPU only: `make gpu` has the GPU's.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import argparse
 import _tree
 
 _tree.ensure_importable()
-from peers4bit import BASES, KEPT, KINDS, Case, Field, build  # noqa: E402
+from peers4bit import BASES, KEPT, KINDS, LOOP, Case, Field, build  # noqa: E402
 from report import plot, result_tables  # noqa: E402
 from roofline import measure  # noqa: E402
 from timing import Race, kept_bytes, peak_cpu_bytes, steady_cpu  # noqa: E402
@@ -29,6 +30,7 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
     rank = 4 if tiny else 16
     out = [Case(kind, 0, size, size, rank) for kind in ("dequantise", "quantise")]
     out += [Case("forward", m, size, size, rank) for m in few]
+    out += [Case(LOOP, few[0], size, size, rank)]
     out += [Case("step", m, size, size, rank) for m in many]
     return [*out, Case(KEPT, 0, size, size, rank)]
 
@@ -62,7 +64,7 @@ def case_result(case: Case, race: Race, field: Field, roof: dict) -> dict:
 
 def test_case(case, race, results, device):
     field = build(case)
-    raced = race({name: peer.call for name, peer in field.peers.items()})
+    raced = race({name: peer.call for name, peer in field.peers.items()}, case.calls)
     results["cases"].append(case_result(case, raced, field, results["roof"]))
 
 
@@ -72,7 +74,7 @@ def run(tiny: bool = False, budget_s: float = 20.0, progress=print) -> dict:
     name = f"{OP}_cpu" + ("_tiny" if tiny else "")
     for case in cases("cpu", tiny):
         field = build(case)
-        raced = Race({name: peer.call for name, peer in field.peers.items()}).run(budget_s)
+        raced = Race({name: peer.call for name, peer in field.peers.items()}, calls=case.calls).run(budget_s)
         data["cases"].append(case_result(case, raced, field, data["roof"]))
         progress(f"bench: {case.name} done")
         path = _tree.save_json(name, data)

@@ -16,12 +16,14 @@ from timing import with_pages_kept
 
 DTYPE = torch.bfloat16
 KEPT = "dequantise, pages kept,"  # in a case of its own, the last: see with_pages_kept
+LOOP = "forward in a loop,"  # the same call again and again: its weight stays in the last cache
 KINDS = {
-    "dequantise": "to bf16", "quantise": "from bf16, double", "forward": "training mode",
+    "dequantise": "to bf16", "quantise": "from bf16, double", "forward": "training mode", LOOP: "training mode",
     "step": "forward + backward of x, A, B", KEPT: "to bf16, no page faults",
 }  # fmt: skip
 BASES = {
-    "dequantise": "memcpy", "quantise": "bitsandbytes", "forward": "bf16 F.linear", "step": "ours over bf16",
+    "dequantise": "memcpy", "quantise": "bitsandbytes", "forward": "bf16 F.linear", LOOP: "bf16 F.linear",
+    "step": "ours over bf16",
     KEPT: "memcpy",
 }  # fmt: skip
 
@@ -41,6 +43,11 @@ class Case:
     def name(self) -> str:
         rows = f" M={self.M} r={self.R}" if self.M else ""
         return f"{self.kind} nf4 {self.K}->{self.N}{rows}"
+
+    @property
+    def calls(self) -> int:
+        """Of a peer in a row that make one sample."""
+        return 20 if self.kind == LOOP else 1
 
     def least_seconds(self, roof: dict, packed: int | None, adapted: bool) -> float:
         """The time of the arithmetic or of the bytes, whichever is longer, at the measured roofs.
@@ -122,7 +129,7 @@ def build(case: Case) -> Field:
     out.packed_bytes = shared.quantized.nbytes
     if shared.missing:
         out.absent["bitsandbytes"] = shared.missing
-        if case.kind in ("forward", "step"):
+        if case.kind in ("forward", LOOP, "step"):
             out.absent["PEFT over bitsandbytes"] = "bitsandbytes is absent"
     return out
 
