@@ -12,7 +12,7 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="peft is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-from peft import LoraConfig  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from fastpeft.integrations import accelerate  # noqa: E402
@@ -184,3 +184,57 @@ def test_compute_dtype_is_settled_by_the_first_input():
             assert model(batch(dtype)["x"]).dtype == dtype
         assert [x.base_layer.compute_dtype for x in layers(ours)] == [x.base_layer.compute_dtype for x in layers(peer)]
         assert [x.base_layer.compute_type_is_set for x in layers(ours)] == [True, True]
+
+
+def quantised(model):
+    """Every Linear of a transformers model but its head, as loading in 4 bits makes it."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "head" not in name:
+            new = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, compute_dtype=BF16, quant_type="nf4"
+            )
+            new.load_state_dict(module.state_dict())
+            model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_training_a_model(kind):
+    # A few steps of QLoRA's recipe, checkpointed: the losses are PEFT's.
+    from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+    if kind == "llama":
+        config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)  # fmt: skip
+        base, targets = (
+            LlamaForCausalLM(config),
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        )
+    else:
+        config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                            num_attention_heads=4, max_position_embeddings=32, hidden_dropout_prob=0.0,
+                            attention_probs_dropout_prob=0.0)  # fmt: skip
+        base, targets = BertForMaskedLM(config), ["query", "key", "value", "dense"]
+    base = peft.prepare_model_for_kbit_training(quantised(base))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_alpha=4))
+    ours = copy.deepcopy(model)
+    report = accelerate(ours)
+    assert len(report.accelerated) == len(layers(ours)) >= 12, str(report)
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
+
+    def losses(each):
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=5e-3)
+        each.train()
+        found = []
+        for _ in range(4):
+            loss = each(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    found, wanted = losses(ours), losses(model)
+    assert found[-1] < found[0]
+    assert found == pytest.approx(wanted, rel=2e-2)
