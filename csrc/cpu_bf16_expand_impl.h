@@ -69,7 +69,9 @@ void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t r = 0; r < R; r += kLanes) {
         alignas(32) uint32_t line[kLanes / 2];
-        store(line, reinterpret_cast<vh>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(load<vf>(s + (m - m0 + i) * lds + r)))));
+        // What stands past R is anything, and the last pair of an odd rank would multiply it: NaN by zero.
+        const __mmask16 own = static_cast<__mmask16>(first_of_32(R - r));
+        store(line, reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(own, s + (m - m0 + i) * lds + r))));
         for (int64_t j = 0; j < smaller(kLanes / 2, steps - r / 2); ++j) pairs[(r / 2 + j) * kPairRows + i] = line[j];
       }
     uint16_t* out = static_cast<uint16_t*>(y) + m * stride;

@@ -41,6 +41,17 @@ def test_products(isa, case, dtype, poisoned):
     assert_all_within_budget(ours, peer, gold, dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rank", [1, 3, 9, 17])
+def test_nothing_is_read_past_the_rank(isa, rank, dtype):
+    """Scratch memory holds what was freed last: NaN past the last column of a row must not reach a product."""
+    for _ in range(10):
+        s, b = normal(33, rank, dtype=dtype), normal(64, rank)
+        freed = [torch.full((floats,), torch.nan) for floats in (33 * 16, 33 * 32, 1024) for _ in range(4)]
+        del freed
+        assert ops.lora_expand(s, b, backend="cpp").isfinite().all()
+
+
 def same_bits(ours, gold):
     # The payload of a NaN is free; that it is one is not.
     nan = gold.isnan()
