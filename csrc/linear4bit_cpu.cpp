@@ -35,25 +35,25 @@ struct Weight {
 // The rows (or columns) of a panel of `other` values each: whole blocks of 64.
 int64_t panel_width(int64_t other, Type type) { return std::max<int64_t>(64, kPanelBytes / (std::max<int64_t>(1, other) * size_of(type)) / 64 * 64); }
 
-// y = beta y + x wᵀ
-void add_rows(const Weight& w, const Tensor& x, const Tensor& y, double beta) {
+// y = x wᵀ
+void multiply_rows(const Weight& w, const Tensor& x, const Tensor& y) {
   const int64_t step = std::min(w.N, panel_width(w.K, type_of(x)));
   const Tensor panel = empty_like(x, {step, w.K});
   for (int64_t n = 0; n < w.N; n += step) {
     const int64_t count = std::min(step, w.N - n);
     w.decode(n, n + count, 0, w.K, panel);
-    gemm(columns(y, n, count), x, transpose(torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count)), beta);
+    gemm(columns(y, n, count), x, transpose(torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count)), 0.0);
   }
 }
 
-// dx = beta dx + dy w, a panel of columns of w at a time: over rows, the partial sums would be rounded each time.
-void add_columns(const Weight& w, const Tensor& dy, const Tensor& dx, double beta) {
+// dx = dy w, a panel of columns of w at a time: over rows, the partial sums would be rounded each time.
+void multiply_columns(const Weight& w, const Tensor& dy, const Tensor& dx) {
   const int64_t step = std::min(w.K, panel_width(w.N, type_of(dy)));
   for (int64_t k = 0; k < w.K; k += step) {
     const int64_t count = std::min(step, w.K - k);
     const Tensor panel = empty_like(dy, {w.N, count});
     w.decode(0, w.N, k, k + count, panel);
-    gemm(columns(dx, k, count), dy, panel, beta);
+    gemm(columns(dx, k, count), dy, panel, 0.0);
   }
 }
 
@@ -118,9 +118,9 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
   if (M && N) {
     if (few) multiply_nibbles(w, x, y);
-    else add_rows(w, direct ? x : to_f32(x), y, 0.0);
+    else multiply_rows(w, direct ? x : to_f32(x), y);
   }
-  if (a) std::tie(y, s) = adapter_fwd(x, N, *a, *b, bias, lora_bias, scale, p, seed, y.scalar_type(), y);
+  if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, y, true);
   else add_bias(y, bias);
   if (y.scalar_type() == x.scalar_type()) return {y, s};
   Tensor out = empty_like(x, {M, N});
@@ -135,22 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const bool direct = native(type_of(dy));
-  optional<Tensor> base;
-  if (need_dx) {
-    base = empty({M, K}, direct ? dy.scalar_type() : ScalarType::Float);
-    if (M && K) add_columns(w, direct ? dy : to_f32(dy), *base, 0.0);
-  }
-  AdapterGrads grads = {base ? *base : nothing(dy), nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
-  if (a) {
-    const AdapterNeeds need = {need_dx, need_da, need_db, need_bias};
-    grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, need, base ? base->scalar_type() : dy.scalar_type(), base);
-  } else if (need_bias) {
-    grads.bias = column_sums(dy);
-  }
-  if (!need_dx) return {nothing(dy), grads.da, grads.db, grads.bias};
-  if (direct) return {grads.dx, grads.da, grads.db, grads.bias};
-  Tensor dx = empty_like(dy, {M, K});
-  from_f32(grads.dx, dx);
+  const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
+  const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
+  if (need_dx && M && K) multiply_columns(w, direct ? dy : to_f32(dy), sum);
+  AdapterGrads grads = {nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
+  if (a) grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, true);
+  else if (need_bias) grads.bias = column_sums(dy);
+  if (need_dx && !direct) from_f32(sum, dx);
   return {dx, grads.da, grads.db, grads.bias};
 }
 

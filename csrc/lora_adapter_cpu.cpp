@@ -26,17 +26,17 @@ void wide_rows(const Tensor& x, const Mask& mask, float* out, int64_t ld) {
       if (!(bits.row(m, 0)[k / 8] >> k % 8 & 1)) out[m * ld + k] = 0.0f;
 }
 
-// s [M, R] and sum (+)= start + scale · s bᵀ, for a few rows.
+// s [M, R] and y (+)= start + scale · s bᵀ, for a few rows.
 void adapter_few(const Tensor& x, const Tensor& a, const Tensor& b, const float* start, float scale, const Mask& mask,
-                 const Tensor& s, const Tensor& sum, bool add) {
-  const int64_t M = x.size(0), K = x.size(1), N = sum.size(1), R = a.size(0), ldx = padded(K), lds = padded(R);
+                 const Tensor& s, const Tensor& y, bool add) {
+  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), R = a.size(0), ldx = padded(K), lds = padded(R);
   Scratch wide(M * ldx), thin(M * lds);
   wide_rows(x, mask, wide, ldx);
   std::fill(thin.data, thin.data + M * lds, 0.0f);
   kernels().dots(rows_of(a), K, wide, ldx, M, thin, lds);
   for (int64_t i = 0; i < M * lds; ++i) thin[i] *= mask.factor;
   put_rows(thin, lds, 0, M, R, s.mutable_data_ptr(), type_of(s));
-  const Type type = type_of(sum);
+  const Type type = type_of(y);
   parallel((N + kTaskRows - 1) / kTaskRows, [&](int64_t first, int64_t last) {
     const int64_t n0 = first * kTaskRows, count = std::min(N, last * kTaskRows) - n0;
     Scratch product(M * padded(count)), old(padded(count));
@@ -45,7 +45,7 @@ void adapter_few(const Tensor& x, const Tensor& a, const Tensor& b, const float*
     part.count = count;
     kernels().dots(part, R, thin, lds, M, product, padded(count));
     for (int64_t m = 0; m < M; ++m) {
-      void* out = static_cast<char*>(sum.mutable_data_ptr()) + (m * N + n0) * size_of(type);
+      void* out = static_cast<char*>(y.mutable_data_ptr()) + (m * N + n0) * size_of(type);
       float* row = product + m * padded(count);
       if (add) kernels().to_float(out, type, count, old);
       for (int64_t n = 0; n < count; ++n) row[n] = scale * row[n] + (start ? start[n0 + n] : 0.0f) + (add ? old[n] : 0.0f);
@@ -56,36 +56,34 @@ void adapter_few(const Tensor& x, const Tensor& a, const Tensor& b, const float*
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> adapter_fwd(const Tensor& x, int64_t N, const Tensor& a, const Tensor& b,
-                                       const optional<Tensor>& bias, const optional<Tensor>& lora_bias, double scale,
-                                       double p, const optional<Tensor>& seed, ScalarType type, const optional<Tensor>& base) {
-  const int64_t M = x.size(0), K = x.size(1), R = a.size(0);
-  Tensor sum = base ? *base : empty({M, N}, type), s = empty_like(x, {M, R});
+Tensor adapter_fwd(const Tensor& x, const Tensor& a, const Tensor& b, const optional<Tensor>& bias,
+                   const optional<Tensor>& lora_bias, double scale, double p, const optional<Tensor>& seed, const Tensor& y, bool add) {
+  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), R = a.size(0);
+  Tensor s = empty_like(x, {M, R});
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
   const float factor = static_cast<float>(scale);
   const auto start = start_row(bias, lora_bias, N, factor);
   if (few(x, readable_a, readable_b)) {
-    adapter_few(x, readable_a, readable_b, start ? start->data : nullptr, factor, mask, s, sum, base.has_value());
-    return {sum, s};
+    adapter_few(x, readable_a, readable_b, start ? start->data : nullptr, factor, mask, s, y, add);
+    return s;
   }
   const Panel down(transposed(readable_a), K, R, Use::reduce, type_of(x));
-  const Panel up(transposed(readable_b), R, N, Use::expand, type_of(sum));
+  const Panel up(transposed(readable_b), R, N, Use::expand, type_of(y));
   parallel_rows(M, [&](int64_t m0, int64_t m1) {
     Scratch own((m1 - m0) * down.ld);
     shrink_rows(x, down, mask, R, m0, m1, own);
     put_rows(own, down.ld, m0, m1 - m0, R, s.mutable_data_ptr(), type_of(s));
-    kernels().expand(own, down.ld, m0, m1, R, up.data, up.ld, start ? start->data : nullptr, factor, kAll, base.has_value(),
-                     sum.mutable_data_ptr(), type_of(sum), N, N);
+    kernels().expand(own, down.ld, m0, m1, R, up.data, up.ld, start ? start->data : nullptr, factor, kAll, add,
+                     y.mutable_data_ptr(), type_of(y), N, N);
   });
-  return {sum, s};
+  return s;
 }
 
 AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
-                         double p, const optional<Tensor>& seed, AdapterNeeds need, ScalarType type, const optional<Tensor>& base) {
+                         double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add) {
   const int64_t M = dy.size(0), N = dy.size(1), K = a.size(1), R = a.size(0), ld = padded(R);
-  Tensor dx = base ? *base : empty({need.dx ? M : 0, K}, type), da = need.da ? empty_like(a, {R, K}) : nothing(a);
-  Tensor db = need.db ? empty_like(b, {N, R}) : nothing(b);
+  Tensor da = need.da ? empty_like(a, {R, K}) : nothing(a), db = need.db ? empty_like(b, {N, R}) : nothing(b);
   Tensor sums = empty({need.bias ? N : 0}, ScalarType::Float);
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
@@ -113,7 +111,7 @@ AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, con
         if (need.da)
           kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, ds, ld, a_part, grad_a.ld, nullptr);
         if (need.dx)
-          kernels().expand(ds, ld, m0, m1, R, down.data, down.ld, nullptr, mask.factor, bits, base.has_value(), dx.mutable_data_ptr(),
+          kernels().expand(ds, ld, m0, m1, R, down.data, down.ld, nullptr, mask.factor, bits, add, dx.mutable_data_ptr(),
                            type_of(dx), K, K);
       });
     }
@@ -121,7 +119,7 @@ AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, con
   if (need.da) grad_a.finish(da, mask.factor, false);
   if (need.db) grad_b.finish(db, factor, true);
   if (need.bias) bias.finish(sums, 1.0f, false);
-  return {dx, da, db, sums};
+  return {da, db, sums};
 }
 
 }  // namespace fastpeft

@@ -29,20 +29,17 @@ void upcast_panels(const Tensor& w, F f) {
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, optional<Tensor> bias,
                                            optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed,
                                            std::string) {
+  const int64_t M = x.size(0), N = w.size(0);
   const Type type = type_of(x);
-  Tensor y = empty_like(x, {x.size(0), w.size(0)});
-  if (type != Type::f32 && native(type)) {
-    gemm(y, x, transpose(w), 0.0);
-    return adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed, y.scalar_type(), y);
-  }
-  const auto [sum, s] = adapter_fwd(x, w.size(0), a, b, bias, lora_bias, scale, p, seed, ScalarType::Float);
+  const bool base_first = type != Type::f32 && native(type);
+  const Tensor y = empty_like(x, {M, N}), sum = native(type) ? y : empty({M, N}, ScalarType::Float);
+  if (base_first) gemm(y, x, transpose(w), 0.0);
+  const Tensor s = adapter_fwd(x, a, b, bias, lora_bias, scale, p, seed, sum, base_first);
   if (type == Type::f32) {
-    gemm(sum, x, transpose(w));
-    return {sum, s};
-  }
-  if (x.size(0)) {
-    const Tensor x32 = to_f32(x), into = sum;
-    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(into, n, count), x32, transpose(w32)); });
+    gemm(y, x, transpose(w));
+  } else if (!base_first && M) {
+    const Tensor x32 = to_f32(x);
+    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(sum, n, count), x32, transpose(w32)); });
     from_f32(sum, y);
   }
   return {y, s};
@@ -52,26 +49,20 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s,
                                                            double scale, double p, optional<Tensor> seed, std::string,
                                                            bool need_dx, bool need_da, bool need_db, bool need_bias) {
+  const int64_t M = dy.size(0), K = w.size(1);
   const Type type = type_of(dy);
-  const AdapterNeeds need = {need_dx, need_da, need_db, need_bias};
-  optional<Tensor> base;
-  if (need_dx && type != Type::f32 && native(type)) {
-    base = empty_like(dy, {dy.size(0), w.size(1)});
-    gemm(*base, dy, w, 0.0);
-  }
-  const AdapterGrads grads = adapter_bwd(dy, x, a, b, s, scale, p, seed, need, base ? dy.scalar_type() : ScalarType::Float, base);
-  Tensor dx = grads.dx;
-  if (!need_dx) {
-    dx = nothing(dy);
-  } else if (type == Type::f32) {
+  const bool base_first = type != Type::f32 && native(type);
+  const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
+  const Tensor sum = need_dx && !native(type) ? empty({M, K}, ScalarType::Float) : dx;
+  if (need_dx && base_first) gemm(dx, dy, w, 0.0);
+  const AdapterGrads grads =
+      adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, base_first);
+  if (need_dx && type == Type::f32) {
     gemm(dx, dy, w);
-  } else if (!base) {
-    dx = empty_like(dy, {dy.size(0), w.size(1)});
-    if (dy.size(0)) {
-      const Tensor dy32 = to_f32(dy);
-      upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(grads.dx, columns(dy32, n, count), w32); });
-      from_f32(grads.dx, dx);
-    }
+  } else if (need_dx && !base_first && M) {
+    const Tensor dy32 = to_f32(dy);
+    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(sum, columns(dy32, n, count), w32); });
+    from_f32(sum, dx);
   }
   return {dx, grads.da, grads.db, grads.bias};
 }

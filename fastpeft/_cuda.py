@@ -6,6 +6,8 @@ kernels/linear4bit.py, with its passes over activations in Triton.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastpeft import _C  # type: ignore[attr-defined]
@@ -64,46 +66,11 @@ def linear4bit_small(
 _PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, _triton.linear4bit_small_dx)
 
 
-def linear4bit_fwd(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scales: list[torch.Tensor],
-    quant_type: str,
-    block_size: int,
-    N: int,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lora_bias: torch.Tensor | None,
-    scale: float,
-    p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, N], s [M, R]; s [0] without an adapter."""
-    weight = (packed, scales, quant_type, block_size)
-    return _composition.linear4bit_fwd(x, *weight, N, a, b, bias, lora_bias, scale, p, seed, _PRIMITIVES)
+def linear4bit_fwd(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As kernels/linear4bit.py's."""
+    return _composition.linear4bit_fwd(*args, _PRIMITIVES)
 
 
-def linear4bit_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scales: list[torch.Tensor],
-    quant_type: str,
-    block_size: int,
-    K: int,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    s: torch.Tensor,
-    scale: float,
-    p: float,
-    seed: torch.Tensor | None,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx [M, K], da [R, K], db [N, R], dbias [N] fp32; [0] where not needed."""
-    weight = (packed, scales, quant_type, block_size)
-    asked = (need_dx, need_da, need_db, need_bias)
-    return _composition.linear4bit_bwd(dy, x, *weight, K, a, b, s, scale, p, seed, *asked, _PRIMITIVES)
+def linear4bit_bwd(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As kernels/linear4bit.py's."""
+    return _composition.linear4bit_bwd(*args, _PRIMITIVES)

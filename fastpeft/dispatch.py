@@ -46,7 +46,7 @@ _FILES = {
 # Strategy "fused" exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
 _FUSED = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
 # What vendor libraries and Triton leave undone on a GPU.
-_CUDA = frozenset({"quantize_4bit", "quantize_absmax", "dequantize_4bit", "linear4bit_fwd", "linear4bit_bwd"})
+_CUDA = frozenset({"dequantize_4bit", "linear4bit_fwd", "linear4bit_bwd"})
 
 TABLE: dict[str, dict[str, str]] = {
     op: {
@@ -72,12 +72,6 @@ def _import_error(module: str) -> str | None:
     return None
 
 
-def _uncompiled(op: str, module: str) -> str | None:
-    if _import_error(module):
-        return f"the compiled extension ({_import_error(module)})"
-    return None if hasattr(importlib.import_module(module), op) else f"a compiled extension that has {op}"
-
-
 def _interpreted() -> bool:
     from triton import knobs
 
@@ -97,7 +91,8 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     if backend in ("cpp", "cuda"):
         if device != ("cpu" if backend == "cpp" else "cuda"):
             return "tensors on the CPU" if backend == "cpp" else "tensors on a CUDA device"
-        return _uncompiled(op, _MODULES[backend])
+        error = _import_error(_MODULES[backend])
+        return f"the compiled extension ({error})" if error else None
     if _import_error("triton"):
         return f"triton ({_import_error('triton')})"
     if device != "cuda" and not _interpreted():

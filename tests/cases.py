@@ -43,14 +43,19 @@ SMALL = [
 ]
 
 
+def unless_served(op: str, backend: str, dtype: torch.dtype, device: str = "cpu") -> list:
+    """The marks of a test of ``op``: a skip, with what the backend lacks here."""
+    missing = dispatch.unmet(op, backend, device, dtype)
+    return [pytest.mark.skip(reason=f"{backend} requires {missing}")] if missing else []
+
+
 def backend_cases(op: str) -> list:
     """(backend, case, dtype) for everything that can run here; bf16 products of Triton's interpreter are not reliable."""
     params = []
     for backend in ("cpp", "triton"):
-        missing = dispatch.unmet(op, backend, "cpu", torch.float16)
+        marks = unless_served(op, backend, torch.float16)
         for case in CASES if backend == "cpp" else SMALL:
             for dtype in FLOATS if backend == "cpp" else (torch.float32, torch.float16):
-                marks = [pytest.mark.skip(reason=f"{backend} requires {missing}")] if missing else []
                 name = f"{backend}-{case}-{str(dtype)[6:]}"
                 if op in dispatch.TABLE and backend in dispatch.TABLE[op]:
                     params.append(pytest.param(backend, case, dtype, marks=marks, id=name))

@@ -23,3 +23,18 @@ def poisoned():
     """torch.empty gives NaN: an element that a kernel did not write fails the comparison."""
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def emulator_folder(tmp_path_factory):
+    """Where the emulator's programs are built; a skip where they cannot be."""
+    from emulator import build
+
+    path = tmp_path_factory.mktemp("emulator")
+    if build.compiler() is None:
+        pytest.skip("the emulator is built by g++, which is not here")
+    try:
+        build.include_flags(path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return path

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cases import normal
-from fastpeft import dispatch, ops
+from cases import normal, unless_served
+from fastpeft import ops
 
 LEAVES = ("x", "lora_A", "lora_B", "bias", "lora_bias")
 QUANT_TYPES = ["nf4", "fp4"]
@@ -42,12 +42,8 @@ def bitsandbytes():
 
 def serving(op, device="cpu"):
     """A parameter for each backend but the reference, skipped with its reason where it cannot serve."""
-    params = []
-    for backend in ("cpp", "triton"):
-        missing = dispatch.unmet(op, backend, device, torch.float32)
-        marks = [pytest.mark.skip(reason=f"{backend} requires {missing}")] if missing else []
-        params.append(pytest.param(backend, marks=marks))
-    return params
+    marks = {backend: unless_served(op, backend, torch.float32, device) for backend in ("cpp", "triton")}
+    return [pytest.param(backend, marks=marks[backend]) for backend in marks]
 
 
 def values(case, dtype, adapter=torch.float32, biases=True):

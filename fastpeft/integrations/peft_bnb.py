@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from fastpeft.integrations import peft_layers as layers
 from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
-from fastpeft.ops.weight4bit import BLOCK_SIZES, NESTED_BLOCK, QUANT_TYPES
+from fastpeft.ops.weight4bit import NESTED_BLOCK
 
 TESTED = (Version("0.49"), Version("0.51"))
 """bitsandbytes from, up to but not including: the releases whose ``Linear4bit.forward`` is known to be what we do."""
@@ -81,34 +81,7 @@ def weight_4bit(base: Any) -> Weight4bit | None:
             offset = offset.to(state.absmax.device, torch.float32)
         scales = [state.absmax, nested.code, nested.absmax, offset]
     weight = Weight4bit(packed, scales, state.shape, state.dtype, state.quant_type, state.blocksize)
-    return weight if _sound(weight) else None
-
-
-def _sound(weight: Weight4bit) -> bool:
-    """What `Weight4bit.check` asks, as one cheap conjunction."""
-    if len(weight.shape) != 2 or weight.block_size not in BLOCK_SIZES or weight.quant_type not in QUANT_TYPES:
-        return False
-    packed, scales = weight.packed, weight.scales
-    n = weight.shape[0] * weight.shape[1]
-    blocks = -(-n // weight.block_size)
-    device, absmax, nested = packed.device, scales[0], len(scales) == 4
-    if (
-        packed.shape != ((n + 1) // 2,)
-        or absmax.shape != (blocks,)
-        or absmax.dtype is not (torch.uint8 if nested else torch.float32)
-        or absmax.device != device
-        or not absmax.is_contiguous()
-    ):
-        return False
-    return not nested or (
-        scales[1].shape == (256,)
-        and scales[2].shape == (-(-blocks // NESTED_BLOCK),)
-        and scales[3].dim() == 0
-        and scales[1].dtype is scales[2].dtype is torch.float32
-        and scales[1].device == device == scales[2].device
-        and scales[1].is_contiguous()
-        and scales[2].is_contiguous()
-    )
+    return weight if len(weight.shape) == 2 and weight.sound() else None
 
 
 def _unserved(x: torch.Tensor, adapter: torch.dtype, compute: torch.dtype | None) -> str | None:

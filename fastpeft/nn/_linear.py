@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.nn._config import size
 from fastpeft.ops import _checks
 
 
@@ -23,6 +24,30 @@ def constructor_form(op: str, args: tuple[Any, ...], options: dict[str, Any], ne
         _checks.require_dtype(name not in options, op, name, "be given once", "two values")
         options[name] = value
     return adapting
+
+
+class FromSizes:
+    """The second form of a constructor: a new base layer first, which the first form then adapts."""
+
+    def _adapt_new(
+        self: Any,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        base_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        layout: str = "in_out",
+        **options: Any,
+    ) -> None:
+        op = type(self).__name__
+        K, N = size(op, "in_features", in_features), size(op, "out_features", out_features)
+        self._adapt_layer(nn.Linear(K, N, base_bias, device, dtype), layout=layout, **options)
+
+
+def default_alpha(alpha: float | None, scaling: float | None) -> float | None:
+    """What ``from_linear`` takes for an alpha that is not given."""
+    return 32.0 if alpha is None and scaling is None else alpha
 
 
 def require_linear(op: str, layer: object) -> None:

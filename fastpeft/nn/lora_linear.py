@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastpeft.nn._config import adapter_dtype as _adapter_dtype
-from fastpeft.nn._config import one_of, resolve, size
-from fastpeft.nn._linear import constructor_form, require_linear
+from fastpeft.nn._config import one_of, resolve
+from fastpeft.nn._linear import FromSizes, constructor_form, default_alpha, require_linear
 from fastpeft.nn.merge import Mergeable
 from fastpeft.ops import lora_linear
 
@@ -18,7 +18,7 @@ _NEW = ("in_features", "out_features", "rank", "alpha", "dropout_probability", "
 _Self = TypeVar("_Self", bound="LoRALinear")
 
 
-class LoRALinear(Mergeable):
+class LoRALinear(FromSizes, Mergeable):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ Bᵀ + lora_bias)              Hu et al. 2021, arXiv:2106.09685, eq. 3
 
     LoRALinear(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)   layout "out_in"
@@ -56,20 +56,6 @@ class LoRALinear(Mergeable):
     def __init__(self, *args: Any, **options: Any) -> None:
         adapting = constructor_form(_OP, args, options, _NEW)
         (self._adapt_layer if adapting else self._adapt_new)(**options)
-
-    def _adapt_new(
-        self,
-        in_features: int | None = None,
-        out_features: int | None = None,
-        *,
-        base_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        layout: str = "in_out",
-        **options: Any,
-    ) -> None:
-        K, N = size(_OP, "in_features", in_features), size(_OP, "out_features", out_features)
-        self._adapt_layer(nn.Linear(K, N, base_bias, device, dtype), layout=layout, **options)
 
     def _adapt_layer(
         self,
@@ -127,8 +113,7 @@ class LoRALinear(Mergeable):
         **options: Any,
     ) -> _Self:
         """Adapt ``layer``; alpha = 32 unless ``scaling`` is given, and the options of the class."""
-        if alpha is None and options.get("scaling") is None:
-            alpha = 32.0
+        alpha = default_alpha(alpha, options.get("scaling"))
         return cls(original_layer=layer, rank=rank, alpha=alpha, dropout=dropout, **options)
 
     def reset_parameters(self) -> None:

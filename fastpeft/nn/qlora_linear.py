@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastpeft.nn._config import adapter_dtype as _adapter_dtype
-from fastpeft.nn._config import one_of, resolve, size
-from fastpeft.nn._linear import constructor_form, require_linear
+from fastpeft.nn._config import one_of, resolve
+from fastpeft.nn._linear import FromSizes, constructor_form, default_alpha, require_linear
 from fastpeft.nn._quantized import Quantized
 from fastpeft.ops import _calls, _checks, linear4bit, linear4bit_lora, quantize_4bit
 
@@ -19,7 +19,7 @@ _NEW = ("in_features", "out_features", "rank", "bits")
 _Self = TypeVar("_Self", bound="QLoRALinear")
 
 
-class QLoRALinear(Quantized):
+class QLoRALinear(FromSizes, Quantized):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ Bᵀ + lora_bias)          Dettmers et al. 2023, arXiv:2305.14314, eq. 5
 
     QLoRALinear(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)   layout "out_in"
@@ -62,20 +62,6 @@ class QLoRALinear(Quantized):
     def __init__(self, *args: Any, **options: Any) -> None:
         adapting = constructor_form(_OP, args, options, _NEW)
         (self._adapt_layer if adapting else self._adapt_new)(**options)
-
-    def _adapt_new(
-        self,
-        in_features: int | None = None,
-        out_features: int | None = None,
-        *,
-        base_bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        layout: str = "in_out",
-        **options: Any,
-    ) -> None:
-        K, N = size(_OP, "in_features", in_features), size(_OP, "out_features", out_features)
-        self._adapt_layer(nn.Linear(K, N, base_bias, device, dtype), layout=layout, **options)
 
     def _adapt_layer(
         self,
@@ -147,8 +133,7 @@ class QLoRALinear(Quantized):
         **options: Any,
     ) -> _Self:
         """Quantise and adapt ``layer``; alpha = 32 unless ``scaling`` is given, and the options of the class."""
-        if alpha is None and options.get("scaling") is None:
-            alpha = 32.0
+        alpha = default_alpha(alpha, options.get("scaling"))
         options |= {"quant_type": quant_type, "double_quant": double_quant, "block_size": block_size, "bits": bits}
         options |= {"rank": rank, "alpha": alpha, "dropout": dropout, "compute_dtype": compute_dtype}
         return cls(original_layer=layer, **options)

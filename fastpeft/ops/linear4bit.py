@@ -8,7 +8,7 @@ import torch
 
 from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks, _library
-from fastpeft.ops.weight4bit import NESTED_BLOCK, Weight4bit
+from fastpeft.ops.weight4bit import Weight4bit
 
 _FWD = "linear4bit_fwd"
 _BWD = "linear4bit_bwd"
@@ -187,16 +187,11 @@ def _check(
 def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> bool:
     """One cheap conjunction on the way of every call; the sizes of the weight's parts are what a kernel relies on."""
     N, K = weight.shape
-    packed, scales = weight.packed, weight.scales
-    n, blocks = N * K, -(-N * K // weight.block_size)
     return (
         x.shape[-1] == K
         and x.dtype in _checks.FLOATS
-        and packed.shape == ((n + 1) // 2,)
-        and packed.is_contiguous()
-        and scales[0].shape == (blocks,)
-        and (len(scales) == 1 or (scales[1].shape == (256,) and scales[2].shape == (-(-blocks // NESTED_BLOCK),)))
-        and packed.device == x.device == scales[0].device
+        and weight.sound()
+        and weight.packed.device == x.device
         and (bias is None or bias.shape == (N,))
     )
 

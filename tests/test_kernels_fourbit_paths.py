@@ -1,0 +1,132 @@
+"""What the 4-bit launchers move, which path they take, and how the CUDA backend composes them."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from fastpeft.kernels import _common, _fourbit_cost, linear4bit
+from fastpeft.kernels import dequantize_4bit as dequantize
+
+from fastpeft.reference import dequantize_4bit as eager_dequantize
+from fastpeft.reference import linear4bit as eager
+from kernels_fourbit_cases import MARKS, Case, dequantized
+
+pytestmark = MARKS
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_weight(N, K):
+    blocks = N * K // 64
+    scales = [meta(blocks, dtype=torch.uint8), meta(256, dtype=torch.float32)]
+    scales += [meta(-(-blocks // 256), dtype=torch.float32), meta(dtype=torch.float32)]
+    return meta(N * K // 2, dtype=torch.uint8), scales, "nf4", 64
+
+
+def moved(launches):
+    return sum(one.read_bytes + one.written_bytes + one.weight_bytes for one in launches)
+
+
+N, K = 14336, 4096
+PACKED = N * K // 2 + N * K // 64  # the bytes that hold the weight and its codes
+
+
+def test_dequantize_moves_no_more_than_it_must():
+    with _common.count_launches() as launches:
+        dequantize.dequantize_4bit(*meta_weight(N, K), meta(N, K))
+    assert len(launches) == 1
+    ideal = PACKED + 2 * N * K
+    assert ideal <= moved(launches) <= 1.02 * ideal
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_small_moves_no_more_than_it_must(M):
+    ideal = PACKED + 2 * M * (K + N)
+    with _common.count_launches() as launches:
+        _, s = linear4bit.linear4bit_fwd(
+            meta(M, K), *meta_weight(N, K), N, meta(16, K), meta(N, 16), None, None, 1.0, 0.0, None
+        )
+    product = [one for one in launches if one.name.startswith("linear4bit_small")]
+    adapter = 2 * 16 * (M + N)
+    assert s.shape == (M, 16)
+    assert ideal + adapter <= moved(product) <= 1.05 * (ideal + adapter)
+    with _common.count_launches() as launches:
+        linear4bit.linear4bit_bwd(
+            meta(M, N), meta(0), *meta_weight(N, K), K, None, None, meta(0), 1.0, 0.0, None, True, False, False, False
+        )
+    assert ideal <= moved(launches) <= 1.05 * ideal
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """fastpeft._cuda, its two primitives answered by the reference: what is tested is how it calls them."""
+    extension = pytest.importorskip("fastpeft._C", reason="the extension is not built")
+    monkeypatch.setattr(extension, "build_info", lambda: {"cuda": "90"})
+    sys.modules.pop("fastpeft._cuda", None)
+    module = importlib.import_module("fastpeft._cuda")
+    del sys.modules["fastpeft._cuda"]
+    calls = []
+
+    def small(x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
+        calls.append("small")
+        w = dequantized(packed, scales, quant_type, block_size, y.shape[1], x.shape[1], x.dtype)
+        assert b is None or b.stride(1) == 1
+        total = x.double() @ w.double().T + (0 if bias is None else bias.double())
+        y.copy_(total if b is None else total + scale * (s.double() @ b.to(s.dtype).double().T))
+        assert not accumulate
+
+    def dequantize(*args):
+        calls.append("dequantize")
+        eager_dequantize.dequantize_4bit(*args)
+
+    monkeypatch.setattr(module, "_small", small)
+    monkeypatch.setattr(module, "_PRIMITIVES", module._PRIMITIVES._replace(dequantize_4bit=dequantize))
+    return module, calls
+
+
+@pytest.mark.parametrize(
+    "M, N, K, R, dtype, expected",
+    [
+        pytest.param(9, 40, 64, 4, torch.float16, ["small"], id="cuda"),
+        pytest.param(9, 40, 64, 0, torch.float16, ["small"], id="cuda-plain"),
+        pytest.param(9, 40, 96, 4, torch.float16, [], id="triton-K96"),
+        pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
+        pytest.param(70, 24, 64, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
+        pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),
+    ],
+)
+def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
+    module, calls = cuda
+    c = Case(M, N, K, R, dtype)
+    results = []
+    for backend in (module, eager):
+        y, s = backend.linear4bit_fwd(c.x, *c.packed, N, c.a, c.b, c.bias, c.lora_bias, 0.5, 0.0, None)
+        need = (True, bool(R), bool(R), True)
+        results.append((y, *backend.linear4bit_bwd(c.dy, c.x, *c.packed, K, c.a, c.b, s, 0.5, 0.0, None, *need)))
+    assert calls == expected
+    for ours, peer in zip(*results, strict=True):
+        torch.testing.assert_close(ours, peer, rtol=2e-2, atol=2e-2)
+
+
+def test_no_cuda_in_this_extension():
+    extension = pytest.importorskip("fastpeft._C", reason="the extension is not built")
+    if extension.build_info()["cuda"] != "none":
+        pytest.skip("the extension was built with CUDA")
+    with pytest.raises(ImportError, match="built without CUDA"):
+        importlib.import_module("fastpeft._cuda")
+
+
+def test_choice_of_path(monkeypatch):
+    """The prediction sends few rows to the packed bytes; a tuned entry overrides it."""
+    _fourbit_cost.choose_small.cache_clear()
+    for rows in (1, 16, 64):
+        assert _fourbit_cost.choose_small(rows, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_small(4096, N, K, "bf16", 64, 90)
+    monkeypatch.setitem(_fourbit_cost.LARGEST_SMALL, ("sm90", "bf16", N, K), 8)
+    _fourbit_cost.choose_small.cache_clear()
+    assert _fourbit_cost.choose_small(8, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_small(9, N, K, "bf16", 64, 90)
+    _fourbit_cost.choose_small.cache_clear()

@@ -1,0 +1,52 @@
+"""fastpeft.ops.lora_linear: what is wrong with a call, in words."""
+
+import pytest
+import torch
+
+from cases import normal
+from fastpeft import dispatch, ops
+
+
+def good():
+    return {"x": normal(4, 6), "weight": normal(5, 6), "lora_A": normal(2, 6), "lora_B": normal(5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension"),
+        ({"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"x": torch.ones(4, 7)}, ValueError, r"weight must have shape \[out_features, in_features\] = \[any, 7\], got \[5, 6\]"),
+        ({"weight": torch.ones(5, 6, dtype=torch.bfloat16)}, TypeError, "weight must have the dtype of x, torch.float32, got torch.bfloat16"),
+        ({"lora_A": torch.ones(2, 7)}, ValueError, r"lora_A must have shape \[rank, in_features\] = \[any, 6\], got \[2, 7\]"),
+        ({"lora_A": torch.ones(0, 6), "lora_B": torch.ones(5, 0)}, ValueError, "lora_A must have a rank of at least 1, got 0"),
+        ({"lora_A": torch.ones(2, 6, dtype=torch.int32)}, TypeError, "lora_A must be a floating point tensor, got torch.int32"),
+        ({"lora_B": torch.ones(5, 3)}, ValueError, r"lora_B must have shape \[out_features, rank\] = \[5, 2\], got \[5, 3\]"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \[out_features\] = \[5\], got \[4\]"),
+        ({"lora_bias": torch.ones(5, 1)}, ValueError, r"lora_bias must have shape \[out_features\] = \[5\], got \[5, 1\]"),
+        ({"weight": torch.ones(5, 6, device="meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a float, got str"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of cpp, cuda, triton, eager or None, got 'gpu'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be able to serve .* got 'cuda', which requires an implementation of lora_linear_fwd"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, text):
+    with pytest.raises(error, match=f"^lora_linear(_fwd)?: {text}"):
+        ops.lora_linear(**(good() | change))
+
+
+def test_backend_that_cannot_serve(monkeypatch):
+    double = {name: value.double() for name, value in good().items()}
+    with pytest.raises(
+        ValueError, match=r"backend must be able to serve torch.float64 on cpu \(one of: eager\), got 'cpp'"
+    ):
+        ops.lora_linear(**double, backend="cpp")
+    monkeypatch.setattr(dispatch, "default", "nonsense")
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        ops.lora_linear(**good())
+    monkeypatch.setattr(dispatch, "default", "eager")
+    torch.testing.assert_close(ops.lora_linear(**good()).shape, torch.Size([4, 5]))
