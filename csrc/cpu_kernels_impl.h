@@ -20,13 +20,16 @@ namespace {
 using namespace fastpeft;
 
 #if FP_ISA >= 2  // 32 registers
-constexpr int kReduceRows2 = 12, kReduceRows1 = 12, kGradRows = 8, kGradVectors = 2, kExpandRows = 12, kExpandVectors = 2;
+constexpr int kReduceRows2 = 12, kReduceRows1 = 12, kGradRows = 8, kGradVectors = 2, kExpandRows = 6, kExpandVectors = 4;
 #else            // 16 registers: 12 accumulators, 2 or 3 of B, 1 broadcast
-constexpr int kReduceRows2 = 6, kReduceRows1 = 12, kGradRows = 4, kGradVectors = 3, kExpandRows = 6, kExpandVectors = 2;
+constexpr int kReduceRows2 = 6, kReduceRows1 = 12, kGradRows = 6, kGradVectors = 2, kExpandRows = 6, kExpandVectors = 2;
 #endif
 
-// The row stride of a block's buffer: 17 cache lines, so that a column of it spreads over all sets of an L1 cache.
-constexpr int64_t kLead = kCols + 16;
+// The columns that reduce and grad take at a time, and the row stride of their copy: an odd number of cache lines, so that
+// a column of it spreads over all sets of an L1 cache.
+constexpr int64_t kWidth = 128, kLead = kWidth + 16;
+
+// Loops over a tile's sums are unrolled by word: where one is not, its index puts all sums on the stack.
 
 template <int MR, int NV>
 inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, vf (&acc)[MR][NV]) {
@@ -35,9 +38,12 @@ inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t
   for (int m = 0; m < MR; m += 3) three[m / 3] = a + m * am;
   for (int64_t i = 0; i < k; ++i) {
     vf row[NV];
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) row[v] = load<vf>(b + i * bk + v * kLanes);
+#pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const vf x = splat(three[m / 3][m % 3 * am]);
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
     }
     for (int m = 0; m < MR; m += 3) three[m / 3] += ak;
@@ -56,8 +62,11 @@ inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_
   clear(acc);
   tile<MR, NV>(a, am, ak, b, bk, k, acc);
   if (start)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) first[v] = load<vf>(start + v * kLanes);
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       float* out = c + m * ldc + v * kLanes;
       store(out, scale * acc[m][v] + (ADD ? load<vf>(out) : first[v]));
@@ -94,15 +103,16 @@ struct Ahead {
 // The rows of one copy: it waits for memory while the rows before it are multiplied.
 constexpr int64_t kGroup = 12;
 
-inline void reduce_group(const float* x, int64_t ldx, int64_t m, int64_t rows, int64_t n, const float* panel, int64_t ldp, int64_t R,
+// s [m0 : m0 + rows, R] += x [rows, n] panel for the rows of one group, n <= kWidth.
+inline void reduce_group(const float* x, int64_t ldx, int64_t m0, int64_t rows, int64_t n, const float* panel, int64_t ldp, int64_t R,
                          float* s, const Ahead& ahead) {
   const int64_t all = vectors(R);
   for (int64_t k = 0; k < n; k += kShortSum) {
     const int64_t count = smaller(kShortSum, n - k);
-    ahead.fetch(m, rows, k, count);
+    ahead.fetch(m0, rows, k, count);
     for (int64_t v = 0; v < all; v += 2) {
       const auto some = v + 2 <= all ? rows_of<kReduceRows2, 2, true> : rows_of<kReduceRows1, 1, true>;
-      some(x + m * ldx + k, ldx, 1, rows, panel + k * ldp + v * kLanes, ldp, count, nullptr, 1.0f, s + m * ldp + v * kLanes, ldp);
+      some(x + k, ldx, 1, rows, panel + k * ldp + v * kLanes, ldp, count, nullptr, 1.0f, s + m0 * ldp + v * kLanes, ldp);
     }
   }
 }
@@ -120,13 +130,14 @@ inline void grad_block(const float* left, int64_t ldl, int64_t R, const float* x
   }
 }
 
-// One row of a block of at most 256 columns to fp32, masked; the padding up to a whole vector is zero.
+// One row of a block to fp32, masked; the padding up to a whole vector is zero.
 template <Type T>
 inline void fetch(const void* x, int64_t base, int64_t n, const uint8_t* bits, float* out) {
-  for (int64_t column = 0; column < n; column += kLanes) {
-    vf v = load_some<T>(x, base + column, n - column);
-    if (bits) v = masked(v, get_bits(bits, column));
-    store(out + column, v);
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t column = 0; !bits && column < whole; column += kLanes) store(out + column, load_as_float<T>(x, base + column));
+  for (int64_t column = bits ? 0 : whole; column < n; column += kLanes) {
+    const vf v = load_some<T>(x, base + column, n - column);
+    store(out + column, bits ? masked(v, get_bits(bits, column)) : v);
   }
 }
 
@@ -148,22 +159,28 @@ void reduce_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, 
                float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
   constexpr int64_t size = T == Type::f32 ? 4 : 2;
   const int64_t rows = m1 - m0;
-  // Rows are copied even where they are fp32: at a width of 1024 the addresses of all rows fall on one set of an L1 cache.
   alignas(64) float buffer[kRows * kLead];
-  for (int64_t k0 = 0; k0 < width; k0 += kCols) {
-    const int64_t n = smaller(kCols, width - k0);
+  for (int64_t k0 = 0; k0 < width; k0 += kWidth) {
+    const int64_t n = smaller(kWidth, width - k0);
     const char* block = static_cast<const char*>(x.data) + (m0 * x.stride + k0) * size;
     const Ahead none = {nullptr, 0, 0};
     // These rows' next columns, or the first ones of the rows after them.
-    const Ahead next = {k0 + kCols < width ? block + kCols * size : m1 < x.count ? block + (rows * x.stride - k0) * size : nullptr,
+    const Ahead next = {k0 + kWidth < width ? block + kWidth * size : m1 < x.count ? block + (rows * x.stride - k0) * size : nullptr,
                         x.stride * size, size};
-    for (int64_t g = 0; g < rows; g += kGroup) {
+    // Whole vectors of fp32 are read where they lie by grad, which takes each once for many ranks, but by reduce from a copy
+    // of a few rows: at a width of 1024 the addresses of all rows fall on one set of an L1 cache. The copy of anything
+    // else serves both.
+    const bool direct = T == Type::f32 && !mask.data && n % kLanes == 0;
+    for (int64_t g = 0; g < rows && (s || !direct); g += kGroup) {
       const int64_t group = smaller(kGroup, rows - g);
-      for (int64_t m = g; m < g + group; ++m) fetch<T>(x.data, (m0 + m) * x.stride + k0, n, mask.row(m, k0), buffer + m * kLead);
-      if (s) reduce_group(buffer, kLead, g, group, n, panel + k0 * ldp, ldp, R, s, next);
+      float* copy = direct ? buffer : buffer + g * kLead;
+      for (int64_t m = 0; m < group; ++m) fetch<T>(x.data, (m0 + g + m) * x.stride + k0, n, mask.row(g + m, k0), copy + m * kLead);
+      if (s) reduce_group(copy, kLead, g, group, n, panel + k0 * ldp, ldp, R, s, next);
     }
-    if (grad) grad_block(left, ldl, R, buffer, kLead, rows, n, grad + k0, ldg, s ? none : next);
-    if (sums) column_sums(buffer, kLead, rows, n, sums + k0);
+    const float* from = direct ? reinterpret_cast<const float*>(block) : buffer;
+    const int64_t ldf = direct ? x.stride : kLead;
+    if (grad) grad_block(left, ldl, R, from, ldf, rows, n, grad + k0, ldg, s ? none : next);
+    if (sums) column_sums(from, ldf, rows, n, sums + k0);
   }
 }
 
@@ -179,7 +196,7 @@ void reduce(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const floa
   for (int64_t i = 0; s && scale != 1.0f && i < count; i += kLanes) store(s + i, scale * load<vf>(s + i));
 }
 
-// out [rows, n] = bias + scale * s b, n <= kCols.
+// out [rows, n] = bias + scale * s b.
 inline void expand_block(const float* s, int64_t lds, int64_t rows, const float* panel, int64_t ldp, int64_t R, const float* bias,
                          float scale, float* out, int64_t ldo, int64_t n) {
   const int64_t all = vectors(n);
@@ -187,30 +204,36 @@ inline void expand_block(const float* s, int64_t lds, int64_t rows, const float*
     const auto wide = r ? rows_of<kExpandRows, kExpandVectors, true> : rows_of<kExpandRows, kExpandVectors, false>;
     const auto thin = r ? rows_of<kExpandRows, 1, true> : rows_of<kExpandRows, 1, false>;
     const int64_t count = smaller(kShortSum, R - r);
-    for (int64_t v = 0; v < all; v += kExpandVectors) {
+    for (int64_t v = 0; v < all;) {
+      const bool whole = v + kExpandVectors <= all;
       const int64_t c = v * kLanes;
-      const auto some = v + kExpandVectors <= all ? wide : thin;
+      const auto some = whole ? wide : thin;
       some(s + r, lds, 1, rows, panel + r * ldp + c, ldp, count, bias && !r ? bias + c : nullptr, scale, out + c, ldo);
+      v += whole ? kExpandVectors : 1;
     }
   }
 }
+
+// The panel of a block of columns, in floats: where fp32 is written in place, blocks as wide as a cache allows, so that
+// memory sees whole rows in the order of their addresses.
+constexpr int64_t kPanelFloats = 1 << 14;
 
 template <Type T>
 void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
                const float* bias, float scale, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
   alignas(64) float buffer[kExpandRows * kCols];
-  for (int64_t n0 = 0; n0 < width; n0 += kCols) {
-    const int64_t n = smaller(kCols, width - n0);
-    const bool direct = T == Type::f32 && !mask.data && !add && n % kLanes == 0;
+  const bool direct = T == Type::f32 && !add && width % kLanes == 0;
+  const int64_t step = direct && R * kCols < kPanelFloats ? kPanelFloats / (R + !R) / kCols * kCols : kCols;
+  for (int64_t n0 = 0; n0 < width; n0 += step) {
+    const int64_t n = smaller(step, width - n0);
     for (int64_t m = m0; m < m1; m += kExpandRows) {
       const int64_t rows = smaller(kExpandRows, m1 - m);
       float* out = direct ? static_cast<float*>(y) + m * stride + n0 : buffer;
       const int64_t ldo = direct ? stride : kCols;
       expand_block(s + (m - m0) * lds, lds, rows, panel + n0, ldp, R, bias ? bias + n0 : nullptr, scale, out, ldo, n);
-      if (direct) continue;
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < rows && !(direct && !mask.data); ++i) {
         const int64_t base = (m + i) * stride + n0;
-        const float* row = buffer + i * kCols;
+        const float* row = out + i * ldo;
         const uint8_t* bits = mask.row(m + i - m0, n0);
         for (int64_t column = 0; column < n; column += kLanes) {
           vf value = load<vf>(row + column);

@@ -42,7 +42,9 @@ inline vf splat(float f) { return f - vf{}; }  // x - 0 is x for every x: folds 
 // Not `= {}`, which GCC makes a `rep stos` on the stack of.
 template <int MR, int NV>
 inline void clear(vf (&acc)[MR][NV]) {
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
 }
 
