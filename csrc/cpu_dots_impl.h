@@ -6,15 +6,27 @@ namespace {
 
 using fastpeft::Rows;
 
+// The vectors that one sum runs over before it is added to the whole: a lane's rounding error is that of 32 terms.
+constexpr int64_t kShortDot = 32;
+
 template <Type T, int MR>
 inline void dot_rows(const void* a, int64_t base, int64_t width, const float* x, int64_t ldx, float* out, int64_t ldo) {
-  vf acc[MR][1];
-  clear(acc);
-  for (int64_t k = 0; k < width; k += kLanes) {
-    const vf row = load_some<T>(a, base + k, width - k);
-    for (int m = 0; m < MR; ++m) acc[m][0] += row * load<vf>(x + m * ldx + k);
+  vf sum[MR][1];
+  clear(sum);
+  for (int64_t k0 = 0; k0 < width; k0 += kShortDot * kLanes) {
+    const int64_t end = k0 + kShortDot * kLanes < width ? k0 + kShortDot * kLanes : width;
+    vf part[MR][1];
+    clear(part);
+    for (int64_t k = k0; k < end; k += kLanes) {
+      const vf row = load_some<T>(a, base + k, width - k);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) part[m][0] += row * load<vf>(x + m * ldx + k);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) sum[m][0] += part[m][0];
   }
-  for (int m = 0; m < MR; ++m) out[m * ldo] = total(acc[m][0]);
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) out[m * ldo] = total(sum[m][0]);
 }
 
 template <Type T>
