@@ -7,7 +7,8 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16"))), apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own header, GCC bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")
 #endif
 #define FP_ISA 3

@@ -4,6 +4,21 @@
 
 namespace {
 
+// A sum of 32 columns under the mask to a row of y, or added to it.
+inline void put_expanded(vf first, vf second, const uint8_t* bits, bool add, uint16_t* out, __mmask32 columns) {
+  const __mmask32 keep = kept(bits, 0);
+  if (add) {
+    const __m512i old = _mm512_maskz_loadu_epi16(columns, out);
+    first = widen(_mm512_castsi512_si256(old)) + masked_by(first, static_cast<__mmask16>(keep));
+    second = widen(_mm512_extracti64x4_epi64(old, 1)) + masked_by(second, static_cast<__mmask16>(keep >> 16));
+  }
+  __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+  if (bits && !add) rounded = _mm512_maskz_mov_epi16(keep, rounded);
+  // A store under a mask of 16-bit elements is microcode on Zen 4.
+  if (columns == 0xffffffffu) _mm512_storeu_si512(out, rounded);
+  else _mm512_mask_storeu_epi16(out, columns, rounded);
+}
+
 // y[MR rows, at most 32 columns] = mask(bias + scale * s b), or += where ADD.
 template <int MR, bool ONE>
 inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* panel, int64_t ldp, const float* bias,
@@ -24,22 +39,9 @@ inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* p
     for (int v = 0; v < NV; ++v) start[v] = load<vf>(bias + v * kLanes);
 #pragma GCC unroll 16  // or the sums would go through the stack, to be indexed
   for (int m = 0; m < MR; ++m) {
-    uint16_t* out = y + m * stride;
-    vf sum[2] = {scale * acc[m][0] + start[0], vf{}};
-    if constexpr (!ONE) sum[1] = scale * acc[m][1] + start[1];
-    const uint8_t* bits = mask.row(m0 + m, n0);
-    const __mmask32 keep = kept(bits, 0);
-    if (add) {
-      const __m512i old = _mm512_maskz_loadu_epi16(columns, out);
-      sum[0] = widen(_mm512_castsi512_si256(old)) + masked_by(sum[0], static_cast<__mmask16>(keep));
-      sum[1] = widen(_mm512_extracti64x4_epi64(old, 1)) + masked_by(sum[1], static_cast<__mmask16>(keep >> 16));
-    }
-    __m512i rounded = reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(sum[1]), reinterpret_cast<__m512>(sum[0])));
-    if (bits && !add) rounded = _mm512_maskz_mov_epi16(keep, rounded);
-    // A store under a mask of 16-bit elements is microcode on Zen 4.
-    if (columns == 0xffffffffu) _mm512_storeu_si512(out, rounded);
-    else _mm512_mask_storeu_epi16(out, columns, rounded);
+    vf second = vf{};
+    if constexpr (!ONE) second = scale * acc[m][1] + start[1];
+    put_expanded(scale * acc[m][0] + start[0], second, mask.row(m0 + m, n0), add, y + m * stride, columns);
   }
 }
 
@@ -60,20 +62,91 @@ inline void pair_expand(const uint32_t* s, int64_t rows, int64_t steps, const ui
   pair_expand_rows<1, ONE>(m, s, rows, steps, panel, ldp, bias, scale, mask, m0, n0, add, y, stride, columns);
 }
 
+// The pairs of ranks of one row of s.
+inline void rank_pairs(const float* s, int64_t R, uint32_t* out) {
+  for (int64_t r = 0; r < R; r += kLanes) {
+    // What stands past R is anything, and the last pair of an odd rank would multiply it: NaN by zero.
+    const __mmask16 own = static_cast<__mmask16>(first_of_32(R - r));
+    store(out + r / 2, reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(own, s + r))));
+  }
+}
+
+#ifdef FP_TILES
+// The rows of a task from which on tiles expand them.
+constexpr int64_t kLeastTiledRows = 8;
+
+// Rows of y by 32 and columns by 32: sums in tiles 0 to 3, s through 4 and 5, the panel through 6 and 7.
+void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const uint32_t* panel, int64_t ldp, const float* bias, float scale,
+                  Bits mask, bool add, uint16_t* y, int64_t stride, int64_t width) {
+  constexpr int64_t kGroup = 2 * kTileRows;
+  alignas(64) uint32_t pairs[kGroup * kMostPairRank / 2];
+  alignas(64) float sums[kGroup][kGroup];
+  const int64_t steps = tiled_pairs((R + 1) / 2), ldl = (steps + kLanes / 2 - 1) / (kLanes / 2) * (kLanes / 2);
+  const int one = static_cast<int>(smaller(steps, kTilePairs));
+  TileShapes shapes = full_tiles();
+  for (int t : {4, 5}) shapes.set(t, kTileRows, one);
+  for (int t : {6, 7}) shapes.set(t, one, kTilePairs);
+  const Tiles tiles(shapes);
+  std::memset(pairs, 0, static_cast<size_t>(kGroup * ldl) * 4);
+  for (int64_t m = 0; m < rows; m += kGroup) {
+    const int64_t count = smaller(kGroup, rows - m);
+    for (int64_t i = 0; i < count; ++i) rank_pairs(s + (m + i) * lds, R, pairs + i * ldl);
+    const auto left = [&](int64_t step) {
+      tile_load<4>(pairs + step, 4 * ldl);
+      tile_load<5>(pairs + kTileRows * ldl + step, 4 * ldl);
+    };
+    left(0);
+    for (int64_t n = 0; n < width; n += kGroup) {
+      const bool both = width - n > kLanes;
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      for (int64_t step = 0; step < steps; step += kTilePairs) {
+        if (steps > kTilePairs) left(step);
+        tile_load<6>(panel + step * ldp + n, 4 * ldp);
+        tile_dot<0, 4, 6>();
+        tile_dot<2, 5, 6>();
+        if (!both) continue;
+        tile_load<7>(panel + step * ldp + n + kLanes, 4 * ldp);
+        tile_dot<1, 4, 7>();
+        tile_dot<3, 5, 7>();
+      }
+      tile_store<0>(sums[0], 4 * kGroup);
+      tile_store<1>(sums[0] + kLanes, 4 * kGroup);
+      tile_store<2>(sums[kTileRows], 4 * kGroup);
+      tile_store<3>(sums[kTileRows] + kLanes, 4 * kGroup);
+      vf start[2] = {};
+      for (int v = 0; bias && v < 1 + both; ++v) start[v] = load<vf>(bias + n + v * kLanes);
+      const auto put = [&](auto bits_of, bool add, __mmask32 columns) {
+        for (int64_t i = 0; i < count; ++i) {
+          uint16_t* out = y + (m + i) * stride + n;
+          __builtin_prefetch(out + 128, 1, 2);
+          put_expanded(scale * load<vf>(sums[i]) + start[0], scale * load<vf>(sums[i] + kLanes) + start[1], bits_of(m + i), add, out, columns);
+        }
+      };
+      // The usual one apart, so that nothing in its loop depends on the masks.
+      const __mmask32 columns = first_of_32(width - n);
+      if (add && !mask.data && columns == 0xffffffffu) put([](int64_t) { return static_cast<const uint8_t*>(nullptr); }, true, 0xffffffffu);
+      else put([&](int64_t i) { return mask.row(i, n); }, add, columns);
+    }
+  }
+}
+#endif
+
 void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp, const float* bias,
                   float scale, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
+#ifdef FP_TILES
+  if (R && m1 - m0 >= kLeastTiledRows)
+    return expand_tiles(s, lds, m1 - m0, R, reinterpret_cast<const uint32_t*>(panel), ldp, bias, scale, mask, add,
+                        static_cast<uint16_t*>(y) + m0 * stride, stride, width);
+#endif
   alignas(64) uint32_t pairs[kMostPairRank / 2 * kPairRows];  // of ranks, [R / 2, rows]
+  alignas(64) uint32_t line[kMostPairRank / 2];
   const int64_t steps = (R + 1) / 2;
   for (int64_t m = m0; m < m1; m += kPairRows) {
     const int64_t rows = smaller(kPairRows, m1 - m);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t r = 0; r < R; r += kLanes) {
-        alignas(32) uint32_t line[kLanes / 2];
-        // What stands past R is anything, and the last pair of an odd rank would multiply it: NaN by zero.
-        const __mmask16 own = static_cast<__mmask16>(first_of_32(R - r));
-        store(line, reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(own, s + (m - m0 + i) * lds + r))));
-        for (int64_t j = 0; j < smaller(kLanes / 2, steps - r / 2); ++j) pairs[(r / 2 + j) * kPairRows + i] = line[j];
-      }
+    for (int64_t i = 0; i < rows; ++i) {
+      rank_pairs(s + (m - m0 + i) * lds, R, line);
+      for (int64_t j = 0; j < steps; ++j) pairs[j * kPairRows + i] = line[j];
+    }
     uint16_t* out = static_cast<uint16_t*>(y) + m * stride;
     for (int64_t n = 0; n < width; n += 32) {
       const auto tile = width - n > kLanes ? pair_expand<false> : pair_expand<true>;

@@ -4,92 +4,17 @@
 // rank in expand. The thin operand is packed so (`pack_pairs`), its bf16 rounding the one that a product of bf16 tensors
 // has anyway; x, dy and y are read and written in place, with no copy in fp32.
 #pragma once
-#include "cpu_masks_impl.h"
+#ifdef FP_TILES
+#include "cpu_amx_impl.h"
+#else
+#include "cpu_pairs_impl.h"
+#endif
 
 namespace {
 
 constexpr int kPairRows = 12, kPairGradRows = 8;
 // The row stride of a block's copy, in bf16: an odd number of cache lines.
 constexpr int64_t kPairLead = kCols + 32;
-// Up to this rank a vector of 16 lanes takes two pairs of each of its columns.
-constexpr int64_t kFoldRank = 8;
-// The ranks whose pairs of rows are kept at once, and the largest rank that is served.
-constexpr int64_t kPairRanks = 64, kMostPairRank = 1024;
-
-// Whether a panel for this type of x, dy or y, and this rank, is packed in pairs.
-inline bool in_pairs(Type type, int64_t R) { return type == Type::bf16 && R <= kMostPairRank; }
-
-inline vf dot(vf sum, vu a, vu b) {
-  return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
-                                               reinterpret_cast<__m512bh>(b)));
-}
-
-inline vu spread(const void* p) {  // one pair to all lanes
-  uint32_t pair;
-  std::memcpy(&pair, p, 4);
-  return vu{} + pair;
-}
-inline vu spread2(const void* p) {  // two pairs, in turn
-  int64_t pairs;
-  std::memcpy(&pairs, p, 8);
-  return reinterpret_cast<vu>(_mm512_set1_epi64(pairs));
-}
-
-// The keep bits of 32 columns from `column` of a mask's row on; of no mask, all.
-inline __mmask32 kept(const uint8_t* bits, int64_t column) {
-  __mmask32 word = 0xffffffffu;
-  if (bits) std::memcpy(&word, bits + column / 8, 4);
-  return word;
-}
-inline vf masked_by(vf v, __mmask16 keep) {
-  return reinterpret_cast<vf>(_mm512_maskz_mov_ps(keep, reinterpret_cast<__m512>(v)));
-}
-inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-
-inline vf widen(__m256i half) { return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-inline vu low_halves(vf v) {  // bf16 of each lane, in its low half
-  return reinterpret_cast<vu>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)))));
-}
-
-// Where bf16 (i, j) of a panel stands.
-inline int64_t pair_at(int64_t i, int64_t j, int64_t ld, bool fold) {
-  return fold ? ((i >> 2) * ld + 2 * j + ((i >> 1) & 1)) * 2 + (i & 1) : ((i >> 1) * ld + j) * 2 + (i & 1);
-}
-
-// out[i / 2, j] = the pair of src rows i and i + 1 at column j; pairs past `rows` and columns past `cols` are zero.
-// `fold`: out[i / 4, 2 j + (i / 2) % 2] instead, which fills the 16 lanes of a vector at a rank of at most 8.
-template <Type T>
-void pack_pairs(const Strided& src, int64_t rows, int64_t cols, bool fold, uint32_t* out, int64_t ld) {
-  const int64_t span = fold ? 4 : 2, groups = (rows + span - 1) / span;
-  std::memset(out, 0, static_cast<size_t>(groups * ld) * 4);
-  alignas(64) uint16_t line[kCols];
-  uint16_t* half = reinterpret_cast<uint16_t*>(out);
-  const bool down = src.row == 1 && src.col != 1;  // along the contiguous dimension
-  const int64_t outer = down ? cols : rows, inner = down ? rows : cols;
-  const int64_t step = down ? src.col : src.row, next = down ? src.row : src.col;
-  for (int64_t o = 0; o < outer; ++o)
-    for (int64_t i0 = 0; i0 < inner; i0 += kCols) {
-      const int64_t n = smaller(kCols, inner - i0);
-      for (int64_t i = 0; i < n; i += kLanes) {
-        vf v;
-        if (next == 1) {
-          v = load_some<T>(src.data, o * step + i0 + i, n - i);
-        } else {
-          alignas(64) float part[kLanes] = {};
-          for (int64_t j = 0; j < smaller(kLanes, n - i); ++j) part[j] = scalar_to_float(src.data, T, o * step + (i0 + i + j) * next);
-          v = load<vf>(part);
-        }
-        store(line + i, reinterpret_cast<vh>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
-      }
-      if (!down) {
-        uint16_t* to = half + pair_at(o, i0, ld, fold);
-        for (int64_t j = 0; j < n; ++j) to[j * (fold ? 4 : 2)] = line[j];
-        continue;
-      }
-      for (int64_t i = 0; i + 1 < n; i += 2) std::memcpy(half + pair_at(i0 + i, o, ld, fold), line + i, 4);
-      if (n % 2) half[pair_at(i0 + n - 1, o, ld, fold)] = line[n - 1];
-    }
-}
 
 // s[m, 16 lanes a vector] += the block's share, MR rows at a time. While a cache line of each row is multiplied, the one
 // `ahead` of it comes: in a burst before the block, the lines would queue for the few that a core can have under way.
@@ -188,16 +113,6 @@ inline void pair_grads(const uint32_t* left, int64_t ldl, int64_t R, const uint1
   }
 }
 
-// Columns [0, n) of the pairs of rows of fp32 [rows, ld] as [rows / 2, kPairRanks].
-inline void pair_rows(const float* src, int64_t rows, int64_t ld, int64_t n, uint32_t* out) {
-  for (int64_t m = 0; m < rows; m += 2)
-    for (int64_t j = 0; j < n; j += kLanes) {
-      vu pair = low_halves(load<vf>(src + m * ld + j));
-      if (m + 1 < rows) pair |= low_halves(load<vf>(src + (m + 1) * ld + j)) << 16;
-      store(out + (m >> 1) * kPairRanks + j, pair);
-    }
-}
-
 void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
                   float scale, float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
   const int64_t rows = m1 - m0, lds = padded(R);
@@ -207,6 +122,11 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
   alignas(64) static constexpr uint32_t kOnes[1] = {0x3f803f80u};
   const uint32_t* down = reinterpret_cast<const uint32_t*>(panel);
   if (grad && R <= kPairRanks) pair_rows(left, rows, ldl, R, pairs);
+#ifdef FP_TILES
+  const Tiles tiles(full_tiles());
+  RankRows ranked;
+  if (grad && R <= kPairRanks) ranked.fill(pairs, kPairRanks, (rows + 1) / 2, R);
+#endif
   for (int64_t k0 = 0; k0 < width; k0 += kCols) {
     const int64_t n = smaller(kCols, width - k0);
     const uint16_t* in = static_cast<const uint16_t*>(x.data) + m0 * x.stride + k0;
@@ -229,15 +149,25 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
       pair_reduce<1, true>(in, ldx, s_ahead, rows, (n + 3) / 4, down + k0 / 4 * ldp, ldp, s, lds);
     } else if (s) {
       const uint32_t* part = down + k0 / 2 * ldp;
-      int64_t r = 0;
-      for (; r + 2 * kLanes <= lds; r += 2 * kLanes)
-        pair_reduce<2, false>(in, ldx, s_ahead, rows, (n + 1) / 2, part + r, ldp, s + r, lds);
-      if (r < lds) pair_reduce<1, false>(in, ldx, s_ahead, rows, (n + 1) / 2, part + r, ldp, s + r, lds);
+      int64_t m = 0, r = 0;
+#ifdef FP_TILES
+      if (width >= 2 * kTilePairs) m = tile_reduce(in, ldx, s_ahead, rows, (n + 2 * kTilePairs - 1) / (2 * kTilePairs), part, ldp, s, lds);
+#endif
+      in += m * ldx;
+      for (; r + 2 * kLanes <= lds && m < rows; r += 2 * kLanes)
+        pair_reduce<2, false>(in, ldx, s_ahead, rows - m, (n + 1) / 2, part + r, ldp, s + m * lds + r, lds);
+      if (r < lds) pair_reduce<1, false>(in, ldx, s_ahead, rows - m, (n + 1) / 2, part + r, ldp, s + m * lds + r, lds);
+      in -= m * ldx;
     }
     for (int64_t r = 0; grad && r < R; r += kPairRanks) {
       const int64_t ranks = smaller(kPairRanks, R - r);
       if (R > kPairRanks) pair_rows(left + r, rows, ldl, ranks, pairs);
+#ifdef FP_TILES
+      if (R > kPairRanks) ranked.fill(pairs, kPairRanks, (rows + 1) / 2, ranks);
+      tile_grads(ranked, ranks, in, ldx, grad_ahead, rows, n, grad + r * ldg + k0, ldg);
+#else
       pair_grads(pairs, kPairRanks, ranks, in, ldx, grad_ahead, rows, n, grad + r * ldg + k0, ldg);
+#endif
     }
     if (sums) pair_grads(kOnes, 0, 1, in, ldx, 0, rows, n, sums + k0, 0);
   }

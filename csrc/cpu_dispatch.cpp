@@ -4,25 +4,45 @@
 #include <initializer_list>
 
 #include "cpu_kernels.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastpeft {
 namespace {
 
+// Whether this process may use tiles of bf16: the processor has them, and the kernel, asked for them, agrees to save them.
+bool may_use_tiles() {
+#if defined(FP_EMULATED_TILES)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, edx
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, since Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs(const Kernels* table) {
   if (!table) return false;
 #if defined(__x86_64__)
-  const bool bf16 = !std::strcmp(table->name, "avx512_bf16");
+  const bool tiles = !std::strcmp(table->name, "amx_bf16"), bf16 = tiles || !std::strcmp(table->name, "avx512_bf16");
   if (bf16 || !std::strcmp(table->name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           (!bf16 || __builtin_cpu_supports("avx512bf16"));
+           (!bf16 || __builtin_cpu_supports("avx512bf16")) && (!tiles || may_use_tiles());
   if (!std::strcmp(table->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;
 }
 
 const Kernels* best() {
-  for (const Kernels* table : {kernels_avx512_bf16(), kernels_avx512(), kernels_avx2()})
+  for (const Kernels* table : {kernels_amx_bf16(), kernels_avx512_bf16(), kernels_avx512(), kernels_avx2()})
     if (runs(table)) return table;
   return kernels_base();
 }
@@ -42,7 +62,7 @@ bool set_isa(const char* name) {
     chosen.store(best(), std::memory_order_relaxed);
     return true;
   }
-  for (const Kernels* table : {kernels_avx512_bf16(), kernels_avx512(), kernels_avx2(), kernels_base()})
+  for (const Kernels* table : {kernels_amx_bf16(), kernels_avx512_bf16(), kernels_avx512(), kernels_avx2(), kernels_base()})
     if (table && !std::strcmp(table->name, name) && runs(table)) {
       chosen.store(table, std::memory_order_relaxed);
       return true;

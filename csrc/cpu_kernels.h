@@ -86,6 +86,7 @@ const Kernels* kernels_base();
 const Kernels* kernels_avx2();    // null where the compiler or the architecture has no such thing
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx_bf16();
 
 // The table in use: the best that this processor runs, or the one that set_isa has named.
 const Kernels& kernels();

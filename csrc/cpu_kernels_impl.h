@@ -15,6 +15,10 @@
 #endif
 #include "fourbit_cpu_impl.h"
 #include "fourbit_product_impl.h"
+#ifdef FP_TILES
+#include "fourbit_amx_dx_impl.h"
+#include "fourbit_amx_impl.h"
+#endif
 
 namespace {
 
@@ -244,6 +248,15 @@ void from_float(const float* src, int64_t n, void* out, Type type) {
                                  : from_float_as<Type::f16>;
   as(src, n, out);
 }
+
+#ifdef FP_TILES
+constexpr FourBitTiles kFourBitTiles = {arrange_forward, tiles_forward, arrange_backward, tiles_backward};
+constexpr const FourBitTiles* kTiles = &kFourBitTiles;
+#else
+constexpr const FourBitTiles* kTiles = nullptr;
+#endif
+
+constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles};
 
 constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, dots, &kFourBit};
 

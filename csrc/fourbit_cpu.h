@@ -20,6 +20,30 @@ struct Packed {
   int64_t block_size;
 };
 
+// Products of bf16 x or dy with W [N, K] on tile registers, where K % block_size == 0 and block_size >= kLeastTiledBlock: of
+// at most kTiledGroup rows [m0, m1) at a time, which `arrange` puts in a kernel's order. `sums`: aligned scratch.
+constexpr int64_t kTiledColumns = 64, kTiledStrip = 256, kTiledWeights = 128, kTiledGroup = 128, kLeastTiledBlock = 64;
+
+struct FourBitTiles {
+  // To tiled_floats(m1 - m0, K).
+  void (*arrange_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, uint32_t* out);
+  // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1), tiled_weights(M) at most; y fp32 or bf16 [M, ldy]. `absmax`: of the
+  // blocks of these rows of W. `sums`: tiled_rows(M) * 32.
+  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* sums, void* y,
+                  Type type, int64_t ldy);
+  // To tiled_floats(m1 - m0, N).
+  void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, uint32_t* out);
+  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and kTiledStrip columns from k0 on. `absmax`: of all blocks of W. `room`:
+  // tiled_room(N) + tiled_rows(M) * kTiledColumns.
+  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
+                   Type type, int64_t ldx);
+};
+
+inline int64_t tiled_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
+inline int64_t tiled_room(int64_t N) { return (N * (kTiledStrip / 8 + kTiledStrip / kTiledColumns) + 15) / 16 * 16; }
+inline int64_t tiled_weights(int64_t M) { return M > 16 ? 32 : 64; }
+inline int64_t tiled_floats(int64_t rows, int64_t width) { return tiled_rows(rows) * ((width + kTiledWeights - 1) / kTiledWeights * kTiledWeights) / 2; }
+
 struct FourBitKernels {
   // The blocks [first, last) of the n values `w` to nibbles and absmax, as bitsandbytes rounds them on a CPU.
   void (*encode)(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed,
@@ -40,6 +64,8 @@ struct FourBitKernels {
   void (*arrange)(Rows x, int64_t K, void* out);
   void (*product)(const void* x, bool pairs, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y,
                   int64_t ldy);
+
+  const FourBitTiles* tiles;  // or null
 };
 
 // The weights of a vector of nibbles at most: arranged rows of x are padded with zeros to a multiple.

@@ -36,6 +36,10 @@ void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
       continue;
     }
     for (int c = 0; c < 256; c += kLanes) store(table + c, rounded(load<vf>(of.code + c) * scale) + of.offset);
+#ifdef FP_TILES  // where tiles are, gathers are fast
+    for (; i + kLanes <= end; i += kLanes, out += kLanes)
+      _mm512_storeu_ps(out, _mm512_i32gather_ps(reinterpret_cast<__m512i>(widen_bytes(of.codes + i)), table, 4));
+#endif
     for (; i < end; ++i) *out++ = table[of.codes[i]];
   }
 }

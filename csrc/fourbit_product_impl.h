@@ -171,6 +171,4 @@ void product(const void* x, bool pairs, int64_t M, int64_t K, const Packed& w, c
   (pairs ? product_as<PairProduct> : product_as<FloatProduct>)(x, M, K, w, absmax, n0, n1, y, ldy);
 }
 
-constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product};
-
 }  // namespace

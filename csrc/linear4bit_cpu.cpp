@@ -11,6 +11,8 @@ namespace {
 
 // Rows of W whose absmax is decoded at a time by such a product.
 constexpr int64_t kWeightRows = 16;
+// The rows up to which tiles write fp32, which is rounded once, after the adapter: there is little of it.
+constexpr int64_t kTiledFewRows = 64;
 // Bytes of a panel.
 constexpr int64_t kPanelBytes = 1 << 20;
 
@@ -79,6 +81,62 @@ void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
   });
 }
 
+// Whether the products of this weight with rows of this type run on tile registers, where they beat decoding it for the vendor
+// GEMM at any number of rows.
+bool takes_tiles(const Weight& w, Type type) {
+  return four_bit().tiles && type == Type::bf16 && w.packed.block_size >= kLeastTiledBlock && w.K % w.packed.block_size == 0;
+}
+
+// f(m0, m1, those rows of x in the order that `arrange` gives) for groups of rows.
+template <class Arrange, class F>
+void for_tiled_groups(const Tensor& x, Arrange arrange, F f) {
+  const int64_t M = x.size(0), width = x.size(1);
+  for (int64_t m0 = 0; m0 < M; m0 += kTiledGroup) {
+    const int64_t m1 = std::min(m0 + kTiledGroup, M);
+    Scratch rows(tiled_floats(m1 - m0, width));
+    uint32_t* const to = reinterpret_cast<uint32_t*>(rows.data);
+    arrange(rows_of(x), m0, m1, width, to);
+    f(m0, m1, to);
+  }
+}
+
+char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_data_ptr()) + m * t.stride(0) * size_of(type_of(t)); }
+
+// y fp32 or bf16 = x wᵀ
+void multiply_rows_tiled(const Weight& w, const Tensor& x, const Tensor& y) {
+  const FourBitKernels& kernel = four_bit();
+  const int64_t row_blocks = w.K / w.packed.block_size;
+  for_tiled_groups(x, kernel.tiles->arrange_forward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+    const int64_t step = tiled_weights(m1 - m0);
+    parallel((w.N + step - 1) / step, [&](int64_t first, int64_t last) {
+      Scratch absmax(step * row_blocks), sums(tiled_rows(m1 - m0) * 32);
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t n0 = task * step, n1 = std::min(n0 + step, w.N);
+        kernel.absmax(w.packed.absmax, n0 * row_blocks, n1 * row_blocks, absmax);
+        kernel.tiles->forward(rows, m1 - m0, w.K, w.packed, absmax, n0, n1, sums, row_of(y, m0), type_of(y), y.stride(0));
+      }
+    });
+  });
+}
+
+// dx bf16 = dy w
+void multiply_columns_tiled(const Weight& w, const Tensor& dy, const Tensor& dx) {
+  const FourBitKernels& kernel = four_bit();
+  const int64_t row_blocks = w.K / w.packed.block_size;
+  Scratch absmax(w.N * row_blocks);
+  parallel((w.N + kRows - 1) / kRows, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kRows * row_blocks, end = std::min(last * kRows, w.N) * row_blocks;
+    kernel.absmax(w.packed.absmax, begin, end, absmax + begin);
+  });
+  for_tiled_groups(dy, kernel.tiles->arrange_backward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+    parallel((w.K + kTiledStrip - 1) / kTiledStrip, [&](int64_t first, int64_t last) {
+      Scratch room(tiled_room(w.N) + tiled_rows(m1 - m0) * kTiledColumns);
+      for (int64_t task = first; task < last; ++task)
+        kernel.tiles->backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, task * kTiledStrip, room, row_of(dx, m0), type_of(dx), dx.stride(0));
+    });
+  });
+}
+
 // y += bias, each row in fp32.
 void add_bias(const Tensor& y, const optional<Tensor>& bias) {
   const auto start = start_row(bias, {}, y.size(1), 1.0f);
@@ -113,11 +171,12 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const int64_t M = x.size(0), K = x.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
-  const bool few = takes_nibbles(w, x), direct = !few && native(type);
+  const bool tiled = takes_tiles(w, type), few = tiled ? M <= kTiledFewRows : takes_nibbles(w, x), direct = !few && (tiled || native(type));
   // In x's own type where the vendor GEMM writes it, in fp32 else.
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
   if (M && N) {
-    if (few) multiply_nibbles(w, x, y);
+    if (tiled) multiply_rows_tiled(w, x, y);
+    else if (few) multiply_nibbles(w, x, y);
     else multiply_rows(w, direct ? x : to_f32(x), y);
   }
   if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, y, true);
@@ -134,10 +193,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
-  const bool direct = native(type_of(dy));
+  const bool tiled = takes_tiles(w, type_of(dy)), direct = tiled || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
   const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
-  if (need_dx && M && K) multiply_columns(w, direct ? dy : to_f32(dy), sum);
+  if (need_dx && M && K) {
+    if (tiled) multiply_columns_tiled(w, dy, sum);
+    else multiply_columns(w, direct ? dy : to_f32(dy), sum);
+  }
   AdapterGrads grads = {nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
   if (a) grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, true);
   else if (need_bias) grads.bias = column_sums(dy);

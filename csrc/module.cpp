@@ -29,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
       "set_isa",
       [](const std::string& name) {
         if (!fastpeft::set_isa(name.c_str()))
-          throw pybind11::value_error("set_isa: name must be auto, base, avx2, avx512 or avx512_bf16 and run on this processor, got '" +
+          throw pybind11::value_error("set_isa: name must be auto, base, avx2, avx512, avx512_bf16 or amx_bf16 and run on this processor, got '" +
                                       name + "'");
       },
       pybind11::arg("name"));

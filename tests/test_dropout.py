@@ -52,7 +52,7 @@ def test_same_bits(backend, seed, M, K):
     assert torch.equal(mask_of(backend, M, K, 0.37, seed), keep_mask(torch.tensor(seed), M, K, 0.37, "cpu"))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_same_bits_in_every_instruction_set(isa):
     from fastpeft import _native
 

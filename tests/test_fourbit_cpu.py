@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(
 TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 2, 31, 63, 64, 65, 4096, 5001, 300 * 64 + 7]
-SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160)]
+SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160), (49, 37, 320), (260, 35, 192)]
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def native(request):
     from fastpeft import _native
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def isa(request):
     from fastpeft import _native
 
@@ -61,7 +61,7 @@ def same_bits(ours, gold):
 
 def flush_denormals(isa, gold, exact=None):
     """VDPBF16PS takes denormals for zero, in torch's own product of bf16 matrices too."""
-    if isa == "avx512_bf16" and gold.dtype == torch.bfloat16:
+    if isa in ("avx512_bf16", "amx_bf16") and gold.dtype == torch.bfloat16:
         gold[(gold if exact is None else exact).abs() < 2.0**-126] = 0.0
 
 
