@@ -13,7 +13,8 @@
 #if FP_ISA >= 3
 #include "cpu_bf16_expand_impl.h"
 #endif
-#include "fourbit_cpu_impl.h"
+#include "fourbit_decode_impl.h"
+#include "fourbit_encode_impl.h"
 #include "fourbit_product_impl.h"
 #ifdef FP_TILES
 #include "fourbit_amx_dx_impl.h"

@@ -1,4 +1,4 @@
-// Between values and 4-bit weights, for one instruction set; included by cpu_kernels_impl.h.
+// From 4-bit weights to values, for one instruction set; included by cpu_kernels_impl.h.
 //
 // Decoding is bound by memory: half a byte read and two (four) written for each value. Nibbles are looked up in fp32, and
 // each product with absmax is rounded once: bytes equal to bitsandbytes'.
@@ -165,83 +165,6 @@ void decode_as(const Packed& w, int64_t begin, int64_t width, int64_t rows, int6
 void decode(const Packed& w, int64_t begin, int64_t width, int64_t rows, int64_t stride, void* out, Type type) {
   auto as = type == Type::f32 ? decode_as<Type::f32> : type == Type::bf16 ? decode_as<Type::bf16> : decode_as<Type::f16>;
   as(w, begin, width, rows, stride, out);
-}
-
-// The number of bounds below v: 15 for a NaN.
-inline vu below(const Bounds& bounds, vf v) {
-#if FP_ISA >= 2
-  const __m512 x = reinterpret_cast<__m512>(v), all = _mm512_load_ps(bounds.values);
-  const auto step = [&](__m512i index, int ahead, int by) {
-    const __m512 bound = _mm512_permutexvar_ps(_mm512_add_epi32(index, _mm512_set1_epi32(ahead)), all);
-    return _mm512_mask_add_epi32(index, _mm512_cmp_ps_mask(x, bound, _CMP_NLE_UQ), index, _mm512_set1_epi32(by));
-  };
-  return reinterpret_cast<vu>(step(step(step(step(_mm512_setzero_si512(), 7, 8), 3, 4), 1, 2), 0, 1));
-#else
-  vi count = vi{} + 15;
-  for (int i = 0; i < 15; ++i) count += reinterpret_cast<vi>(splat(bounds.values[i]) >= v);
-  return reinterpret_cast<vu>(count);
-#endif
-}
-
-inline uint8_t encode_one(const Bounds& bounds, float v) {
-  int index = 15;
-  for (int i = 0; i < 15; ++i) index -= bounds.values[i] >= v;
-  return static_cast<uint8_t>(bounds.order[index]);
-}
-
-template <Type T>
-void encode_block(const void* w, int64_t i, int64_t block_size, const Bounds& bounds, const Table& order, uint8_t* packed, float* absmax) {
-  vi most = vi{};
-  for (int64_t j = 0; j < block_size; j += kLanes) {
-    const vi magnitude = reinterpret_cast<vi>(load_as_float<T>(w, i + j)) & 0x7fffffff;  // a NaN's is above all others
-    most = magnitude > most ? magnitude : most;
-  }
-#if FP_ISA >= 2
-  const int32_t bits = _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(most));
-#else
-  int32_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits = most[l] > bits ? most[l] : bits;
-#endif
-  std::memcpy(absmax, &bits, 4);
-  const vf factor = splat(1.0f / (*absmax < kTiny ? kTiny : *absmax));
-  for (int64_t j = 0; j < block_size; j += kLanes) {
-    const vu place = below(bounds, load_as_float<T>(w, i + j) * factor);
-    put_nibbles(packed + ((i + j) >> 1), bounds.remaps ? order.at(place) : place);
-  }
-}
-
-// What is left after the whole blocks: bitsandbytes divides there, and its absmax has a floor.
-template <Type T>
-void encode_rest(const void* w, int64_t i, int64_t n, const Bounds& bounds, uint8_t* packed, float* absmax) {
-  float most = kTiny;
-  for (int64_t j = i; j < n; ++j) {
-    const float v = scalar_to_float(w, T, j), magnitude = v < 0 ? -v : v;
-    if (!(magnitude <= most)) most = magnitude;
-    if (most != most) break;
-  }
-  *absmax = most;
-  for (int64_t j = i; j < n; j += 2) {
-    const uint8_t even = encode_one(bounds, scalar_to_float(w, T, j) / most);
-    const uint8_t odd = encode_one(bounds, j + 1 < n ? scalar_to_float(w, T, j + 1) / most : 0.0f);
-    packed[j >> 1] = static_cast<uint8_t>(even << 4 | odd);
-  }
-}
-
-template <Type T>
-void encode_as(const void* w, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed, float* absmax) {
-  const Bounds bounds(to);
-  const Table order(bounds.order);
-  for (int64_t b = first; b < last; ++b) {
-    const int64_t i = b * block_size;
-    if (i + block_size <= n) encode_block<T>(w, i, block_size, bounds, order, packed, absmax + b);
-    else encode_rest<T>(w, i, n, bounds, packed, absmax + b);
-  }
-}
-
-void encode(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed,
-            float* absmax) {
-  auto as = type == Type::f32 ? encode_as<Type::f32> : type == Type::bf16 ? encode_as<Type::bf16> : encode_as<Type::f16>;
-  as(w, n, to, block_size, first, last, packed, absmax);
 }
 
 }  // namespace
