@@ -15,17 +15,21 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Two vectors of counters at a time: one chain of seven rounds alone waits on the latency of its products.
 constexpr int kChains = 2;
 
-inline void put_bits(uint8_t* out, int64_t column, vu mask) {
+// The bits of 16-bit samples, each the high half of a lane, that are `threshold` at least.
+inline void put_bits(uint8_t* out, int64_t column, vu samples, uint32_t threshold) {
 #if FP_ISA >= 2
-  const __mmask16 bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  const __mmask16 bits = _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(samples), _mm512_set1_epi32(static_cast<int>(threshold << 16)));
   std::memcpy(out + column / 8, &bits, 2);
-#elif FP_ISA == 1
-  out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+  const vi kept = reinterpret_cast<vi>(samples >> 16) > vi{} + (static_cast<int32_t>(threshold) - 1);
+#if FP_ISA == 1
+  out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(kept)));
 #else
   unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= (static_cast<unsigned>(kept[i]) & 1u) << i;
   const int shift = static_cast<int>(column % 8);
   out[column / 8] = static_cast<uint8_t>((shift ? out[column / 8] : 0) | bits << shift);
+#endif
 #endif
 }
 
@@ -46,7 +50,6 @@ void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, in
   const uint32_t k0 = static_cast<uint32_t>(drop.seed), k1 = static_cast<uint32_t>(drop.seed >> 32);
   vu lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-  const vi below = vi{} + (static_cast<int32_t>(drop.threshold) - 1);
   for (int64_t m = m0; m < m1; ++m, bits += ld) {
     const uint64_t row = static_cast<uint64_t>(m);
     for (int64_t group = 0; group * kCols < width; ++group) {
@@ -64,10 +67,11 @@ void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, in
         for (int round = 0; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
           for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
         for (int i = 0; i < kChains; ++i)
-          for (int j = 0; j < 8; ++j) {
-            const int64_t column = j * 32 + c + i * kLanes;
-            const vu sample = j & 1 ? w[i][j >> 1].v >> 16 : w[i][j >> 1].v & 0xffffu;
-            put_bits(out, column, reinterpret_cast<vu>(reinterpret_cast<vi>(sample) > below));
+          for (int j = 0; j < 4; ++j) {
+            const int64_t column = j * 64 + c + i * kLanes;
+            const vu two = w[i][j].value();
+            put_bits(out, column, two << 16, drop.threshold);
+            put_bits(out, column + 32, two, drop.threshold);
           }
       }
     }

@@ -59,19 +59,32 @@ inline float total(vf v) {
 }
 
 // Counters of Philox.
+#if FP_ISA >= 2
+// Those of even and odd lanes apart, each in the low half of 64 bits, where a product has both its halves; above it is anything.
+struct Counter {
+  Counter() = default;
+  Counter(__m512i even, __m512i odd) : even(even), odd(odd) {}
+  explicit Counter(vu u) : even(reinterpret_cast<__m512i>(u)), odd(_mm512_srli_epi64(even, 32)) {}
+  explicit Counter(uint32_t u) : even(_mm512_set1_epi32(static_cast<int>(u))), odd(even) {}
+  vu value() const { return reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32))); }
+  Counter operator^(Counter o) const { return {even ^ o.even, odd ^ o.odd}; }
+  static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
+    const __m512i k = _mm512_set1_epi32(static_cast<int>(m));
+    lo = {_mm512_mul_epu32(a.even, k), _mm512_mul_epu32(a.odd, k)};
+    hi = {_mm512_srli_epi64(lo.even, 32), _mm512_srli_epi64(lo.odd, 32)};
+  }
+  __m512i even, odd;
+};
+#else
 struct Counter {
   vu v;
   Counter() = default;
   explicit Counter(uint32_t u) : v(vu{} + u) {}
   explicit Counter(vu u) : v(u) {}
+  vu value() const { return v; }
   Counter operator^(Counter o) const { return Counter(v ^ o.v); }
   static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
-#if FP_ISA >= 2
-    const __m512i x = reinterpret_cast<__m512i>(a.v), k = _mm512_set1_epi32(static_cast<int>(m));
-    const __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
-    lo.v = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
-    hi.v = reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-#elif FP_ISA == 1
+#if FP_ISA == 1  // with 16 registers, not apart as above
     const __m256i x = reinterpret_cast<__m256i>(a.v), k = _mm256_set1_epi32(static_cast<int>(m));
     const __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
     lo.v = reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
@@ -85,6 +98,7 @@ struct Counter {
 #endif
   }
 };
+#endif
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
