@@ -24,8 +24,20 @@ def isa(request):
     _native.set_isa("auto")
 
 
+# On either side of what a block, a vector or a tile takes: of rows, columns and ranks.
+CASES = [
+    Case(101, 300, 77, 24, "ragged"),
+    Case(12, 512, 64, 8, "round"),
+    Case(97, 31, 300, 1, "thin"),
+    Case(17, 33, 40, 16, "tile"),
+    Case(200, 64, 97, 33, "ranks past two tiles"),
+    Case(31, 258, 16, 65, "ranks past four"),
+    Case(35, 70, 90, 256, "wide"),
+]
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", [Case(101, 300, 77, 24, "ragged"), Case(12, 512, 64, 8, "round")], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_products(isa, case, dtype, poisoned):
     given = {
         "x": normal(case.M, case.K, dtype=dtype),
