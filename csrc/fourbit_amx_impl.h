@@ -76,8 +76,8 @@ inline void put_sums(const float* sums, int64_t m0, int64_t M, int64_t n, int64_
   for (int64_t i = 0, m = m0; i < kTileRows && m < M; ++i, ++m) put_16(v[i], y, type, m * ldy + n, count);
 }
 
-// `Depth` chunks of the rows of a task at a time to left tiles, each a few rows after a few products: tile registers that wait for
-// more than that start slowly.
+// `Depth` chunks of the rows of a task at a time to left tiles, a few rows after every few products: tiles that have not multiplied
+// for half a microsecond take as long again to begin (measured on Emerald Rapids).
 template <int Rows, int Depth>
 struct LeftAhead {
   explicit LeftAhead(const LeftRows& w) : w(w) {

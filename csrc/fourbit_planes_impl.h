@@ -2,8 +2,8 @@
 //
 // 64 packed bytes of a row are 128 weights: as 32 words of 4 nibbles, they are four vectors (planes) of 32 weights, each a shift
 // and a permutation of the table of code · absmax, rounded once as where the weight is dequantised. A plane is a row of a left
-// tile as it is (x wᵀ); with the plane of the next row, pair by pair, two rows of right tiles (dy w). So each decoded weight is
-// written once, to an L1 cache, for 32 (or 256) rows of x, and what is on the other side is put in the order of the planes.
+// tile as it is (x wᵀ), or, where the words of two rows of W stand in turn, of a right tile (dy w). So a weight is decoded once, to
+// an L1 cache, for up to kTiledGroup rows of x, which are put in the order of the planes.
 #pragma once
 #include "fourbit_product_impl.h"
 
