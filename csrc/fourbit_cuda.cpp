@@ -83,11 +83,25 @@ void linear4bit_small(Tensor x, Tensor packed, std::vector<Tensor> scales, std::
         "linear4bit_small");
 }
 
+void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                         bool accumulate, Tensor dx) {
+  const torch::stable::accelerator::DeviceGuard guard(dx.get_device_index());
+  const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
+  const fp_matrix from = matrix_of(dy), to = matrix_of(dx);
+  const int64_t M = dy.size(0), N = dy.size(1), K = dx.size(1), spans = fp_linear4bit_small_dx_spans(M, N, K);
+  optional<Tensor> sums;
+  if (spans > 1) sums = torch::stable::new_empty(dy, {spans, M, K}, ScalarType::Float);
+  check(fp_linear4bit_small_dx(&w, &from, &to, accumulate, M, N, K,
+                               sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr, spans, stream_of(dx)),
+        "linear4bit_small_dx");
+}
+
 }  // namespace
 }  // namespace fastpeft
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CUDA, m) {
   m.impl("dequantize_4bit", TORCH_BOX(&fastpeft::dequantize_4bit));
   m.impl("linear4bit_small", TORCH_BOX(&fastpeft::linear4bit_small));
+  m.impl("linear4bit_small_dx", TORCH_BOX(&fastpeft::linear4bit_small_dx));
 }
 #endif

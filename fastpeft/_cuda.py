@@ -1,7 +1,7 @@
 """The launchers of csrc/*.cu under the names of the dispatch table; ImportError where the extension has no CUDA build.
 
-Two primitives are CUDA's, dequantise and the product of few rows; what surrounds them is the composition of
-kernels/linear4bit.py, with its passes over activations in Triton.
+Three primitives are CUDA's, dequantise and the products of few rows, forward and backward; what surrounds them is the
+composition of kernels/linear4bit.py, with its passes over activations in Triton.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _ops = torch.ops.fastpeft_cpp
 
 dequantize_4bit = _ops.dequantize_4bit.default._op
 _small = _ops.linear4bit_small.default._op
+_small_dx = _ops.linear4bit_small_dx.default._op
 
 
 def _serves(x: torch.Tensor, packed: torch.Tensor, block_size: int) -> bool:
@@ -63,7 +64,25 @@ def linear4bit_small(
     return y
 
 
-_PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, _triton.linear4bit_small_dx)
+def linear4bit_small_dx(
+    dy: torch.Tensor,
+    packed: torch.Tensor,
+    scales: list[torch.Tensor],
+    quant_type: str,
+    block_size: int,
+    K: int,
+    dx: torch.Tensor | None,
+) -> torch.Tensor:
+    """dx [M, K] += dy w in place, or a new dx; what the CUDA kernel does not take goes to Triton's."""
+    weight = (packed, scales, quant_type, block_size)
+    if dy.dtype == torch.float32 or dy.numel() == 0 or K % 16 or packed.data_ptr() % 8:
+        return _triton.linear4bit_small_dx(dy, *weight, K, dx)
+    out = dy.new_empty(dy.shape[0], K) if dx is None else dx
+    _small_dx(dy, *weight, dx is not None, out)
+    return out
+
+
+_PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx)
 
 
 def linear4bit_fwd(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,7 @@ def test_small_moves_no_more_than_it_must(M):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """fastpeft._cuda, its two primitives answered by the reference: what is tested is how it calls them."""
+    """fastpeft._cuda, its primitives answered by the reference: what is tested is how it calls them."""
     extension = pytest.importorskip("fastpeft._C", reason="the extension is not built")
     monkeypatch.setattr(extension, "build_info", lambda: {"cuda": "90"})
     sys.modules.pop("fastpeft._cuda", None)
@@ -78,11 +78,17 @@ def cuda(monkeypatch):
         y.copy_(total if b is None else total + scale * (s.double() @ b.to(s.dtype).double().T))
         assert not accumulate
 
+    def small_dx(dy, packed, scales, quant_type, block_size, accumulate, dx):
+        calls.append("small_dx")
+        total = dy.double() @ dequantized(packed, scales, quant_type, block_size, dy.shape[1], dx.shape[1], dy.dtype).double()
+        dx.copy_(dx.double() + total if accumulate else total)
+
     def dequantize(*args):
         calls.append("dequantize")
         eager_dequantize.dequantize_4bit(*args)
 
     monkeypatch.setattr(module, "_small", small)
+    monkeypatch.setattr(module, "_small_dx", small_dx)
     monkeypatch.setattr(module, "_PRIMITIVES", module._PRIMITIVES._replace(dequantize_4bit=dequantize))
     return module, calls
 
@@ -90,9 +96,9 @@ def cuda(monkeypatch):
 @pytest.mark.parametrize(
     "M, N, K, R, dtype, expected",
     [
-        pytest.param(9, 40, 64, 4, torch.float16, ["small"], id="cuda"),
-        pytest.param(9, 40, 64, 0, torch.float16, ["small"], id="cuda-plain"),
-        pytest.param(9, 40, 96, 4, torch.float16, [], id="triton-K96"),
+        pytest.param(9, 40, 64, 4, torch.float16, ["small", "small_dx"], id="cuda"),
+        pytest.param(9, 40, 64, 0, torch.float16, ["small", "small_dx"], id="cuda-plain"),
+        pytest.param(9, 40, 96, 4, torch.float16, ["small_dx"], id="triton-K96"),
         pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
         pytest.param(70, 24, 64, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
         pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),

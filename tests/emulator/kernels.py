@@ -45,6 +45,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(build.build(SOURCES, out, "kernels.so", self.sanitizer)))
         self.library.emu_message.restype = ctypes.c_char_p
         self.library.emu_stop_counting.restype = ctypes.c_int64
+        self.library.fp_linear4bit_small_dx_spans.restype = ctypes.c_int64
 
     def schedule(self, name):
         order, seed = SCHEDULES[name]
@@ -61,6 +62,19 @@ class Kernels:
         return self.library.fp_linear4bit_small(
             _weight(q), *(_matrix(tensor) for tensor in (x, y, s, b, bias)), ctypes.c_float(scale), int(accumulate),
             *(ctypes.c_int64(size) for size in sizes), None,
+        )  # fmt: skip
+
+    def spans(self, M, N, K):
+        return self.library.fp_linear4bit_small_dx_spans(*(ctypes.c_int64(size) for size in (M, N, K)))
+
+    def linear4bit_small_dx(self, dy, q, dx, accumulate=False, spans=None):
+        """The launcher's cudaError_t; as many spans as it asks for."""
+        M, N, K = *dy.shape, dx.shape[1]
+        spans = spans or self.spans(M, N, K)
+        scratch = torch.full((spans * M * K,), torch.nan) if spans > 1 else None
+        return self.library.fp_linear4bit_small_dx(
+            _weight(q), _matrix(dy), _matrix(dx), int(accumulate), *(ctypes.c_int64(size) for size in (M, N, K)),
+            None if scratch is None else ctypes.c_void_p(scratch.data_ptr()), ctypes.c_int64(spans), None,
         )  # fmt: skip
 
     def message(self):
