@@ -32,8 +32,8 @@ int fp_dequantize_4bit(const fp_weight4bit* w, const fp_matrix* out, int64_t N, 
 
 // y [M, N] = x [M, K] Wᵀ + scale · s [M, R] bᵀ + bias, added to what y holds where `accumulate`.
 // x, y the same 16-bit type; s, b, bias any of the three. s.data null: no adapter; bias null: none.
-// Serves 1 <= M <= 64, K % 64 = 0, N K <= 2^36, block_size >= 64, x aligned to 16 bytes, packed to 8, x.stride a multiple
-// of 8 and at most 2^24.
+// Serves 1 <= M <= 64, K % 32 = 0, N K <= 2^35, x aligned to 16 bytes, packed to 8, x.stride a multiple of 8 and at most
+// 2^24.
 int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, const fp_matrix* y, const fp_matrix* s,
                         const fp_matrix* b, const fp_matrix* bias, float scale, int accumulate, int64_t M, int64_t N,
                         int64_t K, int64_t R, void* stream);

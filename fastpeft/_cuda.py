@@ -25,13 +25,12 @@ _small = _ops.linear4bit_small.default._op
 _small_dx = _ops.linear4bit_small_dx.default._op
 
 
-def _serves(x: torch.Tensor, packed: torch.Tensor, block_size: int) -> bool:
-    """Whether the CUDA kernel takes these operands: 16 bits, whole chunks of 64 columns in one block, aligned rows."""
+def _serves(x: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether the CUDA kernel takes these operands: 16 bits, whole chunks of 32 columns, aligned rows."""
     return (
         x.dtype != torch.float32
         and x.shape[0] > 0
-        and x.shape[1] % 64 == 0
-        and block_size >= 64
+        and x.shape[1] % 32 == 0
         and x.data_ptr() % 16 == 0
         and packed.data_ptr() % 8 == 0
         and x.stride(0) % 8 == 0
@@ -54,7 +53,7 @@ def linear4bit_small(
 ) -> torch.Tensor:
     """y [M, N]; what the CUDA kernel does not take goes to Triton's, on the same packed bytes."""
     weight = (packed, scales, quant_type, block_size)
-    if N == 0 or not _serves(x, packed, block_size):
+    if N == 0 or not _serves(x, packed):
         return _triton.linear4bit_small(x, *weight, N, s, b, bias, lora_bias, scale)
     y = x.new_empty(x.shape[0], N)
     if lora_bias is not None:

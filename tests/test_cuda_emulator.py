@@ -86,6 +86,10 @@ LINEAR = {
     "thirds": (17, 24, 704, 4096, False, 3, True),
     "many_rows": (33, 513, 64, 64, True, 4, False),
     "full": (64, 70, 576, 256, True, 20, True),
+    "halves": (3, 33, 96, 64, True, 4, False),
+    "short": (9, 50, 256, 32, True, 0, True),
+    "short_odd": (29, 17, 352, 32, False, 5, False),
+    "short_full": (64, 20, 1120, 32, True, 0, False),
 }
 
 
@@ -124,9 +128,10 @@ def test_linear4bit_small(kernels, schedule, case, dtype):
     assert_within_budget(y.value, peer, gold, dtype)
 
 
-def test_linear4bit_small_is_exact_on_integers(kernels):
+@pytest.mark.parametrize("K", [256, 96])
+def test_linear4bit_small_is_exact_on_integers(kernels, K):
     """Every product and sum is exact, so every bit is checked."""
-    M, N, K = 13, 50, 256
+    M, N = 13, 50
     q = exact_weight(N, K)
     x = torch.randint(-2, 3, (M, K)).to(torch.float16)
     y = Guarded(M, N, torch.float16, N + 3)
@@ -151,10 +156,8 @@ def test_linear4bit_small_refuses(kernels):
     q, given, _ = linear_case("seven", torch.bfloat16)
     x, y = given["x"], torch.empty(7, 80, dtype=torch.bfloat16)
     unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    short = Weight4bit(q.packed, q.scales, q.shape, q.dtype, q.quant_type, 32)
     for x_given, q_given, y_given in [
-        (unaligned, q, y), (x.float(), q, y.float()), (x[:, :32], q, y), (x, short, y),
-        (x.repeat(10, 1), q, y.repeat(10, 1)),
+        (unaligned, q, y), (x.float(), q, y.float()), (x[:, :48], q, y), (x.repeat(10, 1), q, y.repeat(10, 1)),
     ]:  # fmt: skip
         assert kernels.linear4bit_small(x_given, q_given, y_given) == INVALID
     assert kernels.linear4bit_small(x[:0], q, y[:0]) == 0
@@ -171,9 +174,10 @@ def test_dequantize_moves_its_floor(kernels, double_quant, stride):
 
 
 @counts_bytes
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
-def test_linear4bit_small_moves_its_floor(kernels, M):
-    q = ops.quantize_4bit(normal(128, 1024), backend="eager")
+def test_linear4bit_small_moves_its_floor(kernels, M, block_size):
+    q = ops.quantize_4bit(normal(128, 1024), block_size=block_size, backend="eager")
     x, y = normal(M, 1024, dtype=torch.bfloat16), torch.empty(M, 128, dtype=torch.bfloat16)
     floor = q.nbytes + x.nbytes + y.nbytes
     assert floor <= kernels.moved(lambda: kernels.linear4bit_small(x, q, y)) <= 1.05 * floor

@@ -98,7 +98,7 @@ def cuda(monkeypatch):
     [
         pytest.param(9, 40, 64, 4, torch.float16, ["small", "small_dx"], id="cuda"),
         pytest.param(9, 40, 64, 0, torch.float16, ["small", "small_dx"], id="cuda-plain"),
-        pytest.param(9, 40, 96, 4, torch.float16, ["small_dx"], id="triton-K96"),
+        pytest.param(9, 40, 96, 4, torch.float16, ["small", "small_dx"], id="cuda-K96"),
         pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
         pytest.param(70, 24, 64, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
         pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),
