@@ -44,4 +44,12 @@ int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, const fp_mat
 int fp_linear4bit_small_dx(const fp_weight4bit* w, const fp_matrix* dy, const fp_matrix* dx, int accumulate, int64_t M,
                            int64_t N, int64_t K, float* scratch, int64_t spans, void* stream);
 int64_t fp_linear4bit_small_dx_spans(int64_t M, int64_t N, int64_t K);
+
+// As fp_linear4bit_small, for up to 512 rows: K % 64 = 0, N K <= 2^36, block_size >= 64, x and packed aligned to 16 bytes,
+// x.stride a multiple of 8. K is summed in `spans`, fp_linear4bit_mid_spans for the current device; scratch: fp32
+// [spans, M, N], unused for one.
+int fp_linear4bit_mid(const fp_weight4bit* w, const fp_matrix* x, const fp_matrix* y, const fp_matrix* s,
+                      const fp_matrix* b, const fp_matrix* bias, float scale, int accumulate, int64_t M, int64_t N,
+                      int64_t K, int64_t R, float* scratch, int64_t spans, void* stream);
+int64_t fp_linear4bit_mid_spans(int64_t M, int64_t N, int64_t K);
 }

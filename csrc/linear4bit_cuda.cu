@@ -12,12 +12,13 @@
 // rounded once, as code, where dequantising rounds code · absmax.
 // The warps of a thread block share rows and split K; their sums are added in the order of the warps, so the bytes of y
 // do not change from call to call. The tiles at the end are those that no architecture spills; none is timed yet.
-#include "fourbit_device.cuh"
+#include "linear4bit_device.cuh"
 
 namespace fastpeft {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kPairTable = 256 * 32;
 constexpr int kTileRows = 16; // rows of W in one mma
 constexpr int kSumStride = kTileRows + 4;  // lanes 4g + t write at 2t kSumStride + g: 32 different banks
 
@@ -29,7 +30,7 @@ struct Tile {
   static_assert(Chunk == 64 || Chunk == 32, "two words of a row for each lane, or one");
   static constexpr int Blocks = Blocks_;  // of 256 threads on a multiprocessor, which bounds the registers
   static constexpr int kSums = 8 * MT * kSumStride;  // fp32 values of a warp
-  static constexpr size_t kShared = (256 * 32 + 256 + kWarps * kSums) * 4;
+  static constexpr size_t kShared = (kPairTable + 256 + kWarps * kSums) * 4;
 };
 
 template <class T>
@@ -38,10 +39,10 @@ struct Arguments {
   const T* x;
   T* y;
   int64_t x_stride, y_stride;
-  AnyMatrix s, b, bias;
-  float scale;
+  Adapter adapter;
+  AnyMatrix bias;
   bool accumulate;
-  int M, R, chunks;  // K = Chunk chunks
+  int M, chunks;  // K = Chunk chunks
   int64_t N, tiles;  // of the rows that a thread block takes at a time
   int warps_n;       // how many of its warps differ in rows; the others split K
 };
@@ -95,28 +96,29 @@ __device__ __forceinline__ void multiply(const Arguments<T>& arg, const Packed<N
   }
 }
 
-// acc += scale · s bᵀ for 16 of the R columns; a lane takes four neighbours, those from R on are zero.
+// acc += scale · s bᵀ for 16 of the R columns, of which this lane takes the four from `first` on: rows row[j] of b, rows
+// 8i + g of s, of which those from M on repeat the last.
 template <class T, int MT, int NT>
-__device__ __forceinline__ void add_adapter(const Arguments<T>& arg, const int (&row)[NT][2], int first, int g,
+__device__ __forceinline__ void add_adapter(const Adapter& adapter, const int (&row)[NT][2], int M, int first, int g,
                                             float (&acc)[NT][MT][4]) {
   auto pair = [&](const AnyMatrix& m, int64_t at, int r) {
-    return pair_of<T>(r < arg.R ? m.at(at, r) : 0.0f, r + 1 < arg.R ? m.at(at, r + 1) : 0.0f);
+    return pair_of<T>(r < adapter.R ? m.at(at, r) : 0.0f, r + 1 < adapter.R ? m.at(at, r + 1) : 0.0f);
   };
   uint32_t b[NT][4];
 #pragma unroll
   for (int j = 0; j < NT; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) b[j][e] = pair(arg.b, row[j][e & 1], first + (e & 2));
+    for (int e = 0; e < 4; ++e) b[j][e] = pair(adapter.b, row[j][e & 1], first + (e & 2));
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
-    const int64_t m = min(8 * i + g, arg.M - 1);
-    const uint32_t s0 = pair(arg.s, m, first), s1 = pair(arg.s, m, first + 2);
+    const int64_t m = min(8 * i + g, M - 1);
+    const uint32_t s0 = pair(adapter.s, m, first), s1 = pair(adapter.s, m, first + 2);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       ptx::mma_m16n8k16<T>(c, b[j][0], b[j][1], b[j][2], b[j][3], s0, s1);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[j][i][e] = __fmaf_rn(arg.scale, c[e], acc[j][i][e]);
+      for (int e = 0; e < 4; ++e) acc[j][i][e] = __fmaf_rn(adapter.scale, c[e], acc[j][i][e]);
     }
   }
 }
@@ -144,12 +146,12 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_kernel(Arguments<T> arg) {
   constexpr int MT = Shape::MT, NT = Shape::NT, U = Shape::U, Chunk = Shape::Chunk, kRun = Chunk / 4;
   FP_DYNAMIC_SHARED(uint32_t, shared);
-  float* code = reinterpret_cast<float*>(shared + 256 * 32);
+  float* code = reinterpret_cast<float*>(shared + kPairTable);
   float* sums = code + 256;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int warps_k = kWarps / arg.warps_n, warp_n = warp / warps_k, warp_k = warp % warps_k;
 
-  for (int i = tid; i < 256 * 32; i += kThreads)
+  for (int i = tid; i < kPairTable; i += kThreads)
     shared[i] = pair_of<T>(kCodes[arg.w.quant_type][i >> 9], kCodes[arg.w.quant_type][i >> 5 & 15]);
   if (arg.w.codes) code[tid] = ptx::load(arg.w.code + tid);
   const float offset = arg.w.codes ? ptx::load(arg.w.offset) : 0.0f;
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
         multiply<T, MT, NT, Chunk>(arg, packed[u], shared + lane, code, offset, x, chunk, acc);
       }
     }
-    for (int r = 16 * warp_k; r < arg.R; r += 16 * warps_k) add_adapter<T, MT, NT>(arg, row, r + 4 * t, g, acc);
+    for (int r = 16 * warp_k; r < arg.adapter.R; r += 16 * warps_k)
+      add_adapter<T, MT, NT>(arg.adapter, row, arg.M, r + 4 * t, g, acc);
 
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
@@ -218,14 +221,15 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
 template <class T, class Shape>
 cudaError_t launch(Arguments<T> arg, cudaStream_t stream) {
   static_assert(Shape::kShared <= 99 * 1024, "what sm_86, sm_89 and sm_120 give a thread block");
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = processor_count();
+  if (processors == 0) return cudaErrorInvalidDevice;
   const auto kernel = _linear4bit_small_kernel<T, Shape>;
-  if (error == cudaSuccess && Shape::kShared > 48 * 1024)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(Shape::kShared));
-  if (error != cudaSuccess) return error;
+  if (Shape::kShared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(Shape::kShared));
+    if (error != cudaSuccess) return error;
+  }
   // More rows a thread block read x less often; where x is small that is worth nothing, and no processor may go idle.
   auto tiles = [&](int warps_n) {
     const int64_t rows = int64_t{kTileRows} * Shape::NT * warps_n;
@@ -272,10 +276,10 @@ extern "C" int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, c
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   auto go = [&](auto type) -> cudaError_t {
     using T = decltype(type);
-    const bool adapter = s && s->data && b && b->data;
+    const bool given = s && s->data && b && b->data;
+    const Adapter adapter{as_argument(s), as_argument(b), scale, given ? static_cast<int>(R) : 0};
     return launch_any<T>({as_argument(*w), static_cast<const T*>(x->data), static_cast<T*>(y->data), x->stride,
-                          y->stride, as_argument(s), as_argument(b), as_argument(bias), scale, accumulate != 0,
-                          static_cast<int>(M), adapter ? static_cast<int>(R) : 0, 0, N, 0, 1},
+                          y->stride, adapter, as_argument(bias), accumulate != 0, static_cast<int>(M), 0, N, 0, 1},
                          K, on);
   };
   if (x->type == 1) return go(bf16{});

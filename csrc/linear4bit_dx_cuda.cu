@@ -12,16 +12,13 @@
 // The warps of a thread block split n, and so do `spans` thread blocks where the columns alone would leave processors
 // idle. Sums are added in the order of the warps, those of spans in fp32 by a second launch in the order of the spans, so
 // the bytes of dx do not change from call to call. The tiles are those that no architecture spills; none is timed yet.
-#include <algorithm>
-
-#include "fourbit_device.cuh"
+#include "linear4bit_device.cuh"
 
 namespace fastpeft {
 namespace {
 
 constexpr int kRows = 32;  // of W that a warp takes at a time
 constexpr int kLaneRows = 8;
-constexpr int kTable = 256 * 16;  // pairs of codes
 
 // MT tiles of 8 rows of dy; lanes take Bytes of a row of W, U steps ahead; each of the Groups of the Warps has columns of
 // its own, and splits n.
@@ -32,7 +29,7 @@ struct Tile {
   // Column k of a sum is at k + k / kLaneColumns, and lanes write at 2t kSumStride + k: 32 different banks.
   static constexpr int kSumStride = (kWarpColumns + 8 + 11) / 16 * 16 + 4;
   static constexpr int kSums = 8 * kSumStride;  // fp32 values of a warp for one tile of rows of dy
-  static constexpr int kShared = (2 * kTable + 256 > Warps * kSums ? 2 * kTable + 256 : Warps * kSums) * 4;
+  static constexpr int kShared = (2 * kCodeTable + 256 > Warps * kSums ? 2 * kCodeTable + 256 : Warps * kSums) * 4;
   static_assert(kShared <= 99 * 1024, "what sm_86, sm_89 and sm_120 give a thread block");
 };
 
@@ -40,10 +37,9 @@ template <class T>
 struct Arguments {
   Weight4bit w;
   const T* dy;
-  T* dx;
-  float* scratch;  // [spans, M, K] where there are spans to add
-  int64_t dy_stride, dx_stride;
-  bool accumulate, wide;  // wide: rows of dy are aligned to 16 bytes
+  Output<T> to;
+  int64_t dy_stride;
+  bool wide;  // rows of dy are aligned to 16 bytes
   int M, K;
   int64_t N, span;  // rows of W of a thread block, a multiple of kRows
 };
@@ -106,13 +102,8 @@ __device__ __forceinline__ void write_rows(const Arguments<T>& arg, const float*
                         column / Shape::kLaneColumns;
     float sum = 0.0f;
     for (int warp = 0; warp < warps_n; ++warp) sum += from[warp * Shape::kSums];
-    if (gridDim.y > 1) {
-      ptx::store(arg.scratch + (static_cast<int64_t>(blockIdx.y) * arg.M + m) * arg.K + k, sum);
-      continue;
-    }
-    T* to = arg.dx + m * arg.dx_stride + k;
-    if (arg.accumulate) sum += to_f32(*to);
-    ptx::store(to, from_f32<T>(sum));
+    if (gridDim.y > 1) ptx::store(arg.to.partial(static_cast<int>(blockIdx.y), m) + k, sum);
+    else arg.to.write(m, k, sum);
   }
 }
 
@@ -122,11 +113,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) _linear4bit_small_dx_kerne
   constexpr int warps_n = Shape::Warps / Shape::Groups;
   FP_DYNAMIC_SHARED(float, shared);
   float2* table = reinterpret_cast<float2*>(shared);
-  float* code = shared + 2 * kTable;
+  float* code = shared + 2 * kCodeTable;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
 
-  for (int i = tid; i < kTable; i += Shape::kThreads)
-    table[i] = make_float2(kCodes[arg.w.quant_type][i >> 8], kCodes[arg.w.quant_type][i >> 4 & 15]);
+  fill_codes(table, arg.w.quant_type, tid, Shape::kThreads);
   if (arg.w.codes && tid < 256) code[tid] = ptx::load(arg.w.code + tid);
   const float offset = arg.w.codes ? ptx::load(arg.w.offset) : 0.0f;
   __syncthreads();
@@ -185,20 +175,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) _linear4bit_small_dx_kerne
   }
 }
 
-constexpr int kSumThreads = 256;
-
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) _linear4bit_small_dx_sum_kernel(Arguments<T> arg, int spans) {
-  const int k = static_cast<int>(blockIdx.x) * kSumThreads + static_cast<int>(threadIdx.x), m = static_cast<int>(blockIdx.y);
-  if (k >= arg.K) return;
-  const float* from = arg.scratch + static_cast<int64_t>(m) * arg.K + k;
-  float sum = 0.0f;
-  for (int span = 0; span < spans; ++span) sum += ptx::load(from + static_cast<int64_t>(span) * arg.M * arg.K);
-  T* to = arg.dx + m * arg.dx_stride + k;
-  if (arg.accumulate) sum += to_f32(*to);
-  ptx::store(to, from_f32<T>(sum));
-}
-
 // Calls `go` with the tile that M rows take.
 template <class F>
 auto with_tile(int64_t M, F go) {
@@ -218,14 +194,10 @@ cudaError_t launch(Arguments<T> arg, int64_t spans, cudaStream_t stream) {
   arg.span = (steps + spans - 1) / spans * kRows;
   const dim3 grid(static_cast<unsigned>((arg.K + Shape::kColumns - 1) / Shape::kColumns), static_cast<unsigned>(spans));
   const cudaError_t done = FP_LAUNCH(kernel, grid, dim3(Shape::kThreads), size_t{Shape::kShared}, stream, arg);
-  if (done != cudaSuccess || spans == 1) return done;
-  const dim3 sum_grid(static_cast<unsigned>((arg.K + kSumThreads - 1) / kSumThreads), static_cast<unsigned>(arg.M));
-  return FP_LAUNCH(_linear4bit_small_dx_sum_kernel<T>, sum_grid, dim3(kSumThreads), size_t{0}, stream, arg,
-                   static_cast<int>(spans));
+  return done != cudaSuccess || spans == 1 ? done : sum_spans(arg.to, spans, stream);
 }
 
 constexpr int64_t kMostValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
-constexpr int64_t kMostSpans = 64;
 
 bool serves(int64_t M, int64_t N, int64_t K) {
   return M >= 0 && M <= 64 && N > 0 && K > 0 && K <= INT32_MAX && K % 16 == 0 && N <= kMostValues / K;
@@ -236,25 +208,17 @@ bool serves(int64_t M, int64_t N, int64_t K) {
 
 extern "C" int64_t fp_linear4bit_small_dx_spans(int64_t M, int64_t N, int64_t K) {
   using namespace fastpeft;
-  int device = 0, processors = 0;
-  if (!serves(M, N, K) || cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
+  const int processors = processor_count();
+  if (!serves(M, N, K) || processors == 0) return 1;
   return with_tile(M, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t columns = (K + Shape::kColumns - 1) / Shape::kColumns, steps = (N + kRows - 1) / kRows;
-    const int64_t most = std::min(kMostSpans, steps / (Shape::Warps / Shape::Groups));  // a step for every warp
     // Bytes: what all processors could have read in the time of the busiest one, and the sums, written and read.
     auto cost = [&](int64_t spans) {
       const int64_t turns = (columns * spans + processors - 1) / processors, rows = (steps + spans - 1) / spans * kRows;
       return turns * processors * rows * (Shape::kColumns / 2) + (spans > 1 ? 8 * spans * M * K : 0);
     };
-    int64_t best = 1;
-    for (int64_t spans = 2; spans <= most; ++spans) {
-      const int64_t used = (steps + (steps + spans - 1) / spans - 1) / ((steps + spans - 1) / spans);
-      if (used == spans && cost(spans) < cost(best)) best = spans;
-    }
-    return best;
+    return best_spans(steps, steps / (Shape::Warps / Shape::Groups), cost);  // a step for every warp
   });
 }
 
@@ -269,8 +233,10 @@ extern "C" int fp_linear4bit_small_dx(const fp_weight4bit* w, const fp_matrix* d
   auto go = [&](auto type) -> cudaError_t {
     using T = decltype(type);
     const bool wide = aligned(dy->data, 16) && dy->stride % 8 == 0;
-    const Arguments<T> arg{as_argument(*w), static_cast<const T*>(dy->data), static_cast<T*>(dx->data), scratch,
-                           dy->stride, dx->stride, accumulate != 0, wide, static_cast<int>(M), static_cast<int>(K), N, 0};
+    const Output<T> to{static_cast<T*>(dx->data), dx->stride, as_argument(nullptr), accumulate != 0, scratch,
+                       static_cast<int>(M), K};
+    const Arguments<T> arg{as_argument(*w), static_cast<const T*>(dy->data), to, dy->stride, wide, static_cast<int>(M),
+                           static_cast<int>(K), N, 0};
     return with_tile(M, [&](auto shape) { return launch<T, decltype(shape)>(arg, spans, on); });
   };
   if (dy->type == 1) return go(bf16{});

@@ -91,11 +91,11 @@ def test_deterministic_dx(kernels, case):
 
 def test_spans(kernels):
     """Spans fill what the columns leave idle of the four processors; none has no row."""
-    assert kernels.spans(1, 16, 4096) == 1  # too few rows for the warps
-    assert kernels.spans(64, 128, 128) == 1  # the sums would cost more than they save
-    assert kernels.spans(1, 8192, 512) == 1  # as many columns as processors
-    assert kernels.spans(1, 8192, 128) == 4
-    assert kernels.spans(1, 8192, 256) == 2
+    assert kernels.spans("small_dx", 1, 16, 4096) == 1  # too few rows for the warps
+    assert kernels.spans("small_dx", 64, 128, 128) == 1  # the sums would cost more than they save
+    assert kernels.spans("small_dx", 1, 8192, 512) == 1  # as many columns as processors
+    assert kernels.spans("small_dx", 1, 8192, 128) == 4
+    assert kernels.spans("small_dx", 1, 8192, 256) == 2
 
 
 def test_linear4bit_small_dx_refuses(kernels):
