@@ -1,17 +1,19 @@
 // y [M, N] = x Wᵀ + scale · s bᵀ + bias for up to 512 rows, straight from the bytes of a 4-bit weight.
 //
-// Between memory and matrix units: 2 M N K FLOP by mma.sync, and per 128 rows of x once N K / 2 bytes of packed, which
-// thread blocks that share them read at about the same time; x once per 128 columns, from L2. The weight in 16 bits is
-// never stored: dequantising it first writes and reads 4 bytes a weight, eight times what is read here.
+// Between memory and matrix units: 2 M N K FLOP by mma.sync, and for every 128 rows of x once N K / 2 bytes of packed,
+// which thread blocks that share them read at about the same time; x once for every 256 columns, from L2. The weight in 16
+// bits is never stored: dequantising it first writes and reads 4 bytes a weight, eight times what is read here. What is
+// multiplied are the values that dequantize_4bit would write.
 //
-// A thread block owns 128 x 128 values of y; 64 values of k of x and of packed at a time go through a ring of kStages in
-// shared memory, filled by cp.async. As in linear4bit_cuda.cu the weight is the A operand of mma.m16n8k16, the sum over k
-// runs in the order that lets lane 4g + t take its 8 bytes k = 16t .. 16t + 15 of a row as they lie, a byte becomes two
-// codes by a table with a copy for each lane, and absmax multiplies the sum over 64 values of k in fp32. The same order
-// gives a lane 16 neighbouring values of a row of x: two 16-byte loads are the B fragments of four products, as many bytes
-// as ldmatrix would load, and no shuffle for either operand. Granule i of row m is at i ^ (m & 1), so that eight lanes read
-// eight different quarters of a line.
-// One thread keeps one row's absmax, a chunk ahead. Where the tiles of y are few, `spans` thread blocks split K, and a
+// A thread block owns 128 x 256 values of y; 64 values of k of x and of packed at a time go through a ring of kStages in
+// shared memory, filled by cp.async. The weight is the A operand of mma.m16n8k16, and the sum over k runs in the order
+// that lets lane 4g + t take its bytes k = 16t .. 16t + 15 of a row as they lie. A byte becomes two fp32 codes by a table
+// with a copy for each lane of a half-warp; they are scaled and rounded once, to one register of the fragment.
+// (absmax times sums of 64 products, as in linear4bit_cuda.cu, would want more registers than there are beside acc.)
+// The same order gives a lane 16 neighbouring values of a row of x: a 16-byte load is the B fragments of two products, as
+// many bytes as ldmatrix would load, and neither operand is shuffled. Granule i of row m is at i ^ (m & 1), so that eight
+// lanes read eight different quarters of two lines.
+// A thread keeps the absmax of one row, a chunk ahead. Where the tiles of y are few, `spans` thread blocks split K, and a
 // second launch adds their sums in order. Nothing here is timed yet.
 #include "linear4bit_device.cuh"
 

@@ -2,11 +2,13 @@
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
 from fastpeft.kernels import _common, _fourbit_cost, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
+from fastpeft.kernels._cost import H100
 
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import linear4bit as eager
@@ -70,8 +72,8 @@ def cuda(monkeypatch):
     del sys.modules["fastpeft._cuda"]
     calls = []
 
-    def small(x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
-        calls.append("small")
+    def product(name, x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
+        calls.append(name)
         w = dequantized(packed, scales, quant_type, block_size, y.shape[1], x.shape[1], x.dtype)
         assert b is None or b.stride(1) == 1
         total = x.double() @ w.double().T + (0 if bias is None else bias.double())
@@ -87,7 +89,9 @@ def cuda(monkeypatch):
         calls.append("dequantize")
         eager_dequantize.dequantize_4bit(*args)
 
-    monkeypatch.setattr(module, "_small", small)
+    monkeypatch.setattr(module, "_small", partial(product, "small"))
+    monkeypatch.setattr(module, "_mid", partial(product, "mid"))
+    monkeypatch.setattr(module, "choose_mid", lambda *_: True)
     monkeypatch.setattr(module, "_small_dx", small_dx)
     monkeypatch.setattr(module, "_PRIMITIVES", module._PRIMITIVES._replace(dequantize_4bit=dequantize))
     return module, calls
@@ -100,7 +104,11 @@ def cuda(monkeypatch):
         pytest.param(9, 40, 64, 0, torch.float16, ["small", "small_dx"], id="cuda-plain"),
         pytest.param(9, 40, 96, 4, torch.float16, ["small", "small_dx"], id="cuda-K96"),
         pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
-        pytest.param(70, 24, 64, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
+        pytest.param(70, 24, 64, 4, torch.float16, ["mid", "dequantize"], id="mid"),
+        pytest.param(70, 24, 64, 0, torch.float16, ["mid", "dequantize"], id="mid-plain"),
+        pytest.param(70, 24, 96, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows-K96"),
+        pytest.param(70, 24, 64, 4, torch.float32, ["dequantize", "dequantize"], id="many-rows-fp32"),
+        pytest.param(513, 8, 64, 0, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
         pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),
     ],
 )
@@ -136,3 +144,18 @@ def test_choice_of_path(monkeypatch):
     assert _fourbit_cost.choose_small(8, N, K, "bf16", 64, 90)
     assert not _fourbit_cost.choose_small(9, N, K, "bf16", 64, 90)
     _fourbit_cost.choose_small.cache_clear()
+
+
+def test_choice_of_mid(monkeypatch):
+    """Predicted well ahead of dequantising at 128 rows, not where its tiles are no faster than the vendor's GEMM."""
+    _fourbit_cost.choose_mid.cache_clear()
+    assert _fourbit_cost.choose_mid(128, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_mid(512, N, K, "bf16", 64, 90)
+    # One processor's worth of tiles: K in spans, or its steps one after the other.
+    alone = 2 * 128 * 256 * K / (_fourbit_cost.MID_RATE_HOPPER * H100.gemm_boost / H100.sms)
+    assert _fourbit_cost.mid_time(128, 256, K, 64, H100) < alone / 4
+    monkeypatch.setitem(_fourbit_cost.LARGEST_MID, ("sm90", "bf16", N, K), 300)
+    _fourbit_cost.choose_mid.cache_clear()
+    assert _fourbit_cost.choose_mid(300, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_mid(301, N, K, "bf16", 64, 90)
+    _fourbit_cost.choose_mid.cache_clear()
