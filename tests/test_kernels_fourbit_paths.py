@@ -10,6 +10,7 @@ from fastpeft.kernels import _common, _fourbit_cost, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
 from fastpeft.kernels._cost import H100
 
+from fastpeft import _info
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import linear4bit as eager
 from kernels_fourbit_cases import MARKS, Case, dequantized
@@ -123,6 +124,13 @@ def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
     assert calls == expected
     for ours, peer in zip(*results, strict=True):
         torch.testing.assert_close(ours, peer, rtol=2e-2, atol=2e-2)
+
+
+def test_explained_paths(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastpeft._cuda", cuda[0])
+    for rows, path in ((9, "small"), (70, "mid"), (600, "dequant")):
+        x = torch.empty(rows, 64, dtype=torch.bfloat16)
+        assert _info._strategy_4bit("cuda", x, 40, 64).startswith(f"{path}: ")
 
 
 def test_no_cuda_in_this_extension():
