@@ -36,7 +36,7 @@ kernels:  ## compile every Triton kernel and tile for sm_80, sm_90, sm_100 with 
 cuda:  ## compile every CUDA kernel for sm_80 to sm_120 with nvcc and no GPU: registers, spills, shared memory
 	$(PYTHON) bench/compile_cuda.py $(ARGS)
 
-EMULATED = $(PYTHON) -m pytest -q -s tests/test_cuda_emulator.py -k "dequantize or linear4bit or deterministic or twins"
+EMULATED = $(PYTHON) -m pytest -q -s tests/test_cuda_emulator*.py -k "dequantize or linear4bit or deterministic or twins"
 
 sanitize: env  ## the CPU kernels under AddressSanitizer and UBSan; the CUDA kernels, emulated, under these and ThreadSanitizer
 	$(PYTHON) tests/sanitize_cpu.py

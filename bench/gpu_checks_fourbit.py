@@ -131,12 +131,14 @@ def check_linear(ctx) -> str:
         shapes = [(3, 24, 64, 4), (70, 24, 45, 0)]
     else:
         shapes = [(M, 1000, 1024, 16) for M in (1, 7, 16, 33, 64, 65, 300)]
-        shapes += [(9, 514, 2048, 0), (40, 96, 4096, 64), (5, 77, 301, 3), (200, 77, 301, 3), (2048, 4096, 4096, 16)]
+        shapes += [(9, 514, 2048, 0), (40, 96, 4096, 64), (24, 4097, 544, 8), (5, 77, 301, 3), (200, 77, 301, 3)]
+        shapes += [(2048, 4096, 4096, 16)]
     shares = []
     for M, N, K, R in shapes:
         # The largest: NF4 doubly quantised in the working dtype alone.
         small = M * N * K < 1 << 28
-        for quant_type, block_size, double in [("nf4", 64, True), ("fp4", 128, False)][: 2 if small else 1]:
+        formats = [("nf4", 64, True), ("fp4", 128, False), ("nf4", 32, True)]
+        for quant_type, block_size, double in formats[: (3 if M <= 64 else 2) if small else 1]:
             w = _random(N, K, seed=N + K) / K**0.5
             weight = ops.quantize_4bit(w, quant_type, block_size, double, backend="eager")
             for dtype in (ctx.dtype, torch.float32)[: 2 if small and not ctx.tiny else 1]:
@@ -144,6 +146,33 @@ def check_linear(ctx) -> str:
                     shares.append(_compare(ctx, M, N, K, R, dtype, p, weight))
     able = " and ".join(backends(ctx, "linear4bit_fwd"))
     return f"{len(shares)} cases, {able}, worst {max(shares):.0%} of the error budget"
+
+
+def check_mid(ctx) -> str:
+    """The CUDA kernel of up to 512 rows wherever it serves, chosen or not."""
+    if "cuda" not in backends(ctx, "linear4bit_fwd"):
+        return "left out: needs the CUDA kernels"
+    from fastpeft.kernels import _common, _fourbit_cost
+    from fastpeft.kernels._cost import dtype_name
+
+    shapes = [(65, 1000, 1024, 16), (128, 513, 4096, 0), (129, 261, 192, 5), (300, 4096, 512, 64), (512, 96, 8192, 8)]
+    shares = []
+    for M, N, K, R in shapes:
+        w = _random(N, K, seed=N + K) / K**0.5
+        weight = ops.quantize_4bit(w, "nf4", 64, M % 2 == 1, backend="eager")
+        arch = _common.arch_of(torch.empty(0, device=ctx.device))
+        key = (f"sm{arch}", dtype_name(ctx.dtype), N, K)
+        before = dict(_fourbit_cost.LARGEST_MID)
+        _fourbit_cost.LARGEST_MID[key] = 512
+        _fourbit_cost.choose_mid.cache_clear()
+        try:
+            assert _fourbit_cost.choose_mid(M, N, K, ctx.dtype, 64, arch)
+            shares.append(_compare(ctx, M, N, K, R, ctx.dtype, 0.0, weight))
+        finally:
+            _fourbit_cost.LARGEST_MID.clear()
+            _fourbit_cost.LARGEST_MID.update(before)
+            _fourbit_cost.choose_mid.cache_clear()
+    return f"{len(shares)} cases, worst {max(shares):.0%} of the error budget"
 
 
 def check_deterministic(ctx) -> str:
@@ -187,6 +216,7 @@ def check_graph(ctx) -> str:
 
 CHECKS = {
     "4-bit linear": check_linear,
+    "4-bit mid": check_mid,
     "4-bit bytes": check_bytes,
     "4-bit deterministic": check_deterministic,
     "4-bit graph": check_graph,

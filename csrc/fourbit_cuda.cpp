@@ -64,23 +64,64 @@ void dequantize_4bit(Tensor packed, std::vector<Tensor> scales, std::string quan
   check(fp_dequantize_4bit(&w, &to, N, K, stream_of(out)), "dequantize_4bit");
 }
 
+// s, b and bias as matrices, and what keeps them alive.
+struct Thin {
+  Thin(const optional<Tensor>& s, const optional<Tensor>& b, const optional<Tensor>& bias) {
+    const optional<Tensor>* given[3] = {&s, &b, &bias};
+    for (int i = 0; i < 3; ++i) {
+      if (!*given[i]) continue;
+      kept[i] = readable(**given[i]);
+      matrix[i] = matrix_of(*kept[i]);
+    }
+  }
+  optional<Tensor> kept[3];
+  fp_matrix matrix[3] = {};
+};
+
+// fp32 [spans, rows, columns] where there are spans to add.
+struct Sums {
+  Sums(const Tensor& like, int64_t spans, int64_t rows, int64_t columns) {
+    if (spans > 1) kept = torch::stable::new_empty(like, {spans, rows, columns}, ScalarType::Float);
+  }
+  float* data() { return kept ? static_cast<float*>(kept->mutable_data_ptr()) : nullptr; }
+  optional<Tensor> kept;
+};
+
 void linear4bit_small(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
                       optional<Tensor> s, optional<Tensor> b, optional<Tensor> bias, double scale, bool accumulate,
                       Tensor y) {
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
   const fp_matrix from = matrix_of(x), to = matrix_of(y);
-  optional<Tensor> kept[3];
-  fp_matrix thin[3] = {};
-  const optional<Tensor>* given[3] = {&s, &b, &bias};
-  for (int i = 0; i < 3; ++i) {
-    if (!*given[i]) continue;
-    kept[i] = readable(**given[i]);
-    thin[i] = matrix_of(*kept[i]);
-  }
-  check(fp_linear4bit_small(&w, &from, &to, &thin[0], &thin[1], &thin[2], static_cast<float>(scale), accumulate,
-                            x.size(0), y.size(1), x.size(1), s ? s->size(1) : 0, stream_of(y)),
+  const Thin thin(s, b, bias);
+  check(fp_linear4bit_small(&w, &from, &to, &thin.matrix[0], &thin.matrix[1], &thin.matrix[2], static_cast<float>(scale),
+                            accumulate, x.size(0), y.size(1), x.size(1), s ? s->size(1) : 0, stream_of(y)),
         "linear4bit_small");
+}
+
+void linear4bit_mid(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                    optional<Tensor> s, optional<Tensor> b, optional<Tensor> bias, double scale, bool accumulate,
+                    Tensor y) {
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
+  const fp_matrix from = matrix_of(x), to = matrix_of(y);
+  const Thin thin(s, b, bias);
+  const int64_t M = x.size(0), N = y.size(1), K = x.size(1), spans = fp_linear4bit_mid_spans(M, N, K);
+  Sums sums(x, spans, M, N);
+  check(fp_linear4bit_mid(&w, &from, &to, &thin.matrix[0], &thin.matrix[1], &thin.matrix[2], static_cast<float>(scale),
+                          accumulate, M, N, K, s ? s->size(1) : 0, sums.data(), spans, stream_of(y)),
+        "linear4bit_mid");
+}
+
+void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                         bool accumulate, Tensor dx) {
+  const torch::stable::accelerator::DeviceGuard guard(dx.get_device_index());
+  const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
+  const fp_matrix from = matrix_of(dy), to = matrix_of(dx);
+  const int64_t M = dy.size(0), N = dy.size(1), K = dx.size(1), spans = fp_linear4bit_small_dx_spans(M, N, K);
+  Sums sums(dy, spans, M, K);
+  check(fp_linear4bit_small_dx(&w, &from, &to, accumulate, M, N, K, sums.data(), spans, stream_of(dx)),
+        "linear4bit_small_dx");
 }
 
 }  // namespace
@@ -89,5 +130,7 @@ void linear4bit_small(Tensor x, Tensor packed, std::vector<Tensor> scales, std::
 STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CUDA, m) {
   m.impl("dequantize_4bit", TORCH_BOX(&fastpeft::dequantize_4bit));
   m.impl("linear4bit_small", TORCH_BOX(&fastpeft::linear4bit_small));
+  m.impl("linear4bit_mid", TORCH_BOX(&fastpeft::linear4bit_mid));
+  m.impl("linear4bit_small_dx", TORCH_BOX(&fastpeft::linear4bit_small_dx));
 }
 #endif

@@ -21,4 +21,8 @@ STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
         "(Tensor, Tensor, Tensor, Tensor)");
   m.def("linear4bit_small(Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor? s, Tensor? b, "
         "Tensor? bias, float scale, bool accumulate, Tensor(a!) y) -> ()");
+  m.def("linear4bit_small_dx(Tensor dy, Tensor packed, Tensor[] scales, str quant_type, int block_size, bool accumulate, "
+        "Tensor(a!) dx) -> ()");
+  m.def("linear4bit_mid(Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor? s, Tensor? b, "
+        "Tensor? bias, float scale, bool accumulate, Tensor(a!) y) -> ()");
 }

@@ -5,29 +5,32 @@
 //
 // The weight is the A operand of mma.m16n8k16: 16 rows of W, 8 rows of x. The sum over k may run in any order, so lane
 // 4g + t takes the 8 bytes k = 16t .. 16t + 15 of rows g and g + 8 as they lie, which are its fragments of four products,
-// and the same 16 elements of x. A byte becomes a pair of weights by one look-up in a table of 256 pairs that every lane
-// has a copy of, in a bank of its own (32 KiB): 5 instructions a weight are all that 3 TB/s leave an H100, and a look-up
-// or shuffle for each weight would take most of them. absmax multiplies the sum over 64 values of k, which lie in one
-// block, in fp32: the weight is rounded once, as code, where dequantising rounds code · absmax.
+// and the same 16 elements of x. Where blocks or K are no multiple of 64, it takes half of this: k = 8t .. 8t + 7.
+// A byte becomes a pair of weights by one look-up in a table of 256 pairs that every lane has a copy of, in a bank of its
+// own (32 KiB): 5 instructions a weight are all that 3 TB/s leave an H100, and a look-up or shuffle for each weight would
+// take most of them. absmax multiplies the sum over 64 or 32 values of k, which lie in one block, in fp32: the weight is
+// rounded once, as code, where dequantising rounds code · absmax.
 // The warps of a thread block share rows and split K; their sums are added in the order of the warps, so the bytes of y
 // do not change from call to call. The tiles at the end are those that no architecture spills; none is timed yet.
-#include "fourbit_device.cuh"
+#include "linear4bit_device.cuh"
 
 namespace fastpeft {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kChunk = 64;    // values of k that a warp takes at a time
+constexpr int kPairTable = 256 * 32;
 constexpr int kTileRows = 16; // rows of W in one mma
 constexpr int kSumStride = kTileRows + 4;  // lanes 4g + t write at 2t kSumStride + g: 32 different banks
 
-// MT tiles of 8 rows of x; a warp takes NT tiles of 16 rows of W, and asks for U chunks before it uses the first.
-template <int MT_, int NT_, int U_, int Blocks_>
+// MT tiles of 8 rows of x; a warp takes NT tiles of 16 rows of W, Chunk values of k at a time, and asks for U chunks
+// before it uses the first.
+template <int MT_, int NT_, int U_, int Blocks_, int Chunk_>
 struct Tile {
-  static constexpr int MT = MT_, NT = NT_, U = U_;
+  static constexpr int MT = MT_, NT = NT_, U = U_, Chunk = Chunk_;
+  static_assert(Chunk == 64 || Chunk == 32, "two words of a row for each lane, or one");
   static constexpr int Blocks = Blocks_;  // of 256 threads on a multiprocessor, which bounds the registers
   static constexpr int kSums = 8 * MT * kSumStride;  // fp32 values of a warp
-  static constexpr size_t kShared = (256 * 32 + 256 + kWarps * kSums) * 4;
+  static constexpr size_t kShared = (kPairTable + 256 + kWarps * kSums) * 4;
 };
 
 template <class T>
@@ -36,78 +39,86 @@ struct Arguments {
   const T* x;
   T* y;
   int64_t x_stride, y_stride;
-  AnyMatrix s, b, bias;
-  float scale;
+  Adapter adapter;
+  AnyMatrix bias;
   bool accumulate;
-  int M, R, chunks;  // K = 64 chunks
+  int M, chunks;  // K = Chunk chunks
   int64_t N, tiles;  // of the rows that a thread block takes at a time
   int warps_n;       // how many of its warps differ in rows; the others split K
 };
 
 // What one warp loads of W ahead of its use: rows g and g + 8 of each tile.
-template <int NT>
+template <int NT, int Chunk>
 struct Packed {
-  uint2 bytes[NT][2];
+  std::conditional_t<Chunk == 64, uint2, uint32_t> bytes[NT][2];
   BlockScale scale[NT][2];
+
+  // The four bytes from 4 i on.
+  __device__ __forceinline__ uint32_t word(int j, int h, int i) const {
+    if constexpr (Chunk == 64) return i ? bytes[j][h].y : bytes[j][h].x;
+    else return bytes[j][h];
+  }
 };
 
-template <class T, int MT, int NT>
-__device__ __forceinline__ void multiply(const Arguments<T>& arg, const Packed<NT>& packed, const uint32_t* lut,
+template <class T, int MT, int NT, int Chunk>
+__device__ __forceinline__ void multiply(const Arguments<T>& arg, const Packed<NT, Chunk>& packed, const uint32_t* lut,
                                          const float* code, float offset, const uint32_t (&x)[MT], int chunk,
                                          float (&acc)[NT][MT][4]) {
-  uint32_t a[NT][4][4];
+  constexpr int Q = Chunk / 16;  // products of 16 values of k
+  uint32_t a[NT][Q][4];
   float absmax[NT][2];
 #pragma unroll
   for (int j = 0; j < NT; ++j) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) absmax[j][h] = packed.scale[j][h].value(arg.w, code, offset);
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < Q; ++q)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint2 bytes = packed.bytes[j][e & 1];
-        a[j][q][e] = lut[((q < 2 ? bytes.x : bytes.y) >> (16 * (q & 1) + 4 * (e & 2)) & 0xff) * 32];
-      }
+      for (int e = 0; e < 4; ++e)
+        a[j][q][e] = lut[(packed.word(j, e & 1, q / 2) >> (16 * (q & 1) + 4 * (e & 2)) & 0xff) * 32];
   }
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
-    const uint4* from = reinterpret_cast<const uint4*>(arg.x + x[i] + chunk * kChunk);
-    const uint4 x0 = ptx::load(from), x1 = ptx::load(from + 1);
+    const uint4* from = reinterpret_cast<const uint4*>(arg.x + x[i] + chunk * Chunk);
+    uint4 part[Q / 2];
+#pragma unroll
+    for (int q = 0; q < Q / 2; ++q) part[q] = ptx::load(from + q);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      ptx::mma_m16n8k16<T>(c, a[j][0][0], a[j][0][1], a[j][0][2], a[j][0][3], x0.x, x0.y);
-      ptx::mma_m16n8k16<T>(c, a[j][1][0], a[j][1][1], a[j][1][2], a[j][1][3], x0.z, x0.w);
-      ptx::mma_m16n8k16<T>(c, a[j][2][0], a[j][2][1], a[j][2][2], a[j][2][3], x1.x, x1.y);
-      ptx::mma_m16n8k16<T>(c, a[j][3][0], a[j][3][1], a[j][3][2], a[j][3][3], x1.z, x1.w);
+#pragma unroll
+      for (int q = 0; q < Q; ++q)
+        ptx::mma_m16n8k16<T>(c, a[j][q][0], a[j][q][1], a[j][q][2], a[j][q][3], q & 1 ? part[q / 2].z : part[q / 2].x,
+                             q & 1 ? part[q / 2].w : part[q / 2].y);
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[j][i][e] = __fmaf_rn(absmax[j][e / 2], c[e], acc[j][i][e]);
     }
   }
 }
 
-// acc += scale · s bᵀ for 16 of the R columns; a lane takes four neighbours, those from R on are zero.
+// acc += scale · s bᵀ for 16 of the R columns, of which this lane takes the four from `first` on: rows row[j] of b, rows
+// 8i + g of s, of which those from M on repeat the last.
 template <class T, int MT, int NT>
-__device__ __forceinline__ void add_adapter(const Arguments<T>& arg, const int (&row)[NT][2], int first, int g,
+__device__ __forceinline__ void add_adapter(const Adapter& adapter, const int (&row)[NT][2], int M, int first, int g,
                                             float (&acc)[NT][MT][4]) {
   auto pair = [&](const AnyMatrix& m, int64_t at, int r) {
-    return pair_of<T>(r < arg.R ? m.at(at, r) : 0.0f, r + 1 < arg.R ? m.at(at, r + 1) : 0.0f);
+    return pair_of<T>(r < adapter.R ? m.at(at, r) : 0.0f, r + 1 < adapter.R ? m.at(at, r + 1) : 0.0f);
   };
   uint32_t b[NT][4];
 #pragma unroll
   for (int j = 0; j < NT; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) b[j][e] = pair(arg.b, row[j][e & 1], first + (e & 2));
+    for (int e = 0; e < 4; ++e) b[j][e] = pair(adapter.b, row[j][e & 1], first + (e & 2));
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
-    const int64_t m = min(8 * i + g, arg.M - 1);
-    const uint32_t s0 = pair(arg.s, m, first), s1 = pair(arg.s, m, first + 2);
+    const int64_t m = min(8 * i + g, M - 1);
+    const uint32_t s0 = pair(adapter.s, m, first), s1 = pair(adapter.s, m, first + 2);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       ptx::mma_m16n8k16<T>(c, b[j][0], b[j][1], b[j][2], b[j][3], s0, s1);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[j][i][e] = __fmaf_rn(arg.scale, c[e], acc[j][i][e]);
+      for (int e = 0; e < 4; ++e) acc[j][i][e] = __fmaf_rn(adapter.scale, c[e], acc[j][i][e]);
     }
   }
 }
@@ -133,29 +144,32 @@ __device__ __forceinline__ void write_rows(const Arguments<T>& arg, const float*
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_kernel(Arguments<T> arg) {
-  constexpr int MT = Shape::MT, NT = Shape::NT, U = Shape::U;
+  constexpr int MT = Shape::MT, NT = Shape::NT, U = Shape::U, Chunk = Shape::Chunk, kRun = Chunk / 4;
   FP_DYNAMIC_SHARED(uint32_t, shared);
-  float* code = reinterpret_cast<float*>(shared + 256 * 32);
+  float* code = reinterpret_cast<float*>(shared + kPairTable);
   float* sums = code + 256;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int warps_k = kWarps / arg.warps_n, warp_n = warp / warps_k, warp_k = warp % warps_k;
 
-  for (int i = tid; i < 256 * 32; i += kThreads)
+  for (int i = tid; i < kPairTable; i += kThreads)
     shared[i] = pair_of<T>(kCodes[arg.w.quant_type][i >> 9], kCodes[arg.w.quant_type][i >> 5 & 15]);
   if (arg.w.codes) code[tid] = ptx::load(arg.w.code + tid);
   const float offset = arg.w.codes ? ptx::load(arg.w.offset) : 0.0f;
   __syncthreads();
 
+  using Word = std::conditional_t<Chunk == 64, uint2, uint32_t>;
+  const Word* words = reinterpret_cast<const Word*>(arg.w.packed);
+  const int to_block = arg.w.log2_block - (Chunk == 64 ? 4 : 3);
   // Rows past the end repeat the last one: their products are in columns and rows of c that no one writes out.
   uint32_t x[MT];
 #pragma unroll
   for (int i = 0; i < MT; ++i)
-    x[i] = static_cast<uint32_t>(min(8 * i + g, arg.M - 1)) * static_cast<uint32_t>(arg.x_stride) + 16 * t;
+    x[i] = static_cast<uint32_t>(min(8 * i + g, arg.M - 1)) * static_cast<uint32_t>(arg.x_stride) + kRun * t;
 
   for (int64_t tile = blockIdx.x; tile < arg.tiles; tile += gridDim.x) {
     const int64_t tile_row = tile * arg.warps_n * NT * kTileRows;
     int row[NT][2];
-    uint32_t runs[NT][2];  // of 16 values before the row
+    uint32_t runs[NT][2];  // of kRun values before the row
 #pragma unroll
     for (int j = 0; j < NT; ++j)
 #pragma unroll
@@ -166,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
       }
     float acc[NT][MT][4] = {};
     for (int first = warp_k; first < arg.chunks; first += warps_k * U) {
-      Packed<NT> packed[U];
+      Packed<NT, Chunk> packed[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int chunk = first + u * warps_k;
@@ -176,18 +190,19 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const uint32_t run = runs[j][h] + static_cast<uint32_t>(chunk) * 4;
-            packed[u].bytes[j][h] = ptx::load_stream(reinterpret_cast<const uint2*>(arg.w.packed) + (run + t));
-            packed[u].scale[j][h].fetch(arg.w, run >> (arg.w.log2_block - 4));
+            packed[u].bytes[j][h] = ptx::load_stream(words + (run + t));
+            packed[u].scale[j][h].fetch(arg.w, run >> to_block);
           }
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int chunk = first + u * warps_k;
         if (chunk >= arg.chunks) break;
-        multiply<T, MT, NT>(arg, packed[u], shared + lane, code, offset, x, chunk, acc);
+        multiply<T, MT, NT, Chunk>(arg, packed[u], shared + lane, code, offset, x, chunk, acc);
       }
     }
-    for (int r = 16 * warp_k; r < arg.R; r += 16 * warps_k) add_adapter<T, MT, NT>(arg, row, r + 4 * t, g, acc);
+    for (int r = 16 * warp_k; r < arg.adapter.R; r += 16 * warps_k)
+      add_adapter<T, MT, NT>(arg.adapter, row, arg.M, r + 4 * t, g, acc);
 
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
@@ -206,14 +221,15 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
 template <class T, class Shape>
 cudaError_t launch(Arguments<T> arg, cudaStream_t stream) {
   static_assert(Shape::kShared <= 99 * 1024, "what sm_86, sm_89 and sm_120 give a thread block");
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = processor_count();
+  if (processors == 0) return cudaErrorInvalidDevice;
   const auto kernel = _linear4bit_small_kernel<T, Shape>;
-  if (error == cudaSuccess && Shape::kShared > 48 * 1024)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(Shape::kShared));
-  if (error != cudaSuccess) return error;
+  if (Shape::kShared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(Shape::kShared));
+    if (error != cudaSuccess) return error;
+  }
   // More rows a thread block read x less often; where x is small that is worth nothing, and no processor may go idle.
   auto tiles = [&](int warps_n) {
     const int64_t rows = int64_t{kTileRows} * Shape::NT * warps_n;
@@ -228,14 +244,22 @@ cudaError_t launch(Arguments<T> arg, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_any(const Arguments<T>& arg, cudaStream_t stream) {
-  if (arg.M <= 8) return launch<T, Tile<1, 1, 4, 3>>(arg, stream);
-  if (arg.M <= 16) return launch<T, Tile<2, 2, 2, 2>>(arg, stream);
-  if (arg.M <= 32) return launch<T, Tile<4, 1, 2, 2>>(arg, stream);
-  return launch<T, Tile<8, 1, 4, 1>>(arg, stream);
+cudaError_t launch_any(Arguments<T> arg, int64_t K, cudaStream_t stream) {
+  const bool whole = K % 64 == 0 && arg.w.log2_block >= 6;
+  arg.chunks = static_cast<int>(K / (whole ? 64 : 32));
+  if (!whole) {
+    if (arg.M <= 8) return launch<T, Tile<1, 1, 8, 2, 32>>(arg, stream);
+    if (arg.M <= 16) return launch<T, Tile<2, 1, 8, 2, 32>>(arg, stream);
+    if (arg.M <= 32) return launch<T, Tile<4, 1, 4, 2, 32>>(arg, stream);
+    return launch<T, Tile<8, 1, 8, 1, 32>>(arg, stream);
+  }
+  if (arg.M <= 8) return launch<T, Tile<1, 1, 4, 3, 64>>(arg, stream);
+  if (arg.M <= 16) return launch<T, Tile<2, 2, 2, 2, 64>>(arg, stream);
+  if (arg.M <= 32) return launch<T, Tile<4, 1, 2, 2, 64>>(arg, stream);
+  return launch<T, Tile<8, 1, 4, 1, 64>>(arg, stream);
 }
 
-constexpr int64_t kMostValues = int64_t{1} << 36;  // runs of 16 are counted in 32 bits
+constexpr int64_t kMostValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
 
 }  // namespace
 }  // namespace fastpeft
@@ -245,18 +269,18 @@ extern "C" int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, c
                                    int64_t N, int64_t K, int64_t R, void* stream) {
   using namespace fastpeft;
   if (M == 0 || N == 0) return cudaSuccess;
-  const bool sizes = M >= 0 && M <= 64 && N >= 0 && K > 0 && K % kChunk == 0 && N <= kMostValues / K && R >= 0 &&
-                     R <= INT32_MAX && w->block_size >= kChunk && x->stride <= 1 << 24;
+  const bool sizes = M >= 0 && M <= 64 && N >= 0 && K > 0 && K % 32 == 0 && N <= kMostValues / K && R >= 0 &&
+                     R <= INT32_MAX && x->stride <= 1 << 24;
   if (!sizes || !valid(*w) || !aligned(w->packed, 8) || !aligned(x->data, 16) || x->stride % 8 || x->type != y->type)
     return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   auto go = [&](auto type) -> cudaError_t {
     using T = decltype(type);
-    const bool adapter = s && s->data && b && b->data;
+    const bool given = s && s->data && b && b->data;
+    const Adapter adapter{as_argument(s), as_argument(b), scale, given ? static_cast<int>(R) : 0};
     return launch_any<T>({as_argument(*w), static_cast<const T*>(x->data), static_cast<T*>(y->data), x->stride,
-                          y->stride, as_argument(s), as_argument(b), as_argument(bias), scale, accumulate != 0,
-                          static_cast<int>(M), adapter ? static_cast<int>(R) : 0, static_cast<int>(K / kChunk), N, 0, 1},
-                         on);
+                          y->stride, adapter, as_argument(bias), accumulate != 0, static_cast<int>(M), 0, N, 0, 1},
+                         K, on);
   };
   if (x->type == 1) return go(bf16{});
   if (x->type == 2) return go(f16{});

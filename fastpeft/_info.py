@@ -105,6 +105,8 @@ def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int) -> st
     use_small = importlib.import_module("fastpeft.kernels.linear4bit").use_small
     if use_small(x, N, x.shape[1], block_size):
         return "small: one kernel reads the packed weight"
+    if backend == "cuda" and importlib.import_module("fastpeft._cuda").use_mid(x, N, block_size):
+        return "mid: one kernel reads the packed weight once for every 128 rows"
     return "dequant: the weight is dequantised into a buffer, then the vendor GEMM"
 
 

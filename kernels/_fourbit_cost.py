@@ -1,6 +1,8 @@
 """Time of a product with a 4-bit weight, straight from its bytes or dequantised for the vendor's GEMM; picks which.
 
     small     2 launches + ramp / 2 + max(packed bytes / bandwidth, weights * seconds to decode one, FLOP / rate)
+    mid         launch   + ramp / 2 + max(packed bytes / bandwidth, turns of tiles * FLOP of a tile / rate of a
+                processor), and a launch and the fp32 sums / bandwidth where spans of K fill idle processors
     dequant     launch   + ramp / 2 + max(bytes / bandwidth, weights * seconds to decode one) + GEMM
 
 Nothing here was measured: the ceilings are those of `_cost`, the decoding is counted in instructions of the compiled
@@ -8,6 +10,7 @@ kernels. Only the standard library is imported, as in `_cost`.
 """
 
 from functools import lru_cache
+from math import ceil
 
 from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time
 
@@ -16,9 +19,16 @@ from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time
 DECODE_PER_MASK = 1.5
 FP32_DOT = 0.5  # share of the fp32 GEMM's rate that a tile of up to 64 rows reaches without matrix units
 
+# The CUDA kernel of up to 512 rows: rows of x and columns of y in a tile, values of k in a step, and the share of the
+# vendor GEMM's rate that a tile reaches: decoding takes a third, and mma.sync does 0.6 of what Hopper's wgmma does.
+MID_TILE = (128, 256, 64)
+MID_RATE, MID_RATE_HOPPER = 0.7, 0.45
+MID_MARGIN = 0.2  # a predicted gain below this is no reason to leave the vendor's GEMM for a kernel that no one timed
+
 # Largest M that goes straight from the packed bytes. Key: (arch, dtype, N, K), as in ("sm90", "bf16", 4096, 4096).
 # tuned: begin
 LARGEST_SMALL: dict[tuple, int] = {}
+LARGEST_MID: dict[tuple, int] = {}
 # tuned: end
 
 
@@ -41,6 +51,36 @@ def small_time(M: int, N: int, K: int, dtype, block_size: int, arch: Arch) -> fl
     return 2 * arch.launch + 0.5 * arch.ramp + max(memory, N * K * DECODE_PER_MASK * arch.mask_seconds, flop / rate)
 
 
+def mid_time(M: int, N: int, K: int, block_size: int, arch: Arch) -> float:
+    """Seconds of the CUDA kernel linear4bit_mid in 16 bits, with the number of spans that suits it best."""
+    rows, columns, depth = MID_TILE
+    tiles, steps = ceil(M / rows) * ceil(N / columns), ceil(K / depth)
+    rate = (MID_RATE_HOPPER if arch.cc >= 90 else MID_RATE) * arch.gemm_boost
+    step = 2 * rows * columns * depth / (rate / arch.sms)
+
+    def work(spans: int) -> float:
+        sums = arch.launch + 8 * spans * M * N / arch.copy_bw if spans > 1 else 0.0
+        return ceil(tiles * spans / arch.sms) * ceil(steps / spans) * step + sums
+
+    least = min(work(spans) for spans in range(1, max(2, min(64, steps // 4) + 1)))
+    return arch.launch + 0.5 * arch.ramp + max(_packed_bytes(N, K, block_size) / arch.copy_bw, least)
+
+
+def _dequant_time(M: int, N: int, K: int, dt: str, block_size: int, arch: Arch) -> float:
+    return dequantize_time(N, K, 4 if dt == "fp32" else 2, block_size, arch) + gemm_time(M, N, K, dt, arch)
+
+
+@lru_cache(maxsize=4096)
+def choose_mid(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
+    """As `choose_small`, between the CUDA kernel of up to 512 rows and the dequantised weight."""
+    dt = dtype_name(dtype)
+    largest = LARGEST_MID.get((f"sm{arch_cc}", dt, N, K))
+    if largest is not None:
+        return largest >= M
+    arch = arch_of(arch_cc)
+    return mid_time(M, N, K, block_size, arch) < (1 - MID_MARGIN) * _dequant_time(M, N, K, dt, block_size, arch)
+
+
 @lru_cache(maxsize=4096)
 def choose_small(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
     """Whether M rows go straight from the packed weight [N, K]: the tuned table first, else the prediction. Cached."""
@@ -49,5 +89,4 @@ def choose_small(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> boo
     if largest is not None:
         return largest >= M
     arch = arch_of(arch_cc)
-    dequantized = dequantize_time(N, K, 4 if dt == "fp32" else 2, block_size, arch) + gemm_time(M, N, K, dtype, arch)
-    return small_time(M, N, K, dtype, block_size, arch) < dequantized
+    return small_time(M, N, K, dtype, block_size, arch) < _dequant_time(M, N, K, dt, block_size, arch)

@@ -38,3 +38,19 @@ def emulator_folder(tmp_path_factory):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return path
+
+
+@pytest.fixture(scope="session")
+def kernels(emulator_folder):
+    """Every csrc/*.cu, built for the emulator."""
+    from emulator.kernels import Kernels
+
+    return Kernels(emulator_folder)
+
+
+@pytest.fixture(params=["forward", "reverse", "random"])
+def schedule(request, kernels):
+    """The order in which the emulator runs threads."""
+    kernels.schedule(request.param)
+    yield
+    kernels.schedule("forward")

@@ -1,52 +1,18 @@
 """The CUDA kernels run thread by thread on the CPU: bits, sums, bounds, races."""
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from cases import normal
 from emulator import build
-from emulator.kernels import SCHEDULES, Kernels
+from emulator.kernels import SCHEDULES
+from emulator_cases import HALF, INVALID, SANITIZED, Guarded, counts_bytes, exact_weight, run_sanitized
 from fastpeft import ops
 from fastpeft.ops import Weight4bit
 from fastpeft.testing import assert_within_budget
 from fourbit_cases import QUANT_TYPES, bitsandbytes, weight
-
-GUARD = 32
-INVALID = 1  # cudaErrorInvalidValue
-HALF = [torch.bfloat16, torch.float16]
-SANITIZED = os.environ.get("FASTPEFT_SANITIZE", "")
-
-
-@pytest.fixture(scope="module")
-def kernels(emulator_folder):
-    return Kernels(emulator_folder)
-
-
-@pytest.fixture(params=SCHEDULES)
-def schedule(request, kernels):
-    kernels.schedule(request.param)
-    yield
-    kernels.schedule("forward")
-
-
-class Guarded:
-    """A matrix of NaN between guards of NaN, `offset` elements past an aligned address."""
-
-    def __init__(self, rows, columns, dtype, stride=None, offset=0):
-        self.memory = torch.full((2 * GUARD + offset + rows * (stride or columns),), torch.nan, dtype=dtype)
-        self.value = self.memory[GUARD + offset :].as_strided((rows, columns), (stride or columns, 1))
-
-    def only_written_inside(self):
-        inside = self.value.clone()
-        self.value.fill_(torch.nan)
-        around = self.memory.isnan().all().item()
-        self.value.copy_(inside)
-        return around and not inside.isnan().any().item()
 
 
 def same(ours, gold):
@@ -120,6 +86,10 @@ LINEAR = {
     "thirds": (17, 24, 704, 4096, False, 3, True),
     "many_rows": (33, 513, 64, 64, True, 4, False),
     "full": (64, 70, 576, 256, True, 20, True),
+    "halves": (3, 33, 96, 64, True, 4, False),
+    "short": (9, 50, 256, 32, True, 0, True),
+    "short_odd": (29, 17, 352, 32, False, 5, False),
+    "short_full": (64, 20, 1120, 32, True, 0, False),
 }
 
 
@@ -158,13 +128,11 @@ def test_linear4bit_small(kernels, schedule, case, dtype):
     assert_within_budget(y.value, peer, gold, dtype)
 
 
-def test_linear4bit_small_is_exact_on_integers(kernels):
-    """Weights of -1, 0 and 1, powers of two for absmax: every product and sum is exact, so every bit is checked."""
-    M, N, K = 13, 50, 256
-    nibbles = torch.tensor([0, 7, 15])[torch.randint(3, (N, K))]
-    packed = (nibbles.view(-1, 2)[:, 0] * 16 + nibbles.view(-1, 2)[:, 1]).to(torch.uint8)
-    absmax = 2.0 ** torch.randint(-1, 2, (N * K // 64,))
-    q = Weight4bit(packed, [absmax], torch.Size((N, K)), torch.bfloat16, "nf4", 64)
+@pytest.mark.parametrize("K", [256, 96])
+def test_linear4bit_small_is_exact_on_integers(kernels, K):
+    """Every product and sum is exact, so every bit is checked."""
+    M, N = 13, 50
+    q = exact_weight(N, K)
     x = torch.randint(-2, 3, (M, K)).to(torch.float16)
     y = Guarded(M, N, torch.float16, N + 3)
     assert kernels.linear4bit_small(x, q, y.value) == 0, kernels.message()
@@ -188,16 +156,14 @@ def test_linear4bit_small_refuses(kernels):
     q, given, _ = linear_case("seven", torch.bfloat16)
     x, y = given["x"], torch.empty(7, 80, dtype=torch.bfloat16)
     unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    short = Weight4bit(q.packed, q.scales, q.shape, q.dtype, q.quant_type, 32)
     for x_given, q_given, y_given in [
-        (unaligned, q, y), (x.float(), q, y.float()), (x[:, :32], q, y), (x, short, y),
-        (x.repeat(10, 1), q, y.repeat(10, 1)),
+        (unaligned, q, y), (x.float(), q, y.float()), (x[:, :48], q, y), (x.repeat(10, 1), q, y.repeat(10, 1)),
     ]:  # fmt: skip
         assert kernels.linear4bit_small(x_given, q_given, y_given) == INVALID
     assert kernels.linear4bit_small(x[:0], q, y[:0]) == 0
 
 
-@pytest.mark.skipif(bool(SANITIZED), reason="the count allocates inside a thread")
+@counts_bytes
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("stride", [512, 528])
 def test_dequantize_moves_its_floor(kernels, double_quant, stride):
@@ -207,10 +173,11 @@ def test_dequantize_moves_its_floor(kernels, double_quant, stride):
     assert floor <= kernels.moved(lambda: kernels.dequantize_4bit(q, out)) <= 1.02 * floor
 
 
-@pytest.mark.skipif(bool(SANITIZED), reason="the count allocates inside a thread")
+@counts_bytes
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
-def test_linear4bit_small_moves_its_floor(kernels, M):
-    q = ops.quantize_4bit(normal(128, 1024), backend="eager")
+def test_linear4bit_small_moves_its_floor(kernels, M, block_size):
+    q = ops.quantize_4bit(normal(128, 1024), block_size=block_size, backend="eager")
     x, y = normal(M, 1024, dtype=torch.bfloat16), torch.empty(M, 128, dtype=torch.bfloat16)
     floor = q.nbytes + x.nbytes + y.nbytes
     assert floor <= kernels.moved(lambda: kernels.linear4bit_small(x, q, y)) <= 1.05 * floor
@@ -233,16 +200,3 @@ def test_kernels_under_sanitizer(emulator_folder, sanitizer):
     """Each kernel at its edges, one schedule, in a process whose every access is watched."""
     done = run_sanitized(sanitizer, "forward and bfloat16 and not fp4")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def run_sanitized(sanitizer, selection):
-    names = {"thread": ["libtsan.so"], "address": ["libasan.so", "libstdc++.so.6"]}[sanitizer]
-    found = [
-        subprocess.check_output([build.compiler(), f"-print-file-name={name}"], text=True).strip() for name in names
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(found), "FASTPEFT_SANITIZE": sanitizer,
-        "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", __file__, "-k", selection]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -2,12 +2,15 @@
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
 from fastpeft.kernels import _common, _fourbit_cost, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
+from fastpeft.kernels._cost import H100
 
+from fastpeft import _info
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import linear4bit as eager
 from kernels_fourbit_cases import MARKS, Case, dequantized
@@ -62,7 +65,7 @@ def test_small_moves_no_more_than_it_must(M):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """fastpeft._cuda, its two primitives answered by the reference: what is tested is how it calls them."""
+    """fastpeft._cuda, its primitives answered by the reference: what is tested is how it calls them."""
     extension = pytest.importorskip("fastpeft._C", reason="the extension is not built")
     monkeypatch.setattr(extension, "build_info", lambda: {"cuda": "90"})
     sys.modules.pop("fastpeft._cuda", None)
@@ -70,19 +73,27 @@ def cuda(monkeypatch):
     del sys.modules["fastpeft._cuda"]
     calls = []
 
-    def small(x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
-        calls.append("small")
+    def product(name, x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
+        calls.append(name)
         w = dequantized(packed, scales, quant_type, block_size, y.shape[1], x.shape[1], x.dtype)
         assert b is None or b.stride(1) == 1
         total = x.double() @ w.double().T + (0 if bias is None else bias.double())
         y.copy_(total if b is None else total + scale * (s.double() @ b.to(s.dtype).double().T))
         assert not accumulate
 
+    def small_dx(dy, packed, scales, quant_type, block_size, accumulate, dx):
+        calls.append("small_dx")
+        total = dy.double() @ dequantized(packed, scales, quant_type, block_size, dy.shape[1], dx.shape[1], dy.dtype).double()
+        dx.copy_(dx.double() + total if accumulate else total)
+
     def dequantize(*args):
         calls.append("dequantize")
         eager_dequantize.dequantize_4bit(*args)
 
-    monkeypatch.setattr(module, "_small", small)
+    monkeypatch.setattr(module, "_small", partial(product, "small"))
+    monkeypatch.setattr(module, "_mid", partial(product, "mid"))
+    monkeypatch.setattr(module, "choose_mid", lambda *_: True)
+    monkeypatch.setattr(module, "_small_dx", small_dx)
     monkeypatch.setattr(module, "_PRIMITIVES", module._PRIMITIVES._replace(dequantize_4bit=dequantize))
     return module, calls
 
@@ -90,11 +101,15 @@ def cuda(monkeypatch):
 @pytest.mark.parametrize(
     "M, N, K, R, dtype, expected",
     [
-        pytest.param(9, 40, 64, 4, torch.float16, ["small"], id="cuda"),
-        pytest.param(9, 40, 64, 0, torch.float16, ["small"], id="cuda-plain"),
-        pytest.param(9, 40, 96, 4, torch.float16, [], id="triton-K96"),
+        pytest.param(9, 40, 64, 4, torch.float16, ["small", "small_dx"], id="cuda"),
+        pytest.param(9, 40, 64, 0, torch.float16, ["small", "small_dx"], id="cuda-plain"),
+        pytest.param(9, 40, 96, 4, torch.float16, ["small", "small_dx"], id="cuda-K96"),
         pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
-        pytest.param(70, 24, 64, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
+        pytest.param(70, 24, 64, 4, torch.float16, ["mid", "dequantize"], id="mid"),
+        pytest.param(70, 24, 64, 0, torch.float16, ["mid", "dequantize"], id="mid-plain"),
+        pytest.param(70, 24, 96, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows-K96"),
+        pytest.param(70, 24, 64, 4, torch.float32, ["dequantize", "dequantize"], id="many-rows-fp32"),
+        pytest.param(513, 8, 64, 0, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
         pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),
     ],
 )
@@ -109,6 +124,13 @@ def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
     assert calls == expected
     for ours, peer in zip(*results, strict=True):
         torch.testing.assert_close(ours, peer, rtol=2e-2, atol=2e-2)
+
+
+def test_explained_paths(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastpeft._cuda", cuda[0])
+    for rows, path in ((9, "small"), (70, "mid"), (600, "dequant")):
+        x = torch.empty(rows, 64, dtype=torch.bfloat16)
+        assert _info._strategy_4bit("cuda", x, 40, 64).startswith(f"{path}: ")
 
 
 def test_no_cuda_in_this_extension():
@@ -130,3 +152,18 @@ def test_choice_of_path(monkeypatch):
     assert _fourbit_cost.choose_small(8, N, K, "bf16", 64, 90)
     assert not _fourbit_cost.choose_small(9, N, K, "bf16", 64, 90)
     _fourbit_cost.choose_small.cache_clear()
+
+
+def test_choice_of_mid(monkeypatch):
+    """Predicted well ahead of dequantising at 128 rows, not where its tiles are no faster than the vendor's GEMM."""
+    _fourbit_cost.choose_mid.cache_clear()
+    assert _fourbit_cost.choose_mid(128, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_mid(512, N, K, "bf16", 64, 90)
+    # One processor's worth of tiles: K in spans, or its steps one after the other.
+    alone = 2 * 128 * 256 * K / (_fourbit_cost.MID_RATE_HOPPER * H100.gemm_boost / H100.sms)
+    assert _fourbit_cost.mid_time(128, 256, K, 64, H100) < alone / 4
+    monkeypatch.setitem(_fourbit_cost.LARGEST_MID, ("sm90", "bf16", N, K), 300)
+    _fourbit_cost.choose_mid.cache_clear()
+    assert _fourbit_cost.choose_mid(300, N, K, "bf16", 64, 90)
+    assert not _fourbit_cost.choose_mid(301, N, K, "bf16", 64, 90)
+    _fourbit_cost.choose_mid.cache_clear()

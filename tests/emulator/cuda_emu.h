@@ -218,6 +218,7 @@ void ldmatrix(uint32_t (&r)[N], const void* row, EMU_WHERE) {
 inline void cp_async16(void* to, const void* from, int source_bytes = 16) {
   emu::emu_check_aligned(to, 16, "the target of cp.async");
   emu::emu_check_aligned(from, 16, "the source of cp.async");
+  if (source_bytes) emu::emu_count(from, static_cast<size_t>(source_bytes), emu::EMU_CACHED);
   emu::emu_cp_async(to, from, 16, source_bytes);
 }
 inline void cp_async_commit() { emu::emu_cp_commit(); }

@@ -37,6 +37,14 @@ def _weight(q):
     return ctypes.byref(_Weight(q.packed.data_ptr(), *scales, int(q.quant_type == "fp4"), q.block_size))
 
 
+def _scratch(spans, rows, columns):
+    return torch.full((spans * rows * columns,), torch.nan) if spans > 1 else None
+
+
+def _pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
 class Kernels:
     """One build of every .cu file; FASTPEFT_SANITIZE picks the sanitizer, whose library LD_PRELOAD must name."""
 
@@ -45,6 +53,8 @@ class Kernels:
         self.library = ctypes.CDLL(str(build.build(SOURCES, out, "kernels.so", self.sanitizer)))
         self.library.emu_message.restype = ctypes.c_char_p
         self.library.emu_stop_counting.restype = ctypes.c_int64
+        self.library.fp_linear4bit_small_dx_spans.restype = ctypes.c_int64
+        self.library.fp_linear4bit_mid_spans.restype = ctypes.c_int64
 
     def schedule(self, name):
         order, seed = SCHEDULES[name]
@@ -61,6 +71,32 @@ class Kernels:
         return self.library.fp_linear4bit_small(
             _weight(q), *(_matrix(tensor) for tensor in (x, y, s, b, bias)), ctypes.c_float(scale), int(accumulate),
             *(ctypes.c_int64(size) for size in sizes), None,
+        )  # fmt: skip
+
+    def spans(self, kernel, M, N, K):
+        """How many `kernel` ("small_dx" or "mid") asks for."""
+        ask = getattr(self.library, f"fp_linear4bit_{kernel}_spans")
+        return ask(*(ctypes.c_int64(size) for size in (M, N, K)))
+
+    def linear4bit_small_dx(self, dy, q, dx, accumulate=False, spans=None):
+        """The launcher's cudaError_t; as many spans as it asks for."""
+        M, N, K = *dy.shape, dx.shape[1]
+        spans = spans or self.spans("small_dx", M, N, K)
+        scratch = _scratch(spans, M, K)
+        return self.library.fp_linear4bit_small_dx(
+            _weight(q), _matrix(dy), _matrix(dx), int(accumulate), *(ctypes.c_int64(size) for size in (M, N, K)),
+            _pointer(scratch), ctypes.c_int64(spans), None,
+        )  # fmt: skip
+
+    def linear4bit_mid(self, x, q, y, s=None, b=None, bias=None, scale=1.0, accumulate=False, spans=None):
+        """The launcher's cudaError_t; as many spans as it asks for."""
+        M, N, K = x.shape[0], y.shape[1], x.shape[1]
+        spans = spans or self.spans("mid", M, N, K)
+        scratch = _scratch(spans, M, N)
+        return self.library.fp_linear4bit_mid(
+            _weight(q), *(_matrix(tensor) for tensor in (x, y, s, b, bias)), ctypes.c_float(scale), int(accumulate),
+            *(ctypes.c_int64(size) for size in (M, N, K, 0 if s is None else s.shape[1])), _pointer(scratch),
+            ctypes.c_int64(spans), None,
         )  # fmt: skip
 
     def message(self):
