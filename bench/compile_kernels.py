@@ -48,7 +48,8 @@ def adapters(R, dtype):
 def shrink(op, x_dtype, R, a_dtype):
     a, seed = adapters(R, a_dtype)[0], meta((1,), torch.int64)
     for p in (0.0, 0.1):
-        op.lora_shrink(meta((M, K), x_dtype), a, p, seed)
+        for copy in (None, meta((M, K + 16), x_dtype)[:, :K]):
+            op.lora_shrink(meta((M, K), x_dtype), a, p, seed, copy=copy)
 
 
 def expand(op, x_dtype, R, a_dtype):
@@ -106,7 +107,8 @@ def quantize_4bit(op, x_dtype, R, a_dtype):
 
 def dequantize_4bit(op, x_dtype, R, a_dtype):
     for quant_type, block_size, double in FORMATS:
-        op.dequantize_4bit(*packed_weight(block_size, double), quant_type, block_size, meta((N, K), x_dtype))
+        for out in (meta((N, K), x_dtype), meta((N, K + 16), x_dtype)[:, :K]):
+            op.dequantize_4bit(*packed_weight(block_size, double), quant_type, block_size, out)
 
 
 def linear4bit_small(op, x_dtype, R, a_dtype):

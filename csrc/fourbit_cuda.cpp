@@ -22,7 +22,7 @@ using std::optional;
 void* stream_of(const Tensor& t) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fastpeft: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
 }
 

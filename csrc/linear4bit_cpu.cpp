@@ -59,8 +59,17 @@ void multiply_columns(const Weight& w, const Tensor& dy, const Tensor& dx) {
   }
 }
 
-bool takes_nibbles(const Weight& w, const Tensor& x) {
-  return x.size(0) <= four_bit().few_rows(type_of(x)) && w.K % w.packed.block_size == 0;
+// How a product with rows of x of this type is made.
+enum class Way {
+  tiles,    // on tile registers, where they beat decoding W for the vendor GEMM at any number of rows
+  nibbles,  // a few rows on the nibbles as they lie
+  panels,   // W decoded panel by panel for the vendor GEMM
+};
+
+Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
+  if (K % block_size) return Way::panels;
+  if (four_bit().tiles && type == Type::bf16 && block_size >= kLeastTiledBlock) return Way::tiles;
+  return M <= four_bit().few_rows(type) ? Way::nibbles : Way::panels;
 }
 
 // y fp32 = x wᵀ
@@ -79,12 +88,6 @@ void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
       kernel.product(rows, pairs, M, w.K, w.packed, absmax, n0, n1, out, w.N);
     }
   });
-}
-
-// Whether the products of this weight with rows of this type run on tile registers, where they beat decoding it for the vendor
-// GEMM at any number of rows.
-bool takes_tiles(const Weight& w, Type type) {
-  return four_bit().tiles && type == Type::bf16 && w.packed.block_size >= kLeastTiledBlock && w.K % w.packed.block_size == 0;
 }
 
 // f(m0, m1, those rows of x in the order that `arrange` gives) for groups of rows.
@@ -171,12 +174,14 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const int64_t M = x.size(0), K = x.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
-  const bool tiled = takes_tiles(w, type), few = tiled ? M <= kTiledFewRows : takes_nibbles(w, x), direct = !few && (tiled || native(type));
+  const Way way = way_of(M, K, type, block_size);
+  const bool few = way == Way::nibbles || (way == Way::tiles && M <= kTiledFewRows);
+  const bool direct = !few && (way == Way::tiles || native(type));
   // In x's own type where the vendor GEMM writes it, in fp32 else.
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
   if (M && N) {
-    if (tiled) multiply_rows_tiled(w, x, y);
-    else if (few) multiply_nibbles(w, x, y);
+    if (way == Way::tiles) multiply_rows_tiled(w, x, y);
+    else if (way == Way::nibbles) multiply_nibbles(w, x, y);
     else multiply_rows(w, direct ? x : to_f32(x), y);
   }
   if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, y, true);
@@ -193,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
-  const bool tiled = takes_tiles(w, type_of(dy)), direct = tiled || native(type_of(dy));
+  const bool tiled = way_of(M, K, type_of(dy), block_size) == Way::tiles, direct = tiled || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
   const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
   if (need_dx && M && K) {
@@ -208,6 +213,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
 }
 
 }  // namespace
+
+// The way of a forward pass, for people to read.
+std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size) {
+  const Type type = dtype == "bfloat16" ? Type::bf16 : dtype == "float16" ? Type::f16 : Type::f32;
+  switch (way_of(M, K, type, block_size)) {
+    case Way::tiles: return "tiles";
+    case Way::nibbles: return "nibbles";
+    default: return "panels";
+  }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CPU, m) {
   m.impl("linear4bit_fwd", TORCH_BOX(&linear4bit_fwd));

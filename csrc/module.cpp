@@ -14,6 +14,7 @@
 
 namespace fastpeft {
 void set_native_gemm(bool bf16, bool f16);
+std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -33,5 +34,7 @@ PYBIND11_MODULE(_C, m) {
                                       name + "'");
       },
       pybind11::arg("name"));
+  m.def("linear4bit_way", &fastpeft::linear4bit_way, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
+        pybind11::arg("block_size"));
   m.def("set_native_gemm", &fastpeft::set_native_gemm, pybind11::arg("bf16"), pybind11::arg("f16"));
 }

@@ -70,7 +70,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                          aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
@@ -82,13 +82,13 @@ inline Tensor nothing(const Tensor& t) { return empty_like(t, {0}); }
 inline Tensor transpose(const Tensor& t) {
   const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
   AtenTensorHandle view;  // its offset is counted from the tensor's own
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
   return Tensor(view);
 }
 
 // y = beta · y + a b: the vendor GEMM.
 inline void gemm(const Tensor& y, const Tensor& a, const Tensor& b, double beta = 1.0) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), beta, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), beta, 1.0));
 }
 
 }  // namespace fastpeft

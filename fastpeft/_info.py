@@ -97,17 +97,27 @@ def _strategy(backend: str, x: torch.Tensor, w: torch.Tensor, rank: int, p: floa
     return f"upcast: accumulate in fp32, as this processor has no {name} arithmetic"
 
 
-def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int) -> str:
+_CPU_4BIT = {
+    "tiles": "tiles: decoded in the cache for the matrix units, rows of any number",
+    "nibbles": "nibbles: few rows multiply the packed weight",
+    "panels": "panels: dequantised in the cache for the vendor GEMM",
+}
+
+
+def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int, rank: int) -> str:
     if backend == "eager":
         return "eager: the reference, op by op"
     if backend == "cpp":
-        return "panels: dequantised in the cache for the vendor GEMM; a few rows multiply the packed weight"
-    use_small = importlib.import_module("fastpeft.kernels.linear4bit").use_small
-    if use_small(x, N, x.shape[1], block_size):
+        way = importlib.import_module("fastpeft._native").linear4bit_way
+        return _CPU_4BIT[way(*x.shape, str(x.dtype).removeprefix("torch."), block_size)]
+    composition = importlib.import_module("fastpeft.kernels.linear4bit")
+    if composition.use_small(x, N, x.shape[1], block_size):
         return "small: one kernel reads the packed weight"
     if backend == "cuda" and importlib.import_module("fastpeft._cuda").use_mid(x, N, block_size):
         return "mid: one kernel reads the packed weight once for every 128 rows"
-    return "dequant: the weight is dequantised into a buffer, then the vendor GEMM"
+    if composition.use_augmented(x, N, rank):
+        return "augmented: the weight is dequantised into a buffer beside lora_B, then one vendor GEMM over K + R"
+    return "accumulate: rank-R product first, the weight dequantised into a buffer, then the vendor GEMM with beta = 1"
 
 
 def _call(op: str, backend: str, strategy: str, x: torch.Tensor, N: int, rank: int, p: float) -> Call:
@@ -133,7 +143,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             x, _, scales, quant_type, block_size, N, a, _, _, _, _, p, _ = arguments
             doubly = ", absmax in 8 bits" if len(scales) == 4 else ""
             rank, name = (0, "linear4bit") if a is None else (a.shape[0], "linear4bit_lora")
-            strategy = _strategy_4bit(backend, x, N, block_size)
+            strategy = _strategy_4bit(backend, x, N, block_size, rank)
             strategy = f"{strategy}; {quant_type} in blocks of {block_size}{doubly}"
             seen[_call(name, backend, strategy, x, N, rank, p)] += 1
 

@@ -24,6 +24,7 @@ linear4bit_bwd = _ops.linear4bit_bwd.default._op
 
 set_isa = _C.set_isa
 build_info = _C.build_info
+linear4bit_way = _C.linear4bit_way
 
 _NATIVE = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),

@@ -5,6 +5,11 @@
                 processor), and a launch and the fp32 sums / bandwidth where spans of K fill idle processors
     dequant     launch   + ramp / 2 + max(bytes / bandwidth, weights * seconds to decode one) + GEMM
 
+and how a dequantised weight meets the adapter:
+
+    accumulate  shrink, expand, GEMM, as in `_cost`
+    augmented   shrink   + x written / bandwidth, 2 launches for the thin columns, a GEMM over K + R
+
 Nothing here was measured: the ceilings are those of `_cost`, the decoding is counted in instructions of the compiled
 kernels. Only the standard library is imported, as in `_cost`.
 """
@@ -12,7 +17,7 @@ kernels. Only the standard library is imported, as in `_cost`.
 from functools import lru_cache
 from math import ceil
 
-from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time
+from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time, padded_rank, pass_time
 
 # 11 to 12 instructions a weight for sm_90, over integer, floating and shared-memory pipes: 6 slots of the integer pipe
 # alone, of which a mask takes 4 (`_cost.H100`).
@@ -23,12 +28,15 @@ FP32_DOT = 0.5  # share of the fp32 GEMM's rate that a tile of up to 64 rows rea
 # vendor GEMM's rate that a tile reaches: decoding takes a third, and mma.sync does 0.6 of what Hopper's wgmma does.
 MID_TILE = (128, 256, 64)
 MID_RATE, MID_RATE_HOPPER = 0.7, 0.45
+AUGMENTED_MARGIN = 0.02  # as MID_MARGIN, against a copy of x that stays until the GEMM is done
 MID_MARGIN = 0.2  # a predicted gain below this is no reason to leave the vendor's GEMM for a kernel that no one timed
 
 # Largest M that goes straight from the packed bytes. Key: (arch, dtype, N, K), as in ("sm90", "bf16", 4096, 4096).
 # tuned: begin
 LARGEST_SMALL: dict[tuple, int] = {}
 LARGEST_MID: dict[tuple, int] = {}
+# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. Key: (arch, dtype, N, K, padded R).
+LEAST_AUGMENTED: dict[tuple, int] = {}
 # tuned: end
 
 
@@ -90,3 +98,27 @@ def choose_small(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> boo
         return largest >= M
     arch = arch_of(arch_cc)
     return small_time(M, N, K, dtype, block_size, arch) < _dequant_time(M, N, K, dt, block_size, arch)
+
+
+def accumulate_time(M: int, N: int, K: int, R: int, dtype, arch: Arch) -> float:
+    """Seconds of shrink, expand and the GEMM that adds to y."""
+    parts = (pass_time(name, M, N, K, R, 0.0, dtype, arch) for name in ("shrink", "expand"))
+    return sum(parts) + gemm_time(M, N, K, dtype, arch)
+
+
+def augmented_time(M: int, N: int, K: int, R: int, dtype, arch: Arch) -> float:
+    """Seconds of a shrink that copies x, the two thin copies, and the GEMM over K + R."""
+    itemsize = 4 if dtype_name(dtype) == "fp32" else 2
+    shrink = pass_time("shrink", M, N, K, R, 0.0, dtype, arch) + M * K * itemsize / arch.copy_bw
+    return shrink + 2 * arch.launch + gemm_time(M, N, K + padded_rank(R), dtype, arch)
+
+
+@lru_cache(maxsize=4096)
+def choose_augmented(M: int, N: int, K: int, R: int, dtype, arch_cc) -> bool:
+    """Whether a dequantised weight [N, K] takes the adapter as R more columns: the table first, else the prediction."""
+    dt = dtype_name(dtype)
+    least = LEAST_AUGMENTED.get((f"sm{arch_cc}", dt, N, K, padded_rank(R)))
+    if least is not None:
+        return 0 < least <= M
+    arch = arch_of(arch_cc)
+    return augmented_time(M, N, K, R, dtype, arch) < (1 - AUGMENTED_MARGIN) * accumulate_time(M, N, K, R, dtype, arch)

@@ -1,6 +1,7 @@
 """w = code[nibble] * absmax of a packed 4-bit weight, both forms of scales, in one launch.
 
-packed uint8 [ceil(n / 2)], scales as in _fourbit.py, out n elements of fp32, bf16 or fp16; bit for bit what
+packed uint8 [ceil(n / 2)], scales as in _fourbit.py, out n elements of fp32, bf16 or fp16, in rows of `width` that lie
+`stride_out` apart; bit for bit what
 bitsandbytes writes. Fused: the second quantisation of absmax, the cast. Not stored: absmax in fp32.
 A tile row is a run of one block, so absmax is computed once a run.
 Memory-bound. Floor: n / 2 bytes and the scales read, n elements written.
@@ -30,8 +31,9 @@ def tile_space(arch, dtype, R=0, mode="plain"):
 
 @triton.jit
 def _dequantize_4bit_kernel(
-    packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, out_ptr, n, packed_bytes,
-    BLOCK: tl.constexpr, RUN: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP4: tl.constexpr, NESTED: tl.constexpr,
+    packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, out_ptr, n, packed_bytes, width, stride_out,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FP4: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
     bytes_ = (rows * (RUN // 2))[:, None] + tl.arange(0, RUN // 2)[None, :]
@@ -40,16 +42,21 @@ def _dequantize_4bit_kernel(
     absmax = block_absmax(absmax_ptr, code_ptr, scale_ptr, offset_ptr, first // BLOCK_SIZE, first < n, NESTED)
     w = decode(packed, FP4) * absmax[:, None]
     offs = first[:, None] + tl.arange(0, RUN)[None, :]
-    tl.store(out_ptr + offs, w.to(out_ptr.dtype.element_ty), mask=offs < n)
+    at = offs
+    if ROWS:
+        at = offs // width * stride_out + offs % width
+    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=offs < n)
 
 
 def dequantize_4bit(packed, scales, quant_type, block_size, out, *, tile=None):
-    """Fill `out`, contiguous, any shape of n elements."""
+    """Fill `out`: contiguous, any shape of n elements; or a matrix with contiguous rows further apart."""
     n = out.numel()
     if n == 0:
         return
     tile = dict(tile or lookup_tile(TILES, arch_of(out), out.dtype, 0))
     record("dequantize_4bit", n, (n + 1) // 2 + scale_bytes(scales), n * out.element_size())
-    constants = {"RUN": min(block_size, tile["BLOCK"]), **packed_flags(scales, quant_type, block_size)}
-    args = (packed, *scale_args(scales), out, n, (n + 1) // 2)
+    apart = not out.is_contiguous()
+    width, stride = (out.shape[1], out.stride(0)) if apart else (n, n)
+    constants = {"RUN": min(block_size, tile["BLOCK"]), "ROWS": apart, **packed_flags(scales, quant_type, block_size)}
+    args = (packed, *scale_args(scales), out, n, (n + 1) // 2, width, stride)
     launch(_dequantize_4bit_kernel, (-(-n // tile["BLOCK"]),), out, args, {**tile, **constants})

@@ -1,9 +1,11 @@
 """y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, with w [N, K] kept in 4 bits.
 
-small     up to 64 rows: shrink, one kernel on the packed bytes       | grad_b, grad_a writes dx, the like adds dy w
-dequant   shrink, expand writes y, dequantise, vendor GEMM y += x wᵀ  | grad_b, grad_a, dequantise, dx += dy w
-Which one is taken is data: `_fourbit_cost.choose_small`. Elements moved beside those of lora_linear's "accumulate":
-dequant writes and reads NK of x's dtype once a pass; small neither.
+small       up to 64 rows: shrink, one kernel on the packed bytes       | grad_b, grad_a writes dx, the like adds dy w
+accumulate  shrink, expand writes y, dequantise, vendor GEMM y += x wᵀ  | grad_b, grad_a, dequantise, dx += dy w
+augmented   shrink writes [x | s], dequantise [w | scale b], one vendor GEMM; backward as accumulate
+Which one is taken is data: `_fourbit_cost.choose_small` and `choose_augmented`. Elements moved beside those of
+lora_linear's "accumulate": all but small write and read NK of x's dtype once a pass; augmented writes MK more, but y
+only once.
 The dequantised weight lives from one launch to the next, in memory of torch's allocator: that is a cache by device and
 stream which grows, empties and follows CUDA graph capture by itself; a buffer kept here would outlive a graph's private
 pool, and two threads on one stream would share it.
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from fastpeft.kernels._common import arch_of, record
-from fastpeft.kernels._fourbit_cost import choose_small
+from fastpeft.kernels._fourbit_cost import choose_augmented, choose_small
 from fastpeft.kernels.dequantize_4bit import dequantize_4bit
 from fastpeft.kernels.linear4bit_small import linear4bit_small, linear4bit_small_dx, small_unmet
 from fastpeft.kernels.lora_expand import lora_expand
@@ -43,10 +45,32 @@ def use_small(x, N, K, block_size):
     return choose_small(M, N, K, x.dtype, block_size, arch_of(x))
 
 
+def use_augmented(x, N, R):
+    """Whether [x | s] is multiplied by the dequantised [w | scale b], and y written once."""
+    M, K = x.shape
+    return M > 0 and N > 0 and R > 0 and choose_augmented(M, N, K, R, x.dtype, arch_of(x))
+
+
 def _dequantized(like, packed, scales, quant_type, block_size, N, K, primitives):
     w = torch.empty((N, K), device=like.device, dtype=like.dtype)
     primitives.dequantize_4bit(packed, scales, quant_type, block_size, w)
     return w
+
+
+def _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives):
+    """(y, s) of one GEMM over K + R; rows of both factors are multiples of 16 bytes, the padding zero."""
+    (M, K), R = x.shape, a.shape[0]
+    width = K + R + -(K + R) % (16 // x.element_size())
+    left, right = x.new_empty(M, width), x.new_empty(N, width)
+    s = lora_shrink(x, a, p, seed, copy=left[:, :K])
+    primitives.dequantize_4bit(*weight, right[:, :K])
+    for factor, tail in ((left, s), (right, b * scale)):
+        factor[:, K + R :].zero_()
+        factor[:, K : K + R].copy_(tail)
+    record("augment", 0, M * R * x.element_size() + N * R * b.element_size(), (M + N) * (width - K) * x.element_size())
+    if lora_bias is not None:
+        bias = lora_bias.float() * scale if bias is None else torch.add(bias.float(), lora_bias, alpha=scale)
+    return _product(left, right.t(), None, bias), s
 
 
 def _product(left, right, out=None, bias=None):
@@ -66,8 +90,11 @@ def linear4bit_fwd(
     """(y [M, N], s [M, R] or [0] without an adapter); x with contiguous rows, a and b any float dtype and strides."""
     K = x.shape[1]
     weight = (packed, scales, quant_type, block_size)
+    small = use_small(x, N, K, block_size)
+    if not small and a is not None and use_augmented(x, N, a.shape[0]):
+        return _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives)
     s = x.new_empty(0) if a is None else lora_shrink(x, a, p, seed)
-    if use_small(x, N, K, block_size):
+    if small:
         return primitives.linear4bit_small(x, *weight, N, s, b, bias, lora_bias, scale), s
     y = None if a is None else lora_expand(s, b, bias, lora_bias, scale)
     w = _dequantized(x, *weight, N, K, primitives)

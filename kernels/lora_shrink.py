@@ -1,7 +1,8 @@
 """s = drop(x) aᵀ: the thin product that every LoRA forward starts with.
 
 x [M, K], a [R, K], s [M, R] in x.dtype; drop(x) = mask ∘ x / keep, the mask a pure function of (seed, row, column).
-Fused: dropout, the cast of a to x.dtype. Not stored: the mask, dropped x, a cast copy of a.
+Fused: dropout, the cast of a to x.dtype, and on demand a copy of x as it is. Not stored: the mask, dropped x, a cast
+copy of a.
 Memory-bound below R of about 200. Floor: MK + RK elements read, MR written, 2MKR FLOP.
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Philox-4x32: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 """
@@ -76,13 +77,15 @@ def _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak):
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak, stride_split, stride_om,
-    threshold, factor, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+    threshold, factor, copy_ptr, stride_cm,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     mask_m = (rows < M)[:, None]
     offs_r = tl.arange(0, BLOCK_R)
     x_rows = x_ptr + rows[:, None] * stride_xm
+    copy_rows = copy_ptr + rows[:, None] * stride_cm
     begin = split * span
     end = tl.minimum(begin + span, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -93,21 +96,30 @@ def _lora_shrink_kernel(
             bits = keep_bits(seed, rows, k // BLOCK_K, threshold)
             for j in tl.static_range(8):
                 cols = k + j * 32 + tl.arange(0, 32)
-                x = tl.load(x_rows + cols[None, :], mask=mask_m & (cols < K)[None, :], other=0.0)  # [BLOCK_M, 32]
+                mask = mask_m & (cols < K)[None, :]
+                x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, 32]
+                if COPY:
+                    tl.store(copy_rows + cols[None, :], x, mask=mask)
                 x = drop(x, bits, j)
                 a = _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak).to(x.dtype)
                 acc = tl.dot(x, a, acc, input_precision="ieee")
         else:
             cols = k + tl.arange(0, BLOCK_K)
-            x = tl.load(x_rows + cols[None, :], mask=mask_m & (cols < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            mask = mask_m & (cols < K)[None, :]
+            x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+            if COPY:
+                tl.store(copy_rows + cols[None, :], x, mask=mask)
             a = _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak).to(x.dtype)
             acc = tl.dot(x, a, acc, input_precision="ieee")
     ptrs = out_ptr + split.to(tl.int64) * stride_split + rows[:, None] * stride_om + offs_r[None, :]
     tl.store(ptrs, (acc * factor).to(out_ptr.dtype.element_ty), mask=mask_m & (offs_r < R)[None, :])
 
 
-def lora_shrink(x, a, p, seed, *, tile=None):
-    """s [M, R] = drop(x) aᵀ; x [M, K] with contiguous rows, a any float dtype and strides, seed int64 [1] or None."""
+def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
+    """s [M, R] = drop(x) aᵀ; x [M, K] with contiguous rows, a any float dtype and strides, seed int64 [1] or None.
+
+    copy: [M, K] with contiguous rows, in x.dtype, that x is written to as it is; only where R > 0.
+    """
     (M, K), R = x.shape, a.shape[0]
     s = torch.empty((M, R), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
@@ -123,14 +135,17 @@ def lora_shrink(x, a, p, seed, *, tile=None):
     out = split_output(s, splits)
     record(
         "lora_shrink", 2 * M * K * R, (chunks * M * K) * x.element_size() + R * K * a.element_size(),
-        s.numel() * s.element_size() if splits == 1 else 0, scratch_bytes=scratch_bytes((out, s)),
+        (s.numel() * (splits == 1) + M * K * (copy is not None)) * x.element_size(),
+        scratch_bytes=scratch_bytes((out, s)),
     )  # fmt: skip
+    to = x if copy is None else copy
     for first in range(0, R, block_r):
         part_a, part_out = a[first : first + block_r], out[..., first : first + block_r]
         args = (
             x, part_a, part_out, seed if dropout else x, M, K, part_a.shape[0], span, x.stride(0), *a.stride(),
-            out.stride(0) if splits > 1 else 0, R, threshold, factor,
+            out.stride(0) if splits > 1 else 0, R, threshold, factor, to, to.stride(0),
         )  # fmt: skip
-        launch(_lora_shrink_kernel, (tiles_m, splits), x, args, {**tile, "BLOCK_R": block_r, "DROPOUT": dropout})
+        constants = {"BLOCK_R": block_r, "DROPOUT": dropout, "COPY": copy is not None and first == 0}
+        launch(_lora_shrink_kernel, (tiles_m, splits), x, args, {**tile, **constants})
     reduce_splits("lora_shrink_reduce", [(out, s)])
     return s

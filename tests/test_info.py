@@ -39,6 +39,29 @@ def test_explain_a_module_of_no_operator():
     assert str(fastpeft.explain(torch.nn.Linear(3, 3), normal(1, 3))) == "no fastpeft operator was called"
 
 
+@pytest.mark.skipif("cpp" not in backends("linear4bit_fwd"), reason="the extension is not built")
+def test_explain_4_bits_on_a_cpu():
+    from fastpeft import _native
+
+    layer = fastpeft.QLoRALinear(linear(64, 64), rank=3, backend="cpp").eval()
+
+    def way(M, dtype):
+        (call,) = fastpeft.explain(layer, normal(M, 64, dtype=dtype)).calls
+        return call.strategy.split(":")[0]
+
+    try:
+        _native.set_isa("base")
+        assert [way(M, torch.bfloat16) for M in (1, 4, 5)] == ["nibbles", "nibbles", "panels"]
+        try:
+            _native.set_isa("amx_bf16")
+        except ValueError:
+            return
+        assert [way(M, torch.bfloat16) for M in (1, 500)] == ["tiles", "tiles"]
+        assert [way(M, torch.float32) for M in (1, 500)] == ["nibbles", "panels"]
+    finally:
+        _native.set_isa("auto")
+
+
 @pytest.mark.parametrize("backend", ["eager", *backends("linear4bit_fwd")])
 def test_explain_4_bits(backend):
     model = torch.nn.Sequential(*(fastpeft.QLoRALinear(linear(64, 64), rank=3, backend=backend) for _ in range(2)))

@@ -77,9 +77,11 @@ LINEAR = [
 ]
 
 
+@pytest.mark.parametrize("augmented", [False, True], ids=["accumulate", "augmented"])
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["p0", "p0.3"])
 @pytest.mark.parametrize("M, N, K, R", LINEAR)
-def test_linear4bit(M, N, K, R, p, dtype):
+def test_linear4bit(M, N, K, R, p, dtype, augmented, monkeypatch):
+    monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: augmented)
     c = Case(M, N, K, R, dtype, p if R else 0.0)
     names = ("y", "dx", "da", "db", "dbias")
 

@@ -63,6 +63,39 @@ def test_small_moves_no_more_than_it_must(M):
     assert ideal <= moved(launches) <= 1.05 * ideal
 
 
+def forward_bytes(monkeypatch, augmented, M, R, p):
+    monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: augmented)
+    seed = meta(1, dtype=torch.int64) if p else None
+    with _common.count_launches() as launches:
+        linear4bit.linear4bit_fwd(meta(M, K), *meta_weight(N, K), N, meta(R, K), meta(N, R), None, None, 1.0, p, seed)
+    return moved(launches), [one.name for one in launches if not one.name.endswith("_reduce")]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_augmented_writes_y_once(monkeypatch, p):
+    """Beside the dequantised weight, written and read: x read and copied, the copy read, y written; accumulate reads y too."""
+    M, R = 2048, 16
+    weight = PACKED + 2 * 2 * N * K
+    augmented, names = forward_bytes(monkeypatch, True, M, R, p)
+    assert names == ["lora_shrink", "dequantize_4bit", "augment", "gemm"]
+    ideal = weight + 2 * (3 * M * K + M * N)
+    assert ideal <= augmented <= 1.03 * ideal
+    accumulate, names = forward_bytes(monkeypatch, False, M, R, p)
+    assert names == ["lora_shrink", "lora_expand", "dequantize_4bit", "gemm"]
+    ideal = weight + 2 * (2 * M * K + 3 * M * N)
+    assert ideal <= accumulate <= 1.03 * ideal
+
+
+def test_augmented_is_chosen_where_y_is_wider_than_x(monkeypatch):
+    choose = _fourbit_cost.choose_augmented
+    assert choose(2048, 14336, 4096, 16, torch.bfloat16, 90)
+    assert not choose(2048, 4096, 14336, 16, torch.bfloat16, 90)
+    monkeypatch.setitem(_fourbit_cost.LEAST_AUGMENTED, ("sm90", "bf16", 4096, 14336, 16), 1000)
+    choose.cache_clear()
+    assert choose(2048, 4096, 14336, 16, torch.bfloat16, 90) and not choose(999, 4096, 14336, 9, torch.bfloat16, 90)
+    choose.cache_clear()
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """fastpeft._cuda, its primitives answered by the reference: what is tested is how it calls them."""
@@ -128,9 +161,12 @@ def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
 
 def test_explained_paths(cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastpeft._cuda", cuda[0])
-    for rows, path in ((9, "small"), (70, "mid"), (600, "dequant")):
+    monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: False)
+    for rows, path in ((9, "small"), (70, "mid"), (600, "accumulate")):
         x = torch.empty(rows, 64, dtype=torch.bfloat16)
-        assert _info._strategy_4bit("cuda", x, 40, 64).startswith(f"{path}: ")
+        assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith(f"{path}: ")
+    monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: True)
+    assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith("augmented: ")
 
 
 def test_no_cuda_in_this_extension():
