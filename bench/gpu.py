@@ -26,6 +26,7 @@ STAGES = {"correctness": 180, "tune": 140, "bench": 200, "fourbit": 60}  # secon
 GRACE = 30  # for the compile in flight when a stage's own budget ran out
 TOTAL = 590  # of all stages; the last gets what the others left
 LINES = 24
+LORA_16 = "16-bit LoRA"  # the peer of a QLoRA layer
 FOURBIT_SHOWN = ("dequantize 14336", "forward 16x4096", "lora 2048x4096->14336")  # the other rows are in the JSON
 
 
@@ -70,12 +71,13 @@ def stage_tune(device: str, dry_run: bool, budget_s: float) -> dict:
     import shutil
 
     import tune
+    import tune_fourbit
 
     def work(root: Path) -> dict:
         tuner = tune.Tuner(
             device, budget_s, root, tiny=dry_run, log=lambda line: print(line, flush=True), fresh=dry_run
         )
-        return tuner.run((16,) if dry_run else (16, 64))
+        return tune_fourbit.run_all(tuner, (16,) if dry_run else (16, 64))
 
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +95,7 @@ def stage_tune(device: str, dry_run: bool, budget_s: float) -> dict:
         "errors": state["errors"],
         "jobs": f"{done} of {len(state['jobs'])} done, {won} tiles new",
         "strategies": {key: row["choice"] for key, row in state["strategies"].items()},
+        "fourbit_rows": state["fourbit"],
     }
 
 
@@ -150,6 +153,17 @@ def run_stage(name: str, device: str, dry_run: bool, budget_s: float) -> dict:
     return result | {"seconds": round(time.monotonic() - started, 1)}
 
 
+def fourbit_aims(cases: dict[str, dict[str, float]]) -> list[str]:
+    """A line of QLoRA over LoRA on a 16-bit weight, forward and backward, beside what is aimed at."""
+    ratios = []
+    for case, peers in cases.items():
+        ours = [us for name, us in peers.items() if name.startswith("ours")]
+        if case.startswith("lora") and ours and LORA_16 in peers:
+            aim = 1.05 if case.startswith("lora 8192x") else 1.10
+            ratios.append(f"{case.removeprefix('lora ')} {min(ours) / peers[LORA_16]:.2f} (aim {aim:.2f})")
+    return [f"QLoRA / 16-bit LoRA: {', '.join(ratios)}"] if ratios else []
+
+
 def summary(data: dict) -> list[str]:
     """At most LINES lines: what passed, what failed and why, the ratios."""
     env, stages = data["environment"], data["stages"]
@@ -165,6 +179,7 @@ def summary(data: dict) -> list[str]:
         if "jobs" in row:
             choices = list(row["strategies"].values())
             lines.append(f"     tiles: {row['jobs']}; strategies: fused in {choices.count('fused')} of {len(choices)}")
+            lines.append(f"     4-bit tables: {len(row['fourbit_rows'])} limits")
     bench = stages.get("bench", {})
     for case, ratios in bench.get("ratios", {}).items():
         cells = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name.endswith("p=0.1"))
@@ -179,6 +194,7 @@ def summary(data: dict) -> list[str]:
     for case, peers in stages.get("fourbit", {}).get("fourbit", {}).items():
         if case.startswith(FOURBIT_SHOWN):
             lines.append(f"4-bit {case}, us: " + ", ".join(f"{name} {us:.0f}" for name, us in peers.items()))
+    lines += fourbit_aims(stages.get("fourbit", {}).get("fourbit", {}))
     absent = {**stages.get("fourbit", {}).get("absent", {}), **bench.get("absent", {})}
     reasons = sorted({f"{name.split(' p=')[0]}: {why}" for name, why in absent.items()})
     lines += [f"absent {reason}"[:160] for reason in reasons]

@@ -15,6 +15,7 @@ _tree.ensure_importable()
 import torch  # noqa: E402
 
 from fastpeft import dispatch, ops  # noqa: E402
+from gpu import LORA_16  # noqa: E402
 from roofline import measure  # noqa: E402
 from timing import Race  # noqa: E402
 
@@ -99,6 +100,7 @@ def peers(case: Case, device: str, dtype: torch.dtype) -> tuple[dict[str, Callab
 
     linear = torch.nn.functional.linear
     calls = {case.base: step(lambda: linear(x, w), x)}
+    calls[LORA_16] = step(lambda: ops.lora_linear(x, w, a, b, scale=SCALE), x, a, b)
     for name in able:
         calls[f"ours {name}"] = step(
             lambda name=name: ops.linear4bit_lora(x, weight, a, b, scale=SCALE, backend=name), x, a, b

@@ -2,9 +2,10 @@
 
     python bench/tune.py [--seconds 150] [--ranks 16,64] [--fresh]
 
-Written: the dict between `# tiles: begin` and `# tiles: end` of each kernel file, and kernels/_strategy_table.py; each
-under a temporary name, then renamed. A search walks one tile key at a time from the table's current entry (a candidate
-is a compile of seconds, so no full grid); a winner must compute what the current entry does before it is written.
+Written: the dict between `# tiles: begin` and `# tiles: end` of each kernel file, kernels/_strategy_table.py and, by
+bench/tune_fourbit.py, the tables of kernels/_fourbit_cost.py; each under a temporary name, then renamed. A search walks
+one tile key at a time from the table's current entry (a candidate is a compile of seconds, so no full grid); a winner
+must compute what the current entry does before it is written.
 Resumable: bench/results/tune_state.json holds every timing; what is done for these sources and this GPU is not redone.
 """
 
@@ -283,7 +284,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("tune: device must be a CUDA GPU, got none; the tables that ship need no tuning to work")
-    Tuner("cuda", args.seconds, _tree.ROOT / "kernels", fresh=args.fresh).run(tuple(map(int, args.ranks.split(","))))
+    from tune_fourbit import run_all  # which imports this file
+
+    tuner = Tuner("cuda", args.seconds, _tree.ROOT / "kernels", fresh=args.fresh)
+    run_all(tuner, tuple(map(int, args.ranks.split(","))))
 
 
 if __name__ == "__main__":

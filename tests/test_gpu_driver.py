@@ -20,6 +20,7 @@ import _tree  # noqa: E402
 _tree.ensure_importable()
 import gpu  # noqa: E402
 import tune  # noqa: E402
+import tune_fourbit  # noqa: E402
 from timing import Race, quartiles  # noqa: E402
 
 
@@ -68,6 +69,28 @@ def test_needs_a_gpu():
         [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu"], capture_output=True, text=True
     )
     assert run.returncode == 2 and "device must be cuda outside a dry run" in run.stderr
+
+
+def test_fourbit_limits_are_written(tmp_path):
+    """The tables come back as they were given, the formulas around them stay; a limit ends at the first loss."""
+    path = tmp_path / "_fourbit_cost.py"
+    text = (ROOT / "kernels" / path.name).read_text()
+    path.write_text(text)
+    tables = {"LARGEST_SMALL": {("sm90", "bf16", 64, 128): 32}, "LARGEST_MID": {}, "LEAST_AUGMENTED": {("sm90", "bf16", 64, 128, 16): 0}}
+    tune.replace_section(path, "tuned", tune_fourbit.format_tables(tables))
+    read = {}
+    exec(path.read_text().split("# tuned: begin")[1].split("# tuned: end")[0], read)
+    assert {name: read[name] for name in tables} == tables
+    tune.replace_section(path, "tuned", tune_fourbit.format_tables({name: {} for name in tables}))
+    assert path.read_text() == text
+    assert tune_fourbit.limit((1, 4, 8), lambda row: row != 8) == 4
+    assert tune_fourbit.limit((1, 4, 8), lambda row: row > 1) == 0
+
+
+def test_fourbit_aims():
+    cases = {"lora 2048x4096->14336": {"16-bit LoRA": 100.0, "ours cuda": 108.0, "ours triton": 120.0}, "forward 1x1->1": {}}
+    assert gpu.fourbit_aims(cases) == ["QLoRA / 16-bit LoRA: 2048x4096->14336 1.08 (aim 1.10)"]
+    assert gpu.fourbit_aims({}) == []
 
 
 def test_tables_are_rewritten(tmp_path):

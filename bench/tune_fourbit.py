@@ -1,0 +1,139 @@
+"""Times the ways of a product with a 4-bit weight and writes where each pays; `bench/tune.py` runs it last.
+
+Written: the dicts of kernels/_fourbit_cost.py between `# tuned: begin` and `# tuned: end`. A way that reads the packed
+bytes is taken up to the largest number of rows, of those timed, before the first at which it does not win by MARGIN.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+
+import _tree
+
+_tree.ensure_importable()
+import torch  # noqa: E402
+
+from timing import Race  # noqa: E402
+from tune import MARGIN, SCALE, Tuner, _one_line, replace_section  # noqa: E402
+
+SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))  # N, K
+RANK = 16
+# The rows that each table is timed at.
+ROWS = {
+    "LARGEST_SMALL": (1, 4, 8, 16, 32, 64),
+    "LARGEST_MID": (96, 128, 256, 512),
+    "LEAST_AUGMENTED": (8192, 2048, 512),
+}
+COMMENTS = {
+    "LEAST_AUGMENTED": "# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. "
+    "Key: (arch, dtype, N, K, padded R).",
+}
+
+
+def format_tables(tables: dict[str, dict[tuple, int]]) -> str:
+    """The section of kernels/_fourbit_cost.py."""
+    lines = []
+    for name, table in tables.items():
+        lines += [COMMENTS[name]] if name in COMMENTS else []
+        entries = [f"    {key!r}: {table[key]!r},".replace("'", '"') for key in sorted(table, key=str)]
+        lines += [f"{name}: dict[tuple, int] = {{", *entries, "}"] if entries else [f"{name}: dict[tuple, int] = {{}}"]
+    return "\n".join(lines)
+
+
+def limit(rows: tuple[int, ...], wins: Callable[[int], bool]) -> int:
+    """The last of `rows` before the first that does not win; 0 where already the first does not."""
+    last = 0
+    for row in rows:
+        if not wins(row):
+            break
+        last = row
+    return last
+
+
+class FourBit:
+    """The thresholds of one GPU, on the budget, the state and the folder of a Tuner."""
+
+    def __init__(self, tuner: Tuner):
+        from fastpeft.kernels import _fourbit_cost, linear4bit
+
+        self.tuner, self.cost, self.composition = tuner, _fourbit_cost, linear4bit
+        self.cuda: ModuleType | None = None
+        if tuner.device == "cuda":
+            with contextlib.suppress(ImportError):
+                self.cuda = importlib.import_module("fastpeft._cuda")
+        self.forward = (self.cuda or linear4bit).linear4bit_fwd
+
+    @contextlib.contextmanager
+    def way(self, table: str, on: bool) -> Iterator[None]:
+        """Within, products take the way of this table, or the one beside it."""
+        taken = {"choose_small": table == "LARGEST_SMALL" and on, "choose_augmented": table == "LEAST_AUGMENTED" and on}
+        places = [(self.composition, name, value) for name, value in taken.items()]
+        if self.cuda is not None:
+            places.append((self.cuda, "choose_mid", table == "LARGEST_MID" and on))
+        before = [getattr(module, name) for module, name, _ in places]
+        for module, name, value in places:
+            setattr(module, name, lambda *_, value=value: value)
+        try:
+            yield
+        finally:
+            for (module, name, _), choose in zip(places, before, strict=True):
+                setattr(module, name, choose)
+
+    def wins(self, table: str, N: int, K: int, dtype: torch.dtype, M: int) -> bool:
+        from fastpeft import ops
+
+        gen = torch.Generator(device=self.tuner.device).manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=gen, device=self.tuner.device)
+
+        weight = ops.quantize_4bit(normal(N, K).to(dtype) / K**0.5)
+        packed = (weight.packed, weight.scales, weight.quant_type, weight.block_size)
+        x, a, b = normal(M, K).to(dtype), normal(RANK, K) / K**0.5, normal(N, RANK)
+
+        def call(on: bool) -> None:
+            with self.way(table, on):
+                self.forward(x, *packed, N, a, b, None, None, SCALE, 0.0, None)
+
+        race = Race({"this": lambda: call(True), "other": lambda: call(False)}, self.tuner.device)
+        race.run(0.1, min_rounds=1 if self.tuner.tiny else 7, max_rounds=1 if self.tuner.tiny else 31)
+        return race.summary("other")["this"]["ratio"] < 1 - MARGIN
+
+    def run(self, dtype: torch.dtype) -> None:
+        from fastpeft.kernels._cost import dtype_name, padded_rank
+
+        done = self.tuner.state.setdefault("fourbit", {})
+        for N, K in ((64, 128),) if self.tuner.tiny else SHAPES:
+            for table, rows in ROWS.items():
+                key = (f"sm{self.tuner.arch}", dtype_name(dtype), N, K)
+                if table == "LEAST_AUGMENTED":
+                    key += (padded_rank(RANK),)
+                name = f"{table} {key}"
+                if name in done or self.tuner.left() <= 0 or (table == "LARGEST_MID" and self.cuda is None):
+                    continue
+                wins = partial(self.wins, table, N, K, dtype)
+                try:
+                    done[name] = limit(rows[-1:] if self.tuner.tiny else rows, wins)
+                except Exception as error:  # the prediction goes on to serve, and the summary says why
+                    self.tuner.still_alive()
+                    self.tuner.state["errors"].append(f"{name}: {_one_line(error)}")
+                    continue
+                getattr(self.cost, table)[key] = done[name]
+                tables = {name: getattr(self.cost, name) for name in ROWS}
+                replace_section(self.tuner.root / "_fourbit_cost.py", "tuned", format_tables(tables))
+                self.tuner.save()
+                self.tuner.log(f"tune: {name}: {done[name]} rows")
+        for choose in (self.cost.choose_small, self.cost.choose_mid, self.cost.choose_augmented):
+            choose.cache_clear()
+
+
+def run_all(tuner: Tuner, ranks: tuple[int, ...]) -> dict:
+    """The LoRA kernels', the strategies' and the 4-bit tables; the state."""
+    end = tuner.deadline
+    tuner.deadline -= 0.15 * tuner.left()
+    tuner.run(ranks)
+    tuner.deadline = end
+    FourBit(tuner).run(torch.float16 if tuner.device == "cpu" else torch.bfloat16)
+    return tuner.state
