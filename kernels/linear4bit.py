@@ -64,7 +64,7 @@ def _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives):
     left, right = x.new_empty(M, width), x.new_empty(N, width)
     s = lora_shrink(x, a, p, seed, copy=left[:, :K])
     primitives.dequantize_4bit(*weight, right[:, :K])
-    for factor, tail in ((left, s), (right, b * scale)):
+    for factor, tail in ((left, s), (right, b.float() * scale)):
         factor[:, K + R :].zero_()
         factor[:, K : K + R].copy_(tail)
     record("augment", 0, M * R * x.element_size() + N * R * b.element_size(), (M + N) * (width - K) * x.element_size())
