@@ -117,6 +117,8 @@ def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int, rank:
         return "mid: one kernel reads the packed weight once for every 128 rows"
     if composition.use_augmented(x, N, rank):
         return "augmented: the weight is dequantised into a buffer beside lora_B, then one vendor GEMM over K + R"
+    if not rank:
+        return "dequant: the weight is dequantised into a buffer, then the vendor GEMM; there is no adapter"
     return "accumulate: rank-R product first, the weight dequantised into a buffer, then the vendor GEMM with beta = 1"
 
 

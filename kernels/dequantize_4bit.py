@@ -32,7 +32,7 @@ def tile_space(arch, dtype, R=0, mode="plain"):
 @triton.jit
 def _dequantize_4bit_kernel(
     packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, out_ptr, n, packed_bytes, width, stride_out,
-    BLOCK: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, WHOLE_RUNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, FP4: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
@@ -43,7 +43,9 @@ def _dequantize_4bit_kernel(
     w = decode(packed, FP4) * absmax[:, None]
     offs = first[:, None] + tl.arange(0, RUN)[None, :]
     at = offs
-    if ROWS:
+    if ROWS and WHOLE_RUNS:
+        at = (first // width * (stride_out - width))[:, None] + offs
+    elif ROWS:
         at = offs // width * stride_out + offs % width
     tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=offs < n)
 
@@ -57,6 +59,9 @@ def dequantize_4bit(packed, scales, quant_type, block_size, out, *, tile=None):
     record("dequantize_4bit", n, (n + 1) // 2 + scale_bytes(scales), n * out.element_size())
     apart = not out.is_contiguous()
     width, stride = (out.shape[1], out.stride(0)) if apart else (n, n)
-    constants = {"RUN": min(block_size, tile["BLOCK"]), "ROWS": apart, **packed_flags(scales, quant_type, block_size)}
+    run = min(block_size, tile["BLOCK"])
+    # A 64-bit division a weight costs more than to decode it; where no run spans two rows, one a run is enough.
+    constants = {"RUN": run, "ROWS": apart, "WHOLE_RUNS": width % run == 0}
+    constants |= packed_flags(scales, quant_type, block_size)
     args = (packed, *scale_args(scales), out, n, (n + 1) // 2, width, stride)
     launch(_dequantize_4bit_kernel, (-(-n // tile["BLOCK"]),), out, args, {**tile, **constants})

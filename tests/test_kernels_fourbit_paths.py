@@ -13,7 +13,7 @@ from fastpeft.kernels._cost import H100
 from fastpeft import _info
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import linear4bit as eager
-from kernels_fourbit_cases import MARKS, Case, dequantized
+from kernels_fourbit_cases import MARKS, Case, dequantized, weight
 
 pytestmark = MARKS
 
@@ -167,6 +167,16 @@ def test_explained_paths(cuda, monkeypatch):
         assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith(f"{path}: ")
     monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: True)
     assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith("augmented: ")
+    assert _info._strategy_4bit("cuda", x, 40, 64, 0).startswith("dequant: ")
+
+
+@pytest.mark.parametrize("rows, width", [(5, 192), (3, 96), (1, 64)])
+def test_dequantise_into_rows_further_apart(rows, width):
+    """192 is whole blocks of 64, 96 is not; what lies between the rows is left alone."""
+    packed, w = weight(rows, width)
+    room = torch.full((rows, width + 16), 7.0)
+    dequantize.dequantize_4bit(*packed, room[:, :width])
+    assert torch.equal(room[:, :width], w) and (room[:, width:] == 7.0).all()
 
 
 def test_no_cuda_in_this_extension():
