@@ -107,7 +107,8 @@ def quantize_4bit(op, x_dtype, R, a_dtype):
 
 def dequantize_4bit(op, x_dtype, R, a_dtype):
     for quant_type, block_size, double in FORMATS:
-        for out in (meta((N, K), x_dtype), meta((N, K + 16), x_dtype)[:, :K]):
+        wide = meta((N, K + 16), x_dtype)
+        for out in (meta((N, K), x_dtype), wide[:, :K], wide[:, : K - 16]):  # the last: blocks that span two rows
             op.dequantize_4bit(*packed_weight(block_size, double), quant_type, block_size, out)
 
 
