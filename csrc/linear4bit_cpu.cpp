@@ -2,6 +2,8 @@
 //
 // Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
 // that W in 16 bits is neither written to memory nor read from it.
+#include <stdexcept>
+
 #include "base_product.h"
 #include "fourbit_weight.h"
 #include "lora_adapter.h"
@@ -216,6 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
 
 // The way of a forward pass, for people to read.
 std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size) {
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16")
+    throw std::invalid_argument("linear4bit_way: dtype must be float32, bfloat16 or float16, got " + dtype);
   const Type type = dtype == "bfloat16" ? Type::bf16 : dtype == "float16" ? Type::f16 : Type::f32;
   switch (way_of(M, K, type, block_size)) {
     case Way::tiles: return "tiles";

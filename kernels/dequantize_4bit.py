@@ -60,7 +60,7 @@ def dequantize_4bit(packed, scales, quant_type, block_size, out, *, tile=None):
     apart = not out.is_contiguous()
     width, stride = (out.shape[1], out.stride(0)) if apart else (n, n)
     run = min(block_size, tile["BLOCK"])
-    # A 64-bit division a weight costs more than to decode it; where no run spans two rows, one a run is enough.
+    # Where no run spans two rows: one 64-bit division a run, not one a weight.
     constants = {"RUN": run, "ROWS": apart, "WHOLE_RUNS": apart and width % run == 0}
     constants |= packed_flags(scales, quant_type, block_size)
     args = (packed, *scale_args(scales), out, n, (n + 1) // 2, width, stride)

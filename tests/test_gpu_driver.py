@@ -76,7 +76,8 @@ def test_fourbit_limits_are_written(tmp_path):
     path = tmp_path / "_fourbit_cost.py"
     text = (ROOT / "kernels" / path.name).read_text()
     path.write_text(text)
-    tables = {"LARGEST_SMALL": {("sm90", "bf16", 64, 128): 32}, "LARGEST_MID": {}, "LEAST_AUGMENTED": {("sm90", "bf16", 64, 128, 16): 0}}
+    key = ("sm90", "bf16", 64, 128)
+    tables = {"LARGEST_SMALL": {key: 32}, "LARGEST_MID": {}, "LEAST_AUGMENTED": {(*key, 16): 0}}
     tune.replace_section(path, "tuned", tune_fourbit.format_tables(tables))
     read = {}
     exec(path.read_text().split("# tuned: begin")[1].split("# tuned: end")[0], read)

@@ -69,6 +69,7 @@ def test_small_says_what_it_does_not_serve():
 LINEAR = [
     pytest.param(9, 40, 64, 4, id="small"),
     pytest.param(70, 24, 64, 4, id="many-rows"),
+    pytest.param(65, 24, 80, 70, id="rank70"),
     pytest.param(6, 13, 45, 3, id="odd"),
     pytest.param(1, 8, 80, 1, id="K80"),
     pytest.param(0, 8, 64, 2, id="empty"),
