@@ -254,7 +254,7 @@ def run_check(ctx: Ctx, name: str) -> tuple[bool, str]:
     started = time.monotonic()
     try:
         passed, detail = True, CHECKS[name](ctx)
-    except Exception as error:
+    except Exception as error:  # a check that raises has failed: its row says why
         lines = str(error).strip().splitlines() or [""]
         passed, detail = False, f"{type(error).__name__}: {lines[0][:300]}"
     return passed, f"{detail} ({time.monotonic() - started:.0f} s)"

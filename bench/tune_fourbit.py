@@ -121,7 +121,7 @@ class FourBit:
                     self.tuner.state["errors"].append(f"{name}: {_one_line(error)}")
                     continue
                 getattr(self.cost, table)[key] = done[name]
-                tables = {name: getattr(self.cost, name) for name in ROWS}
+                tables = {each: getattr(self.cost, each) for each in ROWS}
                 replace_section(self.tuner.root / "_fourbit_cost.py", "tuned", format_tables(tables))
                 self.tuner.save()
                 self.tuner.log(f"tune: {name}: {done[name]} rows")

@@ -15,9 +15,12 @@ struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
-  void set(int tile, int of_rows, int of_pairs) {
-    rows[tile] = static_cast<uint8_t>(of_rows);
-    bytes[tile] = static_cast<uint16_t>(4 * of_pairs);
+  // Tiles [first, last).
+  void set(int first, int last, int of_rows, int of_pairs) {
+    for (int t = first; t < last; ++t) {
+      rows[t] = static_cast<uint8_t>(of_rows);
+      bytes[t] = static_cast<uint16_t>(4 * of_pairs);
+    }
   }
 };
 static_assert(sizeof(TileShapes) == 64);
@@ -99,7 +102,7 @@ struct Tiles {
 
 inline TileShapes full_tiles() {
   TileShapes shapes;
-  for (int t = 0; t < 8; ++t) shapes.set(t, kTileRows, kTilePairs);
+  shapes.set(0, 8, kTileRows, kTilePairs);
   return shapes;
 }
 

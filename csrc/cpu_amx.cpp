@@ -1,7 +1,6 @@
 // The kernels in AVX-512-BF16 and, where bf16 is multiplied, on the tile registers of AMX-BF16.
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 
 #include "cpu_kernels.h"
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)

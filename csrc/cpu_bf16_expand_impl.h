@@ -84,8 +84,8 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
   const int64_t steps = tiled_pairs((R + 1) / 2), ldl = (steps + kLanes / 2 - 1) / (kLanes / 2) * (kLanes / 2);
   const int one = static_cast<int>(smaller(steps, kTilePairs));
   TileShapes shapes = full_tiles();
-  for (int t : {4, 5}) shapes.set(t, kTileRows, one);
-  for (int t : {6, 7}) shapes.set(t, one, kTilePairs);
+  shapes.set(4, 6, kTileRows, one);
+  shapes.set(6, 8, one, kTilePairs);
   const Tiles tiles(shapes);
   std::memset(pairs, 0, static_cast<size_t>(kGroup * ldl) * 4);
   for (int64_t m = 0; m < rows; m += kGroup) {

@@ -29,7 +29,6 @@ bool may_use_tiles() {
 }
 
 bool runs(const Kernels* table) {
-  if (!table) return false;
 #if defined(__x86_64__)
   const bool tiles = !std::strcmp(table->name, "amx_bf16"), bf16 = tiles || !std::strcmp(table->name, "avx512_bf16");
   if (bf16 || !std::strcmp(table->name, "avx512"))
@@ -41,10 +40,16 @@ bool runs(const Kernels* table) {
   return true;
 }
 
+// The first table, from the best on, that runs here and that `wanted` takes; or null.
+template <class F>
+const Kernels* first_table(F wanted) {
+  for (const Kernels* table : {kernels_amx_bf16(), kernels_avx512_bf16(), kernels_avx512(), kernels_avx2(), kernels_base()})
+    if (table && wanted(*table) && runs(table)) return table;
+  return nullptr;
+}
+
 const Kernels* best() {
-  for (const Kernels* table : {kernels_amx_bf16(), kernels_avx512_bf16(), kernels_avx512(), kernels_avx2()})
-    if (runs(table)) return table;
-  return kernels_base();
+  return first_table([](const Kernels&) { return true; });
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -62,12 +67,9 @@ bool set_isa(const char* name) {
     chosen.store(best(), std::memory_order_relaxed);
     return true;
   }
-  for (const Kernels* table : {kernels_amx_bf16(), kernels_avx512_bf16(), kernels_avx512(), kernels_avx2(), kernels_base()})
-    if (table && !std::strcmp(table->name, name) && runs(table)) {
-      chosen.store(table, std::memory_order_relaxed);
-      return true;
-    }
-  return false;
+  const Kernels* table = first_table([name](const Kernels& one) { return !std::strcmp(one.name, name); });
+  if (table) chosen.store(table, std::memory_order_relaxed);
+  return table != nullptr;
 }
 
 }  // namespace fastpeft

@@ -164,8 +164,10 @@ void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, con
   const RightTiles right(M, K);
   const LeftRows left(w, K, absmax, n0, n1 - n0);
   TileShapes shapes = full_tiles();
-  if (right.count == 1)
-    for (int t : {0, 1, 2, 3, 5}) shapes.set(t, kTileRows, right.columns);
+  if (right.count == 1) {
+    shapes.set(0, 4, kTileRows, right.columns);
+    shapes.set(5, 6, kTileRows, right.columns);
+  }
   const Tiles tiles(shapes);
   if (right.count == 1) forward_few(x, right, M, left, y, type, ldy);
   else forward_many(x, right, M, left, sums, y, type, ldy);

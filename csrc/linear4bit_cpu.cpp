@@ -1,4 +1,5 @@
-// linear4bit on the CPU: a few rows of x on the nibbles as they lie, more through panels of W and the vendor GEMM.
+// linear4bit on the CPU: on tile registers where there are any; else a few rows of x on the nibbles as they lie, and more
+// through panels of W and the vendor GEMM.
 //
 // Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
 // that W in 16 bits is neither written to memory nor read from it.

@@ -63,8 +63,7 @@ def _product(
     scale: float,
 ) -> torch.Tensor:
     y = x.new_empty(x.shape[0], N)
-    if lora_bias is not None:
-        bias = lora_bias.float() * scale if bias is None else torch.add(bias.float(), lora_bias, alpha=scale)
+    bias = _composition.whole_bias(bias, lora_bias, scale)
     b = b if b is None or b.stride(1) == 1 else b.contiguous()
     kernel(x, *weight, None if b is None else s, b, bias, scale, False, y)
     return y

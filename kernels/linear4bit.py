@@ -57,10 +57,18 @@ def _dequantized(like, packed, scales, quant_type, block_size, N, K, primitives)
     return w
 
 
+def whole_bias(bias, lora_bias, scale):
+    """bias + scale · lora_bias, in fp32 where there is a lora_bias; None without both."""
+    if lora_bias is None:
+        return bias
+    return lora_bias.float() * scale if bias is None else torch.add(bias.float(), lora_bias, alpha=scale)
+
+
 def _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives):
     """(y, s) of one GEMM over K + R; rows of both factors are multiples of 16 bytes, the padding zero."""
     (M, K), R = x.shape, a.shape[0]
-    width = K + R + -(K + R) % (16 // x.element_size())
+    step = 16 // x.element_size()
+    width = -(-(K + R) // step) * step
     left, right = x.new_empty(M, width), x.new_empty(N, width)
     s = lora_shrink(x, a, p, seed, copy=left[:, :K])
     primitives.dequantize_4bit(*weight, right[:, :K])
@@ -68,9 +76,7 @@ def _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives):
         factor[:, K + R :].zero_()
         factor[:, K : K + R].copy_(tail)
     record("augment", 0, M * R * x.element_size() + N * R * b.element_size(), (M + N) * (width - K) * x.element_size())
-    if lora_bias is not None:
-        bias = lora_bias.float() * scale if bias is None else torch.add(bias.float(), lora_bias, alpha=scale)
-    return _product(left, right.t(), None, bias), s
+    return _product(left, right.t(), None, whole_bias(bias, lora_bias, scale)), s
 
 
 def _product(left, right, out=None, bias=None):
