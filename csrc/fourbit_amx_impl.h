@@ -1,6 +1,6 @@
 // x wᵀ of bf16 rows with a 4-bit weight as it is stored, on tile registers: see fourbit_planes_impl.h.
 #pragma once
-#include "fourbit_planes_impl.h"
+#include "fourbit_amx_few_impl.h"
 
 namespace {
 
@@ -12,7 +12,9 @@ struct RightTiles {
   int columns;
 };
 
-void arrange_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, uint32_t* out) {
+void arrange_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t block_size, uint32_t* out) {
+  const FewShape shape(m1 - m0, block_size);
+  if (shape.few()) return arrange_few(x, m0, shape, K, out);
   const RightTiles right(m1 - m0, K);
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
   const __mmask16 columns = static_cast<__mmask16>((1u << right.columns) - 1);
@@ -103,8 +105,8 @@ struct LeftAhead {
   alignas(64) uint16_t at[2][Depth * kPlanes][Rows][2 * kTilePairs];
 };
 
-// Up to 16 rows of x: 64 rows of W, in tile i the i-th 16. W through tile 4, x through 5.
-void forward_few(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type, int64_t ldy) {
+// Up to 16 rows of x, where they are not few: 64 rows of W, in tile i the i-th 16. W through tile 4, x through 5.
+void forward_16(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type, int64_t ldy) {
   constexpr int kRows = 4 * kTileRows;
   alignas(64) float sums[4 * kTileFloats];
   LeftAhead<kRows, 1> left(w);
@@ -115,13 +117,16 @@ void forward_few(const uint32_t* x, const RightTiles& right, int64_t M, const Le
       tile_load<5>(x + right.at(0, c * kPlanes + p), 4 * right.columns);
       tile_load<4>(own[0], 64);
       tile_dot<0, 4, 5>();
+      left.fill(kTileRows / kPlanes);
       tile_load<4>(own[kTileRows], 64);
       tile_dot<1, 4, 5>();
+      left.fill(kTileRows / kPlanes);
       tile_load<4>(own[2 * kTileRows], 64);
       tile_dot<2, 4, 5>();
+      left.fill(kTileRows / kPlanes);
       tile_load<4>(own[3 * kTileRows], 64);
       tile_dot<3, 4, 5>();
-      left.fill(kRows / kPlanes);
+      left.fill(kTileRows / kPlanes);
     }
   sums_store(sums);
   for (int64_t a = 0; a < w.rows; a += kTileRows) put_sums(sums + a * kTilePairs, 0, M, w.n0 + a, w.rows - a, y, type, ldy);
@@ -161,6 +166,8 @@ void forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const L
 
 void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* sums, void* y,
                    Type type, int64_t ldy) {
+  const FewShape shape(M, w.block_size);
+  if (shape.few()) return forward_few(x, shape, K, w, absmax, n0, n1, y, type, ldy);
   const RightTiles right(M, K);
   const LeftRows left(w, K, absmax, n0, n1 - n0);
   TileShapes shapes = full_tiles();
@@ -169,7 +176,7 @@ void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, con
     shapes.set(5, 6, kTileRows, right.columns);
   }
   const Tiles tiles(shapes);
-  if (right.count == 1) forward_few(x, right, M, left, y, type, ldy);
+  if (right.count == 1) forward_16(x, right, M, left, y, type, ldy);
   else forward_many(x, right, M, left, sums, y, type, ldy);
 }
 

@@ -26,7 +26,7 @@ constexpr int64_t kTiledColumns = 64, kTiledStrip = 256, kTiledWeights = 128, kT
 
 struct FourBitTiles {
   // To tiled_floats(m1 - m0, K).
-  void (*arrange_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, uint32_t* out);
+  void (*arrange_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t block_size, uint32_t* out);
   // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1), tiled_weights(M) at most; y fp32 or bf16 [M, ldy]. `absmax`: of the
   // blocks of these rows of W. `sums`: tiled_rows(M) * 32.
   void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* sums, void* y,

@@ -101,7 +101,7 @@ void for_tiled_groups(const Tensor& x, Arrange arrange, F f) {
     const int64_t m1 = std::min(m0 + kTiledGroup, M);
     Scratch rows(tiled_floats(m1 - m0, width));
     uint32_t* const to = reinterpret_cast<uint32_t*>(rows.data);
-    arrange(rows_of(x), m0, m1, width, to);
+    arrange(rows_of(x), m0, m1, to);
     f(m0, m1, to);
   }
 }
@@ -112,7 +112,10 @@ char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_d
 void multiply_rows_tiled(const Weight& w, const Tensor& x, const Tensor& y) {
   const FourBitKernels& kernel = four_bit();
   const int64_t row_blocks = w.K / w.packed.block_size;
-  for_tiled_groups(x, kernel.tiles->arrange_forward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+  const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) {
+    kernel.tiles->arrange_forward(rows, m0, m1, w.K, w.packed.block_size, to);
+  };
+  for_tiled_groups(x, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
     const int64_t step = tiled_weights(m1 - m0);
     parallel((w.N + step - 1) / step, [&](int64_t first, int64_t last) {
       Scratch absmax(step * row_blocks), sums(tiled_rows(m1 - m0) * 32);
@@ -134,7 +137,8 @@ void multiply_columns_tiled(const Weight& w, const Tensor& dy, const Tensor& dx)
     const int64_t begin = first * kRows * row_blocks, end = std::min(last * kRows, w.N) * row_blocks;
     kernel.absmax(w.packed.absmax, begin, end, absmax + begin);
   });
-  for_tiled_groups(dy, kernel.tiles->arrange_backward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+  const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) { kernel.tiles->arrange_backward(rows, m0, m1, w.N, to); };
+  for_tiled_groups(dy, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
     parallel((w.K + kTiledStrip - 1) / kTiledStrip, [&](int64_t first, int64_t last) {
       Scratch room(tiled_room(w.N) + tiled_rows(m1 - m0) * kTiledColumns);
       for (int64_t task = first; task < last; ++task)

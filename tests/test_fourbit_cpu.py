@@ -17,6 +17,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 2, 31, 63, 64, 65, 4096, 5001, 300 * 64 + 7]
 SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160), (49, 37, 320), (260, 35, 192)]
 
+FEW_ROWS = [
+    (1, 17, 64, 64), (1, 83, 1088, 64), (2, 16, 2112, 64), (3, 130, 1984, 64), (4, 70, 192, 64), (5, 70, 192, 64), (1, 33, 2176, 128),
+    (3, 66, 2304, 128), (7, 70, 1536, 512), (8, 20, 768, 256), (9, 20, 768, 256), (2, 3, 8192, 4096), (6, 65, 1024, 1024),
+]  # fmt: skip
+
 
 @pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def native(request):
@@ -143,28 +148,38 @@ def reference(given, lora, w, dtype):
     return {"y": y.detach()} | {"d" + name: grad for name, grad in zip(names, grads, strict=True)}
 
 
+def check_linear(native, shape, quant_type, block_size, double, dtype, lora):
+    M, N, K = shape
+    packed, scales, state = quantised(N * K, quant_type, block_size, double)
+    w = bnb.dequantize_4bit(packed.view(-1, 1), state).reshape(N, K)
+    given = {"x": normal(M, K, dtype=dtype), "bias": normal(N, dtype=dtype), "dy": normal(M, N, dtype=dtype)}
+    given |= {"a": normal(6, K, std=0.1), "b": normal(N, 6, std=0.1)}
+    a, b = (given["a"], given["b"]) if lora else (None, None)
+    weight = (packed, scales, quant_type, block_size)
+    y, s = native.linear4bit_fwd(given["x"], *weight, N, a, b, given["bias"], None, 0.5, 0.0, None)
+    needs = (True, lora, lora, True)
+    dx, da, db, dbias = native.linear4bit_bwd(given["dy"], given["x"], *weight, K, a, b, s, 0.5, 0.0, None, *needs)
+    ours = {"y": y, "dx": dx, "dbias": dbias} | ({"da": da, "db": db} if lora else {})
+    rounded = w.to(dtype)
+    assert_all_within_budget(
+        ours, reference(given, lora, rounded, dtype), reference(given, lora, w, torch.float64), dtype
+    )
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_linear(native, quant_type, dtype, lora, poisoned):
-    for M, N, K in SHAPES:
+    for shape in SHAPES:
         for block_size, double in ((32, False), (64, True), (128, True)):
-            packed, scales, state = quantised(N * K, quant_type, block_size, double)
-            w = bnb.dequantize_4bit(packed.view(-1, 1), state).reshape(N, K)
-            given = {"x": normal(M, K, dtype=dtype), "bias": normal(N, dtype=dtype), "dy": normal(M, N, dtype=dtype)}
-            given |= {"a": normal(6, K, std=0.1), "b": normal(N, 6, std=0.1)}
-            a, b = (given["a"], given["b"]) if lora else (None, None)
-            weight = (packed, scales, quant_type, block_size)
-            y, s = native.linear4bit_fwd(given["x"], *weight, N, a, b, given["bias"], None, 0.5, 0.0, None)
-            needs = (True, lora, lora, True)
-            dx, da, db, dbias = native.linear4bit_bwd(
-                given["dy"], given["x"], *weight, K, a, b, s, 0.5, 0.0, None, *needs
-            )
-            ours = {"y": y, "dx": dx, "dbias": dbias} | ({"da": da, "db": db} if lora else {})
-            rounded = w.to(dtype)
-            assert_all_within_budget(
-                ours, reference(given, lora, rounded, dtype), reference(given, lora, w, torch.float64), dtype
-            )
+            check_linear(native, shape, quant_type, block_size, double, dtype, lora)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "nested"])
+def test_linear_few_rows(native, double, poisoned):
+    """Up to where more than one block, or less than one, fills a vector of sums."""
+    for M, N, K, block_size in FEW_ROWS:
+        check_linear(native, (M, N, K), "nf4", block_size, double, torch.bfloat16, False)
 
 
 def test_linear_empty(native):
