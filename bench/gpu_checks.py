@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import gpu_checks_fourbit  # noqa: E402
+import gpu_checks_twins  # noqa: E402
 from fastpeft import dispatch  # noqa: E402
 from fastpeft.testing import EPS, error  # noqa: E402
 
@@ -246,6 +247,7 @@ CHECKS: dict[str, Callable[[Ctx], str]] = {
     "torch.compile": check_compile,
     "PEFT": check_peft,
     **gpu_checks_fourbit.CHECKS,
+    **gpu_checks_twins.CHECKS,
 }
 
 

@@ -3,9 +3,9 @@
     python bench/tune.py [--seconds 150] [--ranks 16,64] [--fresh]
 
 Written: the dict between `# tiles: begin` and `# tiles: end` of each kernel file, kernels/_strategy_table.py and, by
-bench/tune_fourbit.py, the tables of kernels/_fourbit_cost.py; each under a temporary name, then renamed. A search walks
-one tile key at a time from the table's current entry (a candidate is a compile of seconds, so no full grid); a winner
-must compute what the current entry does before it is written.
+bench/tune_fourbit.py, the tiles of the 4-bit kernels and the tables of kernels/_fourbit_cost.py; each under a temporary
+name, then renamed. A search walks one tile key at a time from the table's current entry (a candidate is a compile of
+seconds, so no full grid); a winner must compute what the current entry does before it is written.
 Resumable: bench/results/tune_state.json holds every timing; what is done for these sources and this GPU is not redone.
 """
 
@@ -15,6 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -154,7 +155,10 @@ class Tuner:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def tune_tiles(self, op: str, mode: str, R: int, dtype: torch.dtype, job_s: float) -> None:
+    def tune_tiles(
+        self, op: str, mode: str, R: int, dtype: torch.dtype, job_s: float, prepare: Callable[[ModuleType], Callable]
+    ) -> None:
+        """Tiles of one kernel's mode at rank R, or what stands for it; `prepare(module)` is called with a tile."""
         module = importlib.import_module(f"fastpeft.kernels.{op}")
         from fastpeft.kernels import _common
 
@@ -166,14 +170,10 @@ class Tuner:
         job = self.state["jobs"].setdefault(name, {"seconds": {}, "failed": {}, "done": False})
         if job["done"] or self.left() <= 0:
             return
-        M, N, K = (32, 256, 256) if self.tiny else SHAPES[0]
-        t = tensors(M, N, K, R, dtype, self.device)
+        call = prepare(module)
         start = _common.lookup_tile(module.TILES, self.arch, dtype, R, mode)
         space = module.tile_space(self.arch, dtype, R, mode)
         deadline = min(self.deadline, time.monotonic() + job_s)
-
-        def call(tile: dict):
-            return JOBS[op, mode](module, t, tile)
 
         best, best_s = start, self.time_tile(job, call, start)
         base_s, moved = best_s, True
@@ -266,8 +266,10 @@ class Tuner:
         reserve = 0.25 * self.left()  # for the strategies, which need the tuned tiles
         end, self.deadline = self.deadline, self.deadline - reserve
         for i, R in enumerate(ranks):
-            for n, (op, mode) in enumerate(JOBS):
-                self.tune_tiles(op, mode, R, dtype, self.left() / max(1, (len(ranks) - i) * len(JOBS) - n))
+            t = tensors(*shapes[0], R, dtype, self.device)
+            for n, ((op, mode), job) in enumerate(JOBS.items()):
+                share = self.left() / max(1, (len(ranks) - i) * len(JOBS) - n)
+                self.tune_tiles(op, mode, R, dtype, share, lambda module, job=job, t=t: partial(job, module, t))
         self.deadline = end
         if 90 <= self.arch < 120:  # elsewhere there is nothing to choose
             for M, N, K, R, p in strategies:

@@ -1,7 +1,8 @@
-"""Times the ways of a product with a 4-bit weight and writes where each pays; `bench/tune.py` runs it last.
+"""Times the tiles of the 4-bit Triton kernels, then the ways of a product with a 4-bit weight, for `bench/tune.py`.
 
-Written: the dicts of kernels/_fourbit_cost.py between `# tuned: begin` and `# tuned: end`. A way that reads the packed
-bytes is taken up to the largest number of rows, of those timed, before the first at which it does not win by MARGIN.
+Written: the tiles, as there, and where each way pays: the dicts of kernels/_fourbit_cost.py between `# tuned: begin`
+and `# tuned: end`. A way that reads the packed bytes is taken up to the largest number of rows, of those timed, before the
+first at which it does not win by MARGIN.
 """
 
 import contextlib
@@ -20,6 +21,9 @@ from tune import MARGIN, SCALE, Tuner, _one_line, replace_section  # noqa: E402
 
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))  # N, K
 RANK = 16
+# (op, mode, what its table has in place of a rank: the rows of a tile)
+TILES = (("dequantize_4bit", "plain", 0), ("linear4bit_small", "fwd", 16), ("linear4bit_small", "dx", 16),
+         ("linear4bit_small", "fwd", 64), ("linear4bit_small", "dx", 64))  # fmt: skip
 # The rows that each table is timed at.
 ROWS = {
     "LARGEST_SMALL": (1, 4, 8, 16, 32, 64),
@@ -81,17 +85,43 @@ class FourBit:
             for (module, name, _), choose in zip(places, before, strict=True):
                 setattr(module, name, choose)
 
-    def wins(self, table: str, N: int, K: int, dtype: torch.dtype, M: int) -> bool:
+    def normal(self, *shape: int) -> torch.Tensor:
+        gen = torch.Generator(device=self.tuner.device).manual_seed(0)
+        return torch.randn(shape, generator=gen, device=self.tuner.device)
+
+    def weight(self, N: int, K: int, dtype: torch.dtype) -> tuple:
+        """The packed weight, as launchers take it."""
         from fastpeft import ops
 
-        gen = torch.Generator(device=self.tuner.device).manual_seed(0)
+        weight = ops.quantize_4bit(self.normal(N, K).to(dtype) / K**0.5)
+        return weight.packed, weight.scales, weight.quant_type, weight.block_size
 
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=gen, device=self.tuner.device)
+    def run_tiles(self, dtype: torch.dtype) -> None:
+        N, K = (64, 128) if self.tuner.tiny else SHAPES[0]
+        packed = self.weight(N, K, dtype)
+        b = self.normal(N, RANK)
 
-        weight = ops.quantize_4bit(normal(N, K).to(dtype) / K**0.5)
-        packed = (weight.packed, weight.scales, weight.quant_type, weight.block_size)
-        x, a, b = normal(M, K).to(dtype), normal(RANK, K) / K**0.5, normal(N, RANK)
+        def prepare(mode: str, M: int, module: ModuleType) -> Callable[[dict], torch.Tensor]:
+            x, dy, s = (self.normal(M, width).to(dtype) for width in (K, N, RANK))
+
+            def dequantize(tile: dict) -> torch.Tensor:
+                out = torch.empty(N, K, dtype=dtype, device=self.tuner.device)
+                module.dequantize_4bit(*packed, out, tile=tile)
+                return out
+
+            return {
+                "plain": dequantize,
+                "fwd": lambda tile: module.linear4bit_small(x, *packed, N, s, b, None, None, SCALE, tile=tile),
+                "dx": lambda tile: module.linear4bit_small_dx(dy, *packed, K, None, tile=tile),
+            }[mode]
+
+        for n, (op, mode, rows) in enumerate(TILES):
+            share = self.tuner.left() / (len(TILES) - n)
+            self.tuner.tune_tiles(op, mode, rows, dtype, share, partial(prepare, mode, rows))
+
+    def wins(self, table: str, N: int, K: int, dtype: torch.dtype, M: int) -> bool:
+        packed = self.weight(N, K, dtype)
+        x, a, b = self.normal(M, K).to(dtype), self.normal(RANK, K) / K**0.5, self.normal(N, RANK)
 
         def call(on: bool) -> None:
             with self.way(table, on):
@@ -131,9 +161,13 @@ class FourBit:
 
 def run_all(tuner: Tuner, ranks: tuple[int, ...]) -> dict:
     """The LoRA kernels', the strategies' and the 4-bit tables; the state."""
-    end = tuner.deadline
-    tuner.deadline -= 0.15 * tuner.left()
+    end, left = tuner.deadline, tuner.left()
+    dtype = torch.float16 if tuner.device == "cpu" else torch.bfloat16
+    fourbit = FourBit(tuner)
+    tuner.deadline = end - 0.3 * left
     tuner.run(ranks)
+    tuner.deadline = end - 0.15 * left
+    fourbit.run_tiles(dtype)
     tuner.deadline = end
-    FourBit(tuner).run(torch.float16 if tuner.device == "cpu" else torch.bfloat16)
+    fourbit.run(dtype)
     return tuner.state

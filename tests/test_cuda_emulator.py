@@ -1,12 +1,10 @@
 """The CUDA kernels run thread by thread on the CPU: bits, sums, bounds, races."""
 
-import ctypes
 
 import pytest
 import torch
 
 from cases import normal
-from emulator import build
 from emulator.kernels import SCHEDULES
 from emulator_cases import HALF, INVALID, SANITIZED, Guarded, counts_bytes, exact_weight, run_sanitized
 from fastpeft import ops
@@ -181,17 +179,6 @@ def test_linear4bit_small_moves_its_floor(kernels, M, block_size):
     x, y = normal(M, 1024, dtype=torch.bfloat16), torch.empty(M, 128, dtype=torch.bfloat16)
     floor = q.nbytes + x.nbytes + y.nbytes
     assert floor <= kernels.moved(lambda: kernels.linear4bit_small(x, q, y)) <= 1.05 * floor
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_ptx_twins(emulator_folder, half):
-    """cp.async, ldmatrix and mma against a plain product of small integers."""
-    library = ctypes.CDLL(str(build.build([build.HERE / "twins.cu"], emulator_folder, "twins.so", SANITIZED)))
-    dtype = torch.float16 if half else torch.bfloat16
-    a, b = torch.randint(-6, 7, (16, 16)).to(dtype), torch.randint(-6, 7, (16, 8)).to(dtype)
-    c = torch.full((16, 8), torch.nan)
-    assert library.twin_product(half, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c))) == 0
-    assert torch.equal(c, a.float() @ b.float())
 
 
 @pytest.mark.skipif(bool(SANITIZED), reason="it is this run")

@@ -19,6 +19,7 @@ import _tree  # noqa: E402
 
 _tree.ensure_importable()
 import gpu  # noqa: E402
+import gpu_checks_twins  # noqa: E402
 import tune  # noqa: E402
 import tune_fourbit  # noqa: E402
 from timing import Race, quartiles  # noqa: E402
@@ -64,6 +65,27 @@ def test_a_stage_out_of_time_fails(tmp_path, monkeypatch):
     assert lines[1].startswith("FAIL tune") and "out of time" in lines[1]
 
 
+def test_a_summary_fits_its_lines():
+    """On a GPU with every stage passed, and with failures, which come before the figures."""
+    environment = {"gpu": "NVIDIA H100", "torch": "2", "triton": "3", "peft": "0", "commit": "c", "date": "d"}
+    ratios = {case: {"PEFT p=0.1": 3.0, "ours p=0.1": 1.07} for case in gpu.AIMS if case.startswith("bf16")}
+    host = {f"{name} {way}": 1e-5 for name in ("nn.Linear", "PEFT p=0") for way in ("fwd", "fwd+bwd")}
+    fourbit = {f"{case}x4096->14336": {"ours cuda": 10.0, gpu.LORA_16: 9.0} for case in ("forward 16", "lora 2048", "lora 8192")}
+    stages = {
+        "correctness": {"ok": True, "seconds": 1.0, "checks": {"a": {"ok": True, "detail": "x"}}},
+        "tune": {"ok": True, "seconds": 1.0, "jobs": "3 of 3 done", "strategies": {"k": "fused"}, "fourbit_rows": {}},
+        "bench": {"ok": True, "seconds": 1.0, "ratios": ratios, "kept": {"ours": 2.1}, "host": host, "absent": {"u": "why"}},
+        "fourbit": {"ok": True, "seconds": 1.0, "fourbit": fourbit, "absent": {}},
+    }
+    lines = gpu.summary({"environment": environment, "stages": stages})
+    text = "\n".join(lines)
+    assert len(lines) <= 20 and "ours p=0.1 1.07 (aim 1.08)" in text and "ours cuda 10, 16-bit LoRA 9 (aim 15)" in text
+    assert "1 of 1 checks" in text and "fused in 1 of 1 sizes" in text and lines[-1] == "absent u: why"
+    stages["correctness"]["checks"] |= {f"bad {i}": {"ok": False, "detail": "why"} for i in range(30)}
+    lines = gpu.summary({"environment": environment, "stages": stages})
+    assert len(lines) == gpu.LINES and lines[2] == "     bad 0: why"
+
+
 def test_needs_a_gpu():
     run = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu"], capture_output=True, text=True
@@ -94,9 +116,23 @@ def test_fourbit_aims():
     assert gpu.fourbit_aims({}) == []
 
 
+def test_golden_vectors_are_kept(tmp_path, monkeypatch):
+    """As a GPU gave them; twins that give others fail the check, which says where."""
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    environment = dict.fromkeys(("gpu", "cc", "cuda", "date"), "any")
+    words = {"bf16": [1, 2, 3], "fp16": [4, 5, 6]}
+    path = tmp_path / gpu_checks_twins.golden.FILE.name
+    for twins in (None, words):
+        assert "written" in gpu_checks_twins.keep(words, environment, twins)
+        assert gpu_checks_twins.golden.read(path)["words"] == words
+    with pytest.raises(AssertionError, match="differ from this GPU in 1 words of fp16, first 2"):
+        gpu_checks_twins.keep(words, environment, words | {"fp16": [4, 5, 7]})
+    assert gpu_checks_twins.golden.read(path)["words"] == words
+
+
 def test_tables_are_rewritten(tmp_path):
     """A tuned tile lands between the markers, the file still imports to the same table, other entries stay."""
-    for name in ("lora_shrink", "lora_expand", "lora_grad_a", "lora_grad_b", "lora_linear_fused"):
+    for name in sorted({op for op, *_ in (*tune.JOBS, *tune_fourbit.TILES)}):
         path = tmp_path / f"{name}.py"
         shutil.copy(ROOT / "kernels" / path.name, path)
         tiles = {}
