@@ -1,8 +1,8 @@
 """Times the tiles of the 4-bit Triton kernels, then the ways of a product with a 4-bit weight, for `bench/tune.py`.
 
 Written: the tiles, as there, and where each way pays: the dicts of kernels/_fourbit_cost.py between `# tuned: begin`
-and `# tuned: end`. A way that reads the packed bytes is taken up to the largest number of rows, of those timed, before the
-first at which it does not win by MARGIN.
+and `# tuned: end`. A way that reads the packed bytes is taken up to the largest number of rows, of those timed,
+before the first at which it does not win by MARGIN.
 """
 
 import contextlib
