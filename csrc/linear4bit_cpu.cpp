@@ -1,5 +1,5 @@
-// linear4bit on the CPU: on tile registers where there are any; else a few rows of x on the nibbles as they lie, and more
-// through panels of W and the vendor GEMM.
+// linear4bit on the CPU: up to some hundred rows of x on tile registers, where there are any; else a few on the nibbles as they lie;
+// and more through panels of W and the vendor GEMM.
 //
 // Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
 // that W in 16 bits is neither written to memory nor read from it.
@@ -16,8 +16,11 @@ namespace {
 constexpr int64_t kWeightRows = 16;
 // The rows up to which tiles write fp32, which is rounded once, after the adapter: there is little of it.
 constexpr int64_t kTiledFewRows = 64;
-// Bytes of a panel.
-constexpr int64_t kPanelBytes = 1 << 20;
+// The rows up to which tiles, which decode W again for every kTiledGroup rows, are faster than panels: measured at K = N = 4096.
+constexpr int64_t kTiledForwardRows = 512, kTiledBackwardRows = 256;
+// Bytes of a panel, against the rows that every panel reads again: at 1024 rows and K = N = 4096 the backward pass takes 47 ms with
+// 1 MiB, 38 with 2 MiB and as much with 8.
+constexpr int64_t kPanelBytes = 1 << 21;
 
 struct Weight {
   Packed packed;
@@ -64,14 +67,20 @@ void multiply_columns(const Weight& w, const Tensor& dy, const Tensor& dx) {
 
 // How a product with rows of x of this type is made.
 enum class Way {
-  tiles,    // on tile registers, where they beat decoding W for the vendor GEMM at any number of rows
+  tiles,    // on tile registers
   nibbles,  // a few rows on the nibbles as they lie
   panels,   // W decoded panel by panel for the vendor GEMM
 };
 
+// Of M rows, `most` at most.
+bool tiled(int64_t M, int64_t most, int64_t K, Type type, int64_t block_size) {
+  return M <= most && four_bit().tiles && type == Type::bf16 && block_size >= kLeastTiledBlock && K % block_size == 0;
+}
+
+// Of the forward pass.
 Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
   if (K % block_size) return Way::panels;
-  if (four_bit().tiles && type == Type::bf16 && block_size >= kLeastTiledBlock) return Way::tiles;
+  if (tiled(M, kTiledForwardRows, K, type, block_size)) return Way::tiles;
   return M <= four_bit().few_rows(type) ? Way::nibbles : Way::panels;
 }
 
@@ -205,11 +214,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
-  const bool tiled = way_of(M, K, type_of(dy), block_size) == Way::tiles, direct = tiled || native(type_of(dy));
+  const bool by_tiles = tiled(M, kTiledBackwardRows, K, type_of(dy), block_size), direct = by_tiles || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
   const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
   if (need_dx && M && K) {
-    if (tiled) multiply_columns_tiled(w, dy, sum);
+    if (by_tiles) multiply_columns_tiled(w, dy, sum);
     else multiply_columns(w, direct ? dy : to_f32(dy), sum);
   }
   AdapterGrads grads = {nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
