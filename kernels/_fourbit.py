@@ -6,6 +6,8 @@ quantised [codes uint8, code fp32 [256], scale fp32, offset]: absmax[i] = code[c
 rounded after the product and after the sum. NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
 """
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -22,7 +24,14 @@ FP4 = (
     -0.0, -0.005208333333333333, -0.6666666666666666, -1.0, -0.3333333333333333, -0.5, -0.16666666666666666, -0.25,
 )  # fmt: skip
 CODES = {"nf4": NF4, "fp4": FP4}
-_NF4, _FP4 = tl.constexpr(NF4), tl.constexpr(FP4)
+
+
+def _bits(code):
+    """The fp32 values as int32: up to 3.7 Triton makes a constant of -0.0 one of 0.0."""
+    return tl.constexpr(struct.unpack("<16i", struct.pack("<16f", *code)))
+
+
+_NF4_BITS, _FP4_BITS = _bits(NF4), _bits(FP4)
 
 
 def nested(scales):
@@ -47,10 +56,10 @@ def packed_flags(scales, quant_type, block_size):
 def code_table(FP4: tl.constexpr):
     """The 16 values as a tensor, from constants: no table in memory to allocate, cache or copy."""
     index = tl.arange(0, 16)
-    values = tl.zeros((16,), tl.float32)
+    bits = tl.zeros((16,), tl.int32)
     for i in tl.static_range(16):
-        values = tl.where(index == i, _FP4[i] if FP4 else _NF4[i], values)
-    return values
+        bits = tl.where(index == i, _FP4_BITS[i] if FP4 else _NF4_BITS[i], bits)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -91,6 +91,7 @@ def build(sources: list[Path], out: Path, name: str, sanitizer: str = "", execut
         flags = [*FLAGS, *SANITIZERS[sanitizer], *extra, *include_flags(out), "-I", HERE, "-I", CSRC]
         run([compiler(), *flags, "-x", "c++", "-c", source, "-o", target])
         objects.append(target)
-    kind = [] if executable else ["-shared"]
+    # Its own names first: a torch with CUDA has put the real runtime's before all others.
+    kind = [] if executable else ["-shared", "-Wl,-Bsymbolic"]
     run([compiler(), *kind, *SANITIZERS[sanitizer], *objects, *runtime(out), "-o", out / name, "-pthread"])
     return out / name
