@@ -10,6 +10,9 @@
 #include "cpu_dots_impl.h"
 #include "cpu_masks_impl.h"
 #include "cpu_tile_impl.h"
+#if FP_ISA >= 2
+#include "transpose_impl.h"
+#endif
 #if FP_ISA >= 3
 #include "cpu_bf16_expand_impl.h"
 #endif
@@ -204,6 +207,26 @@ void expand(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, cons
   as(s, lds, m0, m1, R, panel, ldp, bias, scale, mask, add, y, stride, width);
 }
 
+// out[i * ld + j] = src[i, j], of which columns are contiguous.
+template <Type T>
+void transpose_to(const Strided& src, int64_t rows, int64_t cols, float* out, int64_t ld) {
+#if FP_ISA >= 2
+  for (int64_t j = 0; j < cols; j += kLanes)
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      __m512 block[kLanes];
+      for (int t = 0; t < kLanes; ++t)
+        block[t] = reinterpret_cast<__m512>(j + t < cols ? load_some<T>(src.data, (j + t) * src.col + i, rows - i) : vf{});
+      transpose(block);
+      for (int64_t t = 0; t < smaller(kLanes, rows - i); ++t) store_some<Type::f32>(out, (i + t) * ld + j, reinterpret_cast<vf>(block[t]), ld - j);
+    }
+#else
+  constexpr int64_t kBlock = 64;  // rows whose lines stay in an L1 cache
+  for (int64_t i = 0; i < rows; i += kBlock)
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t k = i; k < smaller(i + kBlock, rows); ++k) out[k * ld + j] = scalar_to_float(src.data, T, k + j * src.col);
+#endif
+}
+
 template <Type T>
 void pack_as(const Strided& src, int64_t rows, int64_t cols, Use use, Type type, float* out, int64_t ld) {
 #if FP_ISA >= 3
@@ -211,10 +234,11 @@ void pack_as(const Strided& src, int64_t rows, int64_t cols, Use use, Type type,
   if (in_pairs(type, R))
     return pack_pairs<T>(src, rows, cols, use == Use::reduce && R <= kFoldRank, reinterpret_cast<uint32_t*>(out), ld);
 #endif
-  // Read along the contiguous dimension: the other one is the transposition of a thin parameter.
-  if (src.row == 1 && src.col != 1) {
-    for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = scalar_to_float(src.data, T, i + j * src.col);
+  if (src.col != 1 && src.row == 1) {
+    transpose_to<T>(src, rows, cols, out, ld);
+  } else if (src.col == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; j += kLanes) store_some<Type::f32>(out, i * ld + j, load_some<T>(src.data, i * src.row + j, cols - j), ld - j);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = scalar_to_float(src.data, T, i * src.row + j * src.col);

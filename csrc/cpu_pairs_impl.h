@@ -1,6 +1,7 @@
 // bf16 in pairs of neighbours, one 32-bit lane each, and the packing of thin operands so; for one instruction set.
 #pragma once
 #include "cpu_masks_impl.h"
+#include "transpose_impl.h"
 #ifdef FP_TILES
 #include "amx.h"
 #endif
@@ -61,6 +62,34 @@ inline int64_t pair_at(int64_t i, int64_t j, int64_t ld, bool fold) {
   return fold ? ((i >> 2) * ld + 2 * j + ((i >> 1) & 1)) * 2 + (i & 1) : ((i >> 1) * ld + j) * 2 + (i & 1);
 }
 
+// out[i / 2, j] = (src[j, i], src[j, i + 1]) for i < inner and j < outer, rows of src `step` apart: 16 by 16 pairs at a time.
+template <Type T>
+void pack_pairs_down(const void* src, int64_t step, int64_t outer, int64_t inner, uint32_t* out, int64_t ld) {
+  for (int64_t j = 0; j < outer; j += kLanes)
+    for (int64_t i = 0; i < inner; i += 2 * kLanes) {
+      __m512 pairs[kLanes];
+      for (int t = 0; t < kLanes; ++t) {
+        const int64_t own = j + t < outer ? inner - i : 0, at = (j + t) * step + i;
+        const vf low = own > 0 ? load_some<T>(src, at, own) : vf{}, high = own > kLanes ? load_some<T>(src, at + kLanes, own - kLanes) : vf{};
+        pairs[t] = reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+      }
+      transpose(pairs);
+      const int64_t count = smaller(kLanes, (inner - i + 1) / 2);
+      for (int64_t k = 0; k < count; ++k) _mm512_storeu_ps(out + (i / 2 + k) * ld + j, pairs[k]);
+    }
+}
+
+// out[i / 2, j] = (src[i, j], src[i + 1, j]) for i < outer and j < inner.
+template <Type T>
+void pack_pairs_across(const void* src, int64_t step, int64_t outer, int64_t inner, uint32_t* out, int64_t ld) {
+  for (int64_t i = 0; i < outer; i += 2)
+    for (int64_t j = 0; j < inner; j += kLanes) {
+      vu pair = low_halves(load_some<T>(src, i * step + j, inner - j));
+      if (i + 1 < outer) pair |= low_halves(load_some<T>(src, (i + 1) * step + j, inner - j)) << 16;
+      store(out + i / 2 * ld + j, pair);
+    }
+}
+
 // out[i / 2, j] = the pair of src rows i and i + 1 at column j; pairs past `rows` and columns past `cols` are zero.
 // `fold`: out[i / 4, 2 j + (i / 2) % 2] instead, which fills the 16 lanes of a vector at a rank of at most 8.
 template <Type T>
@@ -71,11 +100,12 @@ void pack_pairs(const Strided& src, int64_t rows, int64_t cols, bool fold, uint3
   const int64_t span = fold ? 4 : 2, groups = (rows + span - 1) / span;
 #endif
   std::memset(out, 0, static_cast<size_t>(groups * ld) * 4);
-  alignas(64) uint16_t line[kCols];
-  uint16_t* half = reinterpret_cast<uint16_t*>(out);
   const bool down = src.row == 1 && src.col != 1;  // along the contiguous dimension
   const int64_t outer = down ? cols : rows, inner = down ? rows : cols;
   const int64_t step = down ? src.col : src.row, next = down ? src.row : src.col;
+  if (next == 1 && !fold) return (down ? pack_pairs_down<T> : pack_pairs_across<T>)(src.data, step, outer, inner, out, ld);
+  alignas(64) uint16_t line[kCols];
+  uint16_t* half = reinterpret_cast<uint16_t*>(out);
   for (int64_t o = 0; o < outer; ++o)
     for (int64_t i0 = 0; i0 < inner; i0 += kCols) {
       const int64_t n = smaller(kCols, inner - i0);

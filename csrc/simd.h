@@ -191,9 +191,17 @@ inline float scalar_to_float(const void* base, Type type, int64_t i) {
 
 template <Type T>
 inline vf load_tail(const void* base, int64_t i, int64_t n) {
+#if FP_ISA >= 2
+  const __mmask16 own = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (T == Type::f32) return _mm512_maskz_loadu_ps(own, static_cast<const float*>(base) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(own, static_cast<const uint16_t*>(base) + i);
+  if constexpr (T == Type::f16) return _mm512_cvtph_ps(half);
+  return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
   alignas(64) float part[kLanes] = {};
   for (int64_t j = 0; j < n; ++j) part[j] = scalar_to_float(base, T, i + j);
   return load<vf>(part);
+#endif
 }
 
 template <Type T>
@@ -204,6 +212,12 @@ inline vf load_some(const void* base, int64_t i, int64_t n) {
 template <Type T>
 inline void store_some(void* base, int64_t i, vf v, int64_t n) {
   if (n >= kLanes) return store_from_float<T>(base, i, v);
+#if FP_ISA >= 2  // not of 16-bit elements, which is microcode on Zen 4
+  if constexpr (T == Type::f32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(base) + i, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+    return;
+  }
+#endif
   constexpr int64_t size = T == Type::f32 ? 4 : 2;
   alignas(64) unsigned char part[kLanes * 4];
   store_from_float<T>(part, 0, v);

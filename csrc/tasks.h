@@ -126,18 +126,21 @@ struct Partials {
       for (int64_t i = 0; i < rows * ld; ++i) total[i] *= factor;
     if (!transposed) {
       put_rows(total, ld, 0, rows, cols, target.mutable_data_ptr(), type_of(target));
+    } else if (type_of(target) == Type::f32) {
+      turn(total, static_cast<float*>(target.mutable_data_ptr()));
     } else {
-      Scratch block(kPad * rows);
-      for (int64_t i = 0; i < cols; i += kPad) {  // a cache line of each row at a time
-        for (int64_t j = 0; j < rows; ++j)
-          for (int64_t k = 0; k < kPad; ++k) block[k * rows + j] = total[j * ld + i + k];
-        put_rows(block, rows, i, std::min(kPad, cols - i), rows, target.mutable_data_ptr(), type_of(target));
-      }
+      Scratch turned(cols * rows);
+      turn(total, turned);
+      kernels().from_float(turned, cols * rows, target.mutable_data_ptr(), type_of(target));
     }
     if (!direct) {
       Tensor wide = out;
       torch::stable::copy_(wide, target);
     }
+  }
+  // [rows, ld] to a contiguous [cols, rows].
+  void turn(const float* from, float* to) const {
+    kernels().pack({from, Type::f32, 1, ld}, cols, rows, Use::expand, Type::f32, to, rows);
   }
   int64_t count, rows, cols, ld;
   Scratch data;
