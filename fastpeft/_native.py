@@ -1,4 +1,7 @@
-"""The C++ launchers of csrc/, under the names of the dispatch table; ImportError where the extension was not built."""
+"""The C++ launchers of csrc/, under the names of the dispatch table.
+
+ImportError where the extension was not built, RuntimeError where it was built from another version.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,28 @@ from fastpeft import _C  # type: ignore[attr-defined]
 # `_op`: the overload's own callable, without the Python frame of OpOverload.__call__.
 _ops = torch.ops.fastpeft_cpp
 
-lora_shrink = _ops.lora_shrink.default._op
-lora_expand = _ops.lora_expand.default._op
-lora_expand_add = _ops.lora_expand_add.default._op
-lora_grad_b = _ops.lora_grad_b.default._op
-lora_grad_a = _ops.lora_grad_a.default._op
-lora_linear_fwd = _ops.lora_linear_fwd.default._op
-lora_linear_bwd = _ops.lora_linear_bwd.default._op
-quantize_4bit = _ops.quantize_4bit.default._op
-quantize_absmax = _ops.quantize_absmax.default._op
-dequantize_4bit = _ops.dequantize_4bit.default._op
-linear4bit_fwd = _ops.linear4bit_fwd.default._op
-linear4bit_bwd = _ops.linear4bit_bwd.default._op
+try:
+    lora_shrink = _ops.lora_shrink.default._op
+    lora_expand = _ops.lora_expand.default._op
+    lora_expand_add = _ops.lora_expand_add.default._op
+    lora_grad_b = _ops.lora_grad_b.default._op
+    lora_grad_a = _ops.lora_grad_a.default._op
+    lora_linear_fwd = _ops.lora_linear_fwd.default._op
+    lora_linear_bwd = _ops.lora_linear_bwd.default._op
+    quantize_4bit = _ops.quantize_4bit.default._op
+    quantize_absmax = _ops.quantize_absmax.default._op
+    dequantize_4bit = _ops.dequantize_4bit.default._op
+    linear4bit_fwd = _ops.linear4bit_fwd.default._op
+    linear4bit_bwd = _ops.linear4bit_bwd.default._op
 
-set_isa = _C.set_isa
-build_info = _C.build_info
-linear4bit_way = _C.linear4bit_way
+    set_isa = _C.set_isa
+    build_info = _C.build_info
+    linear4bit_way = _C.linear4bit_way
+except AttributeError as missing:  # not an ImportError, which would pass for an extension that was never built
+    raise RuntimeError(
+        f"fastpeft: the compiled extension must be of this version, got one of another ({missing}): "
+        f"build it again (pip install --no-build-isolation .) or remove {_C.__file__}"
+    ) from missing
 
 _NATIVE = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),

@@ -28,6 +28,24 @@ assert "fastpeft" in str(fastpeft.info())
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_extension_of_another_version():
+    """It says so, and how to mend it; it does not pass for one that was never built."""
+    code = """
+import sys, types
+other = types.ModuleType("fastpeft._C")
+other.__file__ = "_C.so"
+import torch, fastpeft
+sys.modules["fastpeft._C"] = fastpeft._C = other
+x, w, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+try:
+    fastpeft.ops.lora_linear(x, w, a, b)
+except RuntimeError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "must be of this version" in said and "build it again" in said and "remove _C.so" in said
+
+
 def test_import_brings_in_no_optional_dependency():
     code = "import sys, fastpeft; print(sorted({'peft', 'transformers', 'triton', 'matplotlib'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
