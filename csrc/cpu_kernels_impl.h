@@ -93,14 +93,14 @@ inline void fetch(const void* x, int64_t base, int64_t n, const uint8_t* bits, f
   }
 }
 
-// In groups of 16 rows: one running sum over thousands of rows would lose digits.
+// In groups of 16 rows, of four sums each: one running sum over thousands of rows would lose digits.
 inline void column_sums(const float* x, int64_t ldx, int64_t rows, int64_t n, float* sums) {
   for (int64_t c = 0; c < n; c += kLanes) {
     vf total = vf{};
     for (int64_t m0 = 0; m0 < rows; m0 += 16) {
-      vf part = vf{};
-      for (int64_t m = m0; m < smaller(m0 + 16, rows); ++m) part += load<vf>(x + m * ldx + c);
-      total += part;
+      vf part[4] = {};
+      for (int64_t m = m0; m < smaller(m0 + 16, rows); ++m) part[m % 4] += load<vf>(x + m * ldx + c);
+      total += (part[0] + part[1]) + (part[2] + part[3]);
     }
     store(sums + c, load<vf>(sums + c) + total);
   }

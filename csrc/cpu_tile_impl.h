@@ -29,10 +29,10 @@ inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t
 }
 
 // The terms that one sum runs over before it is added to the whole.
-constexpr int64_t kShortSum = 64;
+constexpr int64_t kShortSum = 32;
 
 // c[m, n] = start[n] + scale * sum_k a[m, k] b[k, n] for MR rows and NV vectors; ADD: c += scale * the sum, so that a long
-// sum is one of short sums: the rounding error of 64 terms and not of thousands.
+// sum is one of short sums: the rounding error of 32 terms and not of thousands.
 template <int MR, int NV, bool ADD>
 inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, const float* start,
                   float scale, float* c, int64_t ldc) {

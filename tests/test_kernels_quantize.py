@@ -61,7 +61,11 @@ def test_quantize_hard_values(quant_type):
 
 @pytest.mark.parametrize("n", [1, 256, 700])
 def test_quantize_absmax(n):
-    for values in (torch.randn(n), torch.zeros(n), torch.randn(n) * 1e-41, CODE.repeat(3)[:n].clone()):
+    special = torch.randn(n)
+    special[: n // 2 : 3], special[n // 2 :: 5] = torch.nan, 0.0
+    small = torch.randn(n) * 1e-41  # a scale that has no reciprocal, and zeros
+    small[::7] = 0.0
+    for values in (torch.randn(n), torch.zeros(n), small, special, special / 0.0, CODE.repeat(3)[:n].clone()):
         codes, scale = quantize.quantize_absmax(values, CODE)
         want, want_scale = eager_quantize.quantize_absmax(values, CODE)
         assert torch.equal(codes, want) and torch.equal(scale, want_scale)

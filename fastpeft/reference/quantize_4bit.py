@@ -51,14 +51,14 @@ def quantize_4bit(w: torch.Tensor, quant_type: str, block_size: int) -> tuple[to
 def quantize_absmax(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values fp32 [n], code fp32 [256] ascending -> codes uint8 [n], scale fp32 [⌈n/256⌉].
 
-    The nearest code not of value / scale itself but of that on a grid of 65536 points over [-1, 1]; a block of zeros
-    gets code 0, whose product with its scale is zero.
+    The nearest code not of value / scale itself but of that on a grid of 65536 points over [-1, 1]. What has no value /
+    scale gets code 0: a NaN, which has no say in the scale either, and a zero whose scale is zero or has no reciprocal.
     """
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    scale = blocks.abs().amax(1)
+    scale = torch.where(blocks.isnan(), 0.0, blocks.abs()).amax(1)
     unit = (blocks * (1.0 / scale).unsqueeze(1)).clamp(-1.0, 1.0)
     point = ((unit + 1.0) * 0.5 * _GRID + 0.5).floor()
     codes = torch.bucketize(2.0 * point / _GRID - 1.0, (code[:-1] + code[1:]) * 0.5)
-    codes = torch.where((scale == 0).unsqueeze(1), 0, codes)
+    codes = torch.where(unit.isnan(), 0, codes)
     return codes.to(torch.uint8).view(-1)[:n].clone(), scale
