@@ -25,7 +25,7 @@ ALLOWED = {
     "fastpeft": {"fastpeft.integrations", "fastpeft.nn", "fastpeft.ops", "fastpeft._info", "fastpeft._version"},
 }
 OUTSIDE = {"fastpeft.kernels": {"torch", "triton", "__future__"}, "fastpeft.reference": {"torch", "__future__"}}
-STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os"}  # fmt: skip
+STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os", "struct"}  # fmt: skip
 
 
 def modules():
