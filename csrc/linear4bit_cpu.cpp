@@ -79,7 +79,7 @@ bool tiled(int64_t M, int64_t most, int64_t K, Type type, int64_t block_size) {
 
 // Of the forward pass.
 Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
-  if (K % block_size) return Way::panels;
+  if (K == 0 || K % block_size) return Way::panels;  // a product of nothing is the vendor GEMM's zeros
   if (tiled(M, kTiledForwardRows, K, type, block_size)) return Way::tiles;
   return M <= four_bit().few_rows(type) ? Way::nibbles : Way::panels;
 }
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
-  const bool by_tiles = tiled(M, kTiledBackwardRows, K, type_of(dy), block_size), direct = by_tiles || native(type_of(dy));
+  const bool by_tiles = N && tiled(M, kTiledBackwardRows, K, type_of(dy), block_size), direct = by_tiles || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
   const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
   if (need_dx && M && K) {

@@ -182,7 +182,7 @@ def test_linear_few_rows(native, double, poisoned):
         check_linear(native, (M, N, K), "nf4", block_size, double, torch.bfloat16, False)
 
 
-def test_linear_empty(native):
+def test_linear_empty(native, poisoned):
     packed, scales, _ = quantised(96 * 64, "nf4", 64, True)
     weight = (packed, scales, "nf4", 64)
     x = torch.empty(0, 64, dtype=torch.bfloat16)
@@ -190,6 +190,14 @@ def test_linear_empty(native):
     assert y.shape == (0, 96) and s.shape == (0,)
     dx, *_ = native.linear4bit_bwd(y, x, *weight, 64, None, None, s, 1.0, 0.0, None, True, False, False, True)
     assert dx.shape == (0, 64)
+    nothing = (torch.empty(0, dtype=torch.uint8), [torch.empty(0)], "nf4", 64)
+    for M in (1, 8, 20):
+        x = torch.empty(M, 0, dtype=torch.bfloat16)
+        y, _ = native.linear4bit_fwd(x, *nothing, 96, None, None, None, None, 1.0, 0.0, None)
+        assert torch.equal(y, torch.zeros(M, 96, dtype=torch.bfloat16))
+        x, dy = torch.ones(M, 64, dtype=torch.bfloat16), torch.empty(M, 0, dtype=torch.bfloat16)
+        dx, *_ = native.linear4bit_bwd(dy, x, *nothing, 64, None, None, s, 1.0, 0.0, None, True, False, False, False)
+        assert torch.equal(dx, torch.zeros(M, 64, dtype=torch.bfloat16))
 
 
 def test_linear_fuzz(native):
