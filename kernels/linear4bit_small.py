@@ -44,6 +44,9 @@ TILES = {
     (80, "half", "dx", 64): dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
     (80, "float32", "dx", 32): dict(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2),
     (80, "float32", "dx", 64): dict(BLOCK_N=16, BLOCK_K=64, num_warps=8, num_stages=2),
+    (100, "float32", "fwd", 64): dict(BLOCK_N=16, BLOCK_K=64, num_warps=4, num_stages=2),
+    (100, "half", "fwd", 16): dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (100, "half", "fwd", 64): dict(BLOCK_N=64, BLOCK_K=128, num_warps=8, num_stages=3),
 }
 # tiles: end
 

@@ -127,6 +127,9 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout]))
+    # Registers hold x until it is written.
+    if copy is not None and R <= 64 and not (dropout and tile["num_warps"] == 8):
+        tile |= {"BLOCK_M": min(tile["BLOCK_M"], 32), "num_warps": 4}
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])
