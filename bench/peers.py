@@ -203,7 +203,7 @@ def build(case: Case, device: str, dropouts: tuple[float, ...], without: dict[st
         for p in dropouts:
             try:
                 peers[f"{name} p={p:g}"] = make(case, device, base, p)
-            except Exception as error:
+            except Exception as error:  # a peer that may be missing: the table says why it is
                 if name not in OPTIONAL:
                     raise
                 message = (str(error).strip().splitlines() or [""])[0]

@@ -234,11 +234,11 @@ void pack_as(const Strided& src, int64_t rows, int64_t cols, Use use, Type type,
   if (in_pairs(type, R))
     return pack_pairs<T>(src, rows, cols, use == Use::reduce && R <= kFoldRank, reinterpret_cast<uint32_t*>(out), ld);
 #endif
-  if (src.col != 1 && src.row == 1) {
-    transpose_to<T>(src, rows, cols, out, ld);
-  } else if (src.col == 1) {
+  if (src.col == 1) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; j += kLanes) store_some<Type::f32>(out, i * ld + j, load_some<T>(src.data, i * src.row + j, cols - j), ld - j);
+  } else if (src.row == 1) {
+    transpose_to<T>(src, rows, cols, out, ld);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = scalar_to_float(src.data, T, i * src.row + j * src.col);

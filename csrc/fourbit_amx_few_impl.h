@@ -10,9 +10,9 @@
 
 namespace {
 
-constexpr int kSteps = 4;            // left tiles of a chunk, two for every 64 weights
-constexpr int64_t kGroups = 4;       // of 16 rows of W in a call at most
-constexpr int64_t kDecodedRows = 4;  // between two products
+constexpr int kSteps = 4;                                  // left tiles of a chunk, two for every 64 weights
+constexpr int64_t kGroups = tiled_weights(1) / kTileRows;  // of 16 rows of W in a call at most
+constexpr int64_t kDecodedRows = 4;                        // between two products
 
 struct FewShape {
   FewShape(int64_t M, int64_t block_size) : M(M), parts(block_size == kLeastTiledBlock ? 2 : 1), columns(M * parts) {}
@@ -63,9 +63,10 @@ void arrange_few(const Rows& x, int64_t m0, const FewShape& shape, int64_t K, ui
 // Rows of W to left tiles of codes: 16 rows of a chunk, an item, after the other, and then of the next chunk.
 struct CodeRows {
   static constexpr int64_t kAhead = 2, kRoom = 4;  // items: what was stored last is not loaded next
+  const int64_t groups, chunks;  // items of a chunk, and chunks
 
   CodeRows(const Packed& w, int64_t K, int64_t n0, int64_t n1)
-      : data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0), groups(tiles_of(rows)), chunks(chunks_of(K)) {
+      : groups(tiles_of(n1 - n0)), chunks(chunks_of(K)), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {
     const __m512 code = _mm512_load_ps(code_of(w.type));  // twice, as bit 4 of an index is of another nibble
     _mm512_store_si512(table, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code)));
     if (rows % kTileRows) std::memset(room, 0, sizeof(room));
@@ -90,8 +91,6 @@ struct CodeRows {
     if (++group == groups) group = 0, ++chunk;
   }
 
-  int64_t groups_of_chunk() const { return groups; }
-
  private:
   inline void decode(const uint8_t* from, int64_t stride, int64_t count, int64_t halves, uint16_t* to) const {
     constexpr int64_t kTile = kTileRows * 2 * kTilePairs;
@@ -108,7 +107,7 @@ struct CodeRows {
   }
 
   const uint8_t* data;
-  int64_t row_bytes, rows, groups, chunks;
+  int64_t row_bytes, rows;
   int64_t item = 0, chunk = 0, group = 0, row = 0;  // where the next ones are
   alignas(64) uint16_t table[32];
   alignas(64) uint16_t room[kRoom][kSteps][kTileRows][2 * kTilePairs];
@@ -117,6 +116,8 @@ struct CodeRows {
 // The sums of blocks, those of several chunks side by side where 16 lanes hold them, and of their products with absmax. (A block of
 // more than a chunk is summed chunk by chunk.)
 struct BlockSums {
+  const FewShape shape;
+
   BlockSums(const FewShape& shape, int64_t K, int64_t block_size, const float* absmax, int64_t rows)
       : shape(shape), chunks(chunks_of(K)), beside(kTilePairs / shape.columns), row_blocks(K / block_size), rows(rows), absmax(absmax), shift(0) {
     while (kTiledWeights / shape.parts << shift < block_size) ++shift;
@@ -166,7 +167,6 @@ struct BlockSums {
     }
   }
 
-  const FewShape shape;
   int64_t chunks, beside, row_blocks, rows;
   const float* absmax;
   int shift;  // of 64 or 128 weights to a block
@@ -180,16 +180,16 @@ struct FewProduct {
   FewProduct(const FewShape& shape, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1)
       : halves(2 * K / kTiledWeights), left(w, K, n0, n1), sums(shape, K, w.block_size, absmax, n1 - n0) {}
 
-  void run(const uint32_t* x, int64_t columns) {
-    const int64_t chunks = (halves + 1) / 2, row = 4 * columns, step = kTilePairs * columns;
-    for (int64_t c = 0; c < chunks; ++c, x += kSteps * step) {
+  void run(const uint32_t* x) {
+    const int64_t row = 4 * sums.shape.columns, step = kTilePairs * sums.shape.columns;
+    for (int64_t c = 0; c < left.chunks; ++c, x += kSteps * step) {
       tile_load<4>(x, row);
       tile_load<5>(x + step, row);
       if (2 * c + 1 < halves) {
         tile_load<6>(x + 2 * step, row);
         tile_load<7>(x + 3 * step, row);
       }
-      for (int64_t group = 0; group < left.groups_of_chunk(); ++group) {
+      for (int64_t group = 0; group < left.groups; ++group) {
         if (items % 2) item<1>(c, group);
         else item<0>(c, group);
       }
@@ -237,7 +237,7 @@ void forward_few(const uint32_t* x, const FewShape& shape, int64_t K, const Pack
   shapes.set(4, 8, kTileRows, static_cast<int>(shape.columns));
   const Tiles tiles(shapes);
   FewProduct product(shape, K, w, absmax, n0, n1);
-  product.run(x, shape.columns);
+  product.run(x);
   product.sums.finish(y, type, ldy, n0);
 }
 

@@ -41,7 +41,7 @@ struct FourBitTiles {
 
 inline int64_t tiled_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
 inline int64_t tiled_room(int64_t N) { return (N * (kTiledStrip / 8 + kTiledStrip / kTiledColumns) + 15) / 16 * 16; }
-inline int64_t tiled_weights(int64_t M) { return M > 16 ? 32 : 64; }
+constexpr int64_t tiled_weights(int64_t M) { return M > 16 ? 32 : 64; }
 inline int64_t tiled_floats(int64_t rows, int64_t width) { return tiled_rows(rows) * ((width + kTiledWeights - 1) / kTiledWeights * kTiledWeights) / 2; }
 
 struct FourBitKernels {

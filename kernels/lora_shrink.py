@@ -30,7 +30,7 @@ from fastpeft.kernels._common import (
     tile_product,
 )  # fmt: skip
 
-MODES = ("plain", "dropout")
+MODES = ("plain", "dropout", "copy", "copy_dropout")  # copying, registers hold x until it is written
 # Ranks of one launch: with more, the masked columns of x and the accumulator do not fit the registers.
 MAX_BLOCK_R = {("half", "plain"): 256, ("half", "dropout"): 128, ("float32", "plain"): 64, ("float32", "dropout"): 64}
 # tiles: begin
@@ -56,13 +56,34 @@ TILES = {
     (100, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
     (100, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=256, num_warps=4, num_stages=3),
     (100, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
+    (80, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=5),
+    (80, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=4),
+    (80, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+    (80, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
+    (80, "half", "copy_dropout", 64): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
+    (80, "half", "copy_dropout", 128): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
+    (80, "float32", "copy", 16): dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
+    (80, "float32", "copy", 64): dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2),
+    (80, "float32", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=1),
+    (80, "float32", "copy_dropout", 64): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
+    (90, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=5),
+    (90, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=4),
+    (90, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
+    (90, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=3),
+    (90, "half", "copy_dropout", 64): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
+    (90, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
+    (100, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=5),
+    (100, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=4),
+    (100, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
+    (100, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=3),
+    (100, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
 }
 # tiles: end
 
 
 def tile_space(arch, dtype, R, mode):
     """Candidate tiles; a dropout step always takes one group of 256 columns."""
-    if mode == "dropout":
+    if mode.endswith("dropout"):
         return tile_product(BLOCK_M=(32, 64, 128), BLOCK_K=(GROUP,), num_warps=(4, 8), num_stages=(1, 2, 3))
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(2, 3, 4, 5))
 
@@ -126,10 +147,7 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
         return s
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout]))
-    # Registers hold x until it is written.
-    if copy is not None and R <= 64 and not (dropout and tile["num_warps"] == 8):
-        tile |= {"BLOCK_M": min(tile["BLOCK_M"], 32), "num_warps": 4}
+    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)]))
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])

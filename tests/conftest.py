@@ -8,19 +8,19 @@ import torch
 from packaging.version import Version
 
 
-def version_of(name: str) -> Version:
-    """Of an installed distribution; where it is absent, one that nothing is wrong with."""
+def version_of(name: str) -> Version | None:
     try:
         return Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Version("3.7" if name == "triton" else "0")
+        return None
 
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton on import
+    triton, numpy = version_of("triton"), version_of("numpy")
+    if triton and numpy and triton < Version("3.7") and numpy >= Version("2.4"):
+        raise pytest.UsageError("the interpreter of triton 3.6 needs numpy < 2.4: pip install 'numpy<2.4'")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if version_of("triton") < Version("3.7") and version_of("numpy") >= Version("2.4"):
-    raise pytest.UsageError("the interpreter of triton 3.6 needs numpy < 2.4: pip install 'numpy<2.4'")
 torch.set_num_threads(1)
 
 from fastpeft.testing import poisoned_empty, seed_of  # noqa: E402
