@@ -1,5 +1,6 @@
 // Products of the rows of a thin parameter, as they lie, with a few rows of x: where packing it first would cost more.
 #pragma once
+#include "cpu_masks_impl.h"
 #include "simd.h"
 
 namespace {
@@ -9,32 +10,49 @@ using fastpeft::Rows;
 // The vectors that one sum runs over before it is added to the whole: a lane's rounding error is that of 32 terms.
 constexpr int64_t kShortDot = 32;
 
-template <Type T, int MR>
-inline void dot_rows(const void* a, int64_t base, int64_t width, const float* x, int64_t ldx, float* out, int64_t ldo) {
-  vf sum[MR][1];
+// The sums of four vectors.
+inline void totals(const vf (&v)[4], float* out) {
+#if FP_ISA >= 2  // together: sum after sum would take twice as many shuffles
+  __m512d pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = reinterpret_cast<__m512>(v[2 * i]), b = reinterpret_cast<__m512>(v[2 * i + 1]);
+    pairs[i] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  }
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])), _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = total(v[i]);
+#endif
+}
+
+// NR rows of a, 1 or 4, by one of x.
+template <Type T, int NR>
+inline void dot_rows(const void* a, int64_t base, int64_t stride, int64_t width, const float* x, float* out) {
+  vf sum[NR][1];
   clear(sum);
   for (int64_t k0 = 0; k0 < width; k0 += kShortDot * kLanes) {
-    const int64_t end = k0 + kShortDot * kLanes < width ? k0 + kShortDot * kLanes : width;
-    vf part[MR][1];
+    const int64_t end = smaller(k0 + kShortDot * kLanes, width);
+    vf part[NR][1];
     clear(part);
     for (int64_t k = k0; k < end; k += kLanes) {
-      const vf row = load_some<T>(a, base + k, width - k);
+      const vf own = load<vf>(x + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < MR; ++m) part[m][0] += row * load<vf>(x + m * ldx + k);
+      for (int i = 0; i < NR; ++i) part[i][0] += load_some<T>(a, base + i * stride + k, width - k) * own;
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) sum[m][0] += part[m][0];
+    for (int i = 0; i < NR; ++i) sum[i][0] += part[i][0];
   }
-#pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) out[m * ldo] = total(sum[m][0]);
+  if constexpr (NR == 4) totals({sum[0][0], sum[1][0], sum[2][0], sum[3][0]}, out);
+  else *out = total(sum[0][0]);
 }
 
 template <Type T>
 void dots_as(const Rows& a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo) {
-  for (int64_t i = 0; i < a.count; ++i) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) dot_rows<T, 4>(a.data, i * a.stride, width, x + m * ldx, ldx, out + m * ldo + i, ldo);
-    for (; m < M; ++m) dot_rows<T, 1>(a.data, i * a.stride, width, x + m * ldx, ldx, out + m * ldo + i, ldo);
+  for (int64_t m = 0; m < M; ++m, x += ldx, out += ldo) {
+    int64_t i = 0;
+    for (; i + 4 <= a.count; i += 4) dot_rows<T, 4>(a.data, i * a.stride, a.stride, width, x, out + i);
+    for (; i < a.count; ++i) dot_rows<T, 1>(a.data, i * a.stride, a.stride, width, x, out + i);
   }
 }
 

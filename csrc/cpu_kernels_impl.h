@@ -22,6 +22,7 @@
 #ifdef FP_TILES
 #include "fourbit_amx_dx_impl.h"
 #include "fourbit_amx_impl.h"
+#include "fourbit_bytes_impl.h"
 #endif
 
 namespace {
@@ -277,11 +278,14 @@ void from_float(const float* src, int64_t n, void* out, Type type) {
 #ifdef FP_TILES
 constexpr FourBitTiles kFourBitTiles = {arrange_forward, tiles_forward, arrange_backward, tiles_backward};
 constexpr const FourBitTiles* kTiles = &kFourBitTiles;
+constexpr FourBitBytes kFourBitBytes = {byte_room, arrange_bytes, product_bytes};
+constexpr const FourBitBytes* kBytes = &kFourBitBytes;
 #else
 constexpr const FourBitTiles* kTiles = nullptr;
+constexpr const FourBitBytes* kBytes = nullptr;
 #endif
 
-constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles};
+constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles, kBytes};
 
 constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, dots, &kFourBit};
 

@@ -133,8 +133,9 @@ void forward_16(const uint32_t* x, const RightTiles& right, int64_t M, const Lef
 }
 
 // More: 32 rows of W by 32 of x, in tile 2 a + b the halves a and b; W through 4 and 5, x through 6 and 7.
-void forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, float* sums, void* y, Type type, int64_t ldy) {
+void forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type, int64_t ldy) {
   constexpr int kRows = 2 * kTileRows, kDepth = 2;
+  alignas(64) float sums[kTiledGroup * kRows];
   LeftAhead<kRows, kDepth> left(w);
   const int64_t chunks = chunks_of(w.K), each = kRows / kPlanes / ((right.count + 1) / 2) + 1;
   for (int64_t c0 = 0; c0 < chunks; c0 += kDepth) {
@@ -164,8 +165,8 @@ void forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const L
       put_sums(sums + (t / 2 * 4 + a / kTileRows * 2 + t % 2) * kTileFloats, t * kTileRows, M, w.n0 + a, w.rows - a, y, type, ldy);
 }
 
-void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* sums, void* y,
-                   Type type, int64_t ldy) {
+void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, void* y, Type type,
+                   int64_t ldy) {
   const FewShape shape(M, w.block_size);
   if (shape.few()) return forward_few(x, shape, K, w, absmax, n0, n1, y, type, ldy);
   const RightTiles right(M, K);
@@ -177,7 +178,7 @@ void tiles_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, con
   }
   const Tiles tiles(shapes);
   if (right.count == 1) forward_16(x, right, M, left, y, type, ldy);
-  else forward_many(x, right, M, left, sums, y, type, ldy);
+  else forward_many(x, right, M, left, y, type, ldy);
 }
 
 }  // namespace

@@ -28,9 +28,9 @@ struct FourBitTiles {
   // To tiled_floats(m1 - m0, K).
   void (*arrange_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t block_size, uint32_t* out);
   // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1), tiled_weights(M) at most; y fp32 or bf16 [M, ldy]. `absmax`: of the
-  // blocks of these rows of W. `sums`: tiled_rows(M) * 32.
-  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* sums, void* y,
-                  Type type, int64_t ldy);
+  // blocks of these rows of W.
+  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, void* y, Type type,
+                  int64_t ldy);
   // To tiled_floats(m1 - m0, N).
   void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, uint32_t* out);
   // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and kTiledStrip columns from k0 on. `absmax`: of all blocks of W. `room`:
@@ -43,6 +43,18 @@ inline int64_t tiled_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
 inline int64_t tiled_room(int64_t N) { return (N * (kTiledStrip / 8 + kTiledStrip / kTiledColumns) + 15) / 16 * 16; }
 constexpr int64_t tiled_weights(int64_t M) { return M > 16 ? 32 : 64; }
 inline int64_t tiled_floats(int64_t rows, int64_t width) { return tiled_rows(rows) * ((width + kTiledWeights - 1) / kTiledWeights * kTiledWeights) / 2; }
+
+// The product of at most kByteRows rows of bf16 or fp16 x with W in products of bytes, of the same weights.
+constexpr int64_t kByteRows = 2;
+
+struct FourBitBytes {
+  // Bytes of the aligned room that x is put in.
+  int64_t (*room)(int64_t M, int64_t K);
+  // False, and no use of the room, where x has values that integers do not hold.
+  bool (*arrange)(const Rows& x, int64_t K, void* room);
+  // y[m, n] = sum_k x[m, k] w[n, k] in fp32 for n in [n0, n1).
+  void (*product)(const void* room, int64_t M, int64_t K, const Packed& w, int64_t n0, int64_t n1, float* y, int64_t ldy);
+};
 
 struct FourBitKernels {
   // The blocks [first, last) of the n values `w` to nibbles and absmax, as bitsandbytes rounds them on a CPU.
@@ -66,6 +78,7 @@ struct FourBitKernels {
                   int64_t ldy);
 
   const FourBitTiles* tiles;  // or null
+  const FourBitBytes* bytes;  // or null
 };
 
 // The weights of a vector of nibbles at most: arranged rows of x are padded with zeros to a multiple.

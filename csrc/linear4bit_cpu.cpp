@@ -1,5 +1,5 @@
-// linear4bit on the CPU: up to some hundred rows of x on tile registers, where there are any; else a few on the nibbles as they lie;
-// and more through panels of W and the vendor GEMM.
+// linear4bit on the CPU: one or two rows of x in products of bytes and up to some hundred on tile registers, where there are such; else a
+// few on the nibbles as they lie; and more through panels of W and the vendor GEMM.
 //
 // Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
 // that W in 16 bits is neither written to memory nor read from it.
@@ -67,6 +67,7 @@ void multiply_columns(const Weight& w, const Tensor& dy, const Tensor& dx) {
 
 // How a product with rows of x of this type is made.
 enum class Way {
+  bytes,    // one or two rows in products of bytes, where integers hold x
   tiles,    // on tile registers
   nibbles,  // a few rows on the nibbles as they lie
   panels,   // W decoded panel by panel for the vendor GEMM
@@ -78,28 +79,51 @@ bool tiled(int64_t M, int64_t most, int64_t K, Type type, int64_t block_size) {
 }
 
 // Of the forward pass.
-Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
+Way way_of(int64_t M, int64_t K, Type type, int64_t block_size, bool by_bytes = true) {
   if (K == 0 || K % block_size) return Way::panels;  // a product of nothing is the vendor GEMM's zeros
+  if (by_bytes && four_bit().bytes && M <= kByteRows && type != Type::f32 && block_size >= kLeastTiledBlock) return Way::bytes;
   if (tiled(M, kTiledForwardRows, K, type, block_size)) return Way::tiles;
   return M <= four_bit().few_rows(type) ? Way::nibbles : Way::panels;
+}
+
+// product(absmax of their blocks, n0, n1) for `step` rows of W at a time.
+template <class F>
+void for_weight_rows(const Weight& w, int64_t step, F product) {
+  const int64_t row_blocks = w.K / w.packed.block_size;
+  parallel((w.N + step - 1) / step, [&](int64_t first, int64_t last) {
+    Scratch absmax(step * row_blocks);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t n0 = task * step, n1 = std::min(n0 + step, w.N);
+      four_bit().absmax(w.packed.absmax, n0 * row_blocks, n1 * row_blocks, absmax);
+      product(static_cast<const float*>(absmax), n0, n1);
+    }
+  });
 }
 
 // y fp32 = x wᵀ
 void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
   const FourBitKernels& kernel = four_bit();
   const bool pairs = kernel.in_pairs(type_of(x));
-  const int64_t M = x.size(0), row_blocks = w.K / w.packed.block_size;
+  const int64_t M = x.size(0);
   Scratch rows(M * arranged(w.K) / (pairs ? 2 : 1));
   kernel.arrange(rows_of(x), w.K, rows);
   float* out = static_cast<float*>(y.mutable_data_ptr());
-  parallel((w.N + kWeightRows - 1) / kWeightRows, [&](int64_t first, int64_t last) {
-    Scratch absmax(kWeightRows * row_blocks);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t n0 = task * kWeightRows, n1 = std::min(n0 + kWeightRows, w.N);
-      kernel.absmax(w.packed.absmax, n0 * row_blocks, n1 * row_blocks, absmax);
-      kernel.product(rows, pairs, M, w.K, w.packed, absmax, n0, n1, out, w.N);
-    }
+  for_weight_rows(w, kWeightRows, [&](const float* absmax, int64_t n0, int64_t n1) {
+    kernel.product(rows, pairs, M, w.K, w.packed, absmax, n0, n1, out, w.N);
   });
+}
+
+// y fp32 = x wᵀ; false, with y as it was, where integers do not hold x.
+bool multiply_bytes(const Weight& w, const Tensor& x, const Tensor& y) {
+  const FourBitBytes& kernel = *four_bit().bytes;
+  const int64_t M = x.size(0);
+  Scratch room((kernel.room(M, w.K) + 3) / 4);
+  if (!kernel.arrange(rows_of(x), w.K, room)) return false;
+  float* out = static_cast<float*>(y.mutable_data_ptr());
+  parallel((w.N + kWeightRows - 1) / kWeightRows, [&](int64_t first, int64_t last) {
+    kernel.product(room, M, w.K, w.packed, first * kWeightRows, std::min(last * kWeightRows, w.N), out, w.N);
+  });
+  return true;
 }
 
 // f(m0, m1, those rows of x in the order that `arrange` gives) for groups of rows.
@@ -119,20 +143,13 @@ char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_d
 
 // y fp32 or bf16 = x wᵀ
 void multiply_rows_tiled(const Weight& w, const Tensor& x, const Tensor& y) {
-  const FourBitKernels& kernel = four_bit();
-  const int64_t row_blocks = w.K / w.packed.block_size;
+  const FourBitTiles& kernel = *four_bit().tiles;
   const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) {
-    kernel.tiles->arrange_forward(rows, m0, m1, w.K, w.packed.block_size, to);
+    kernel.arrange_forward(rows, m0, m1, w.K, w.packed.block_size, to);
   };
   for_tiled_groups(x, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
-    const int64_t step = tiled_weights(m1 - m0);
-    parallel((w.N + step - 1) / step, [&](int64_t first, int64_t last) {
-      Scratch absmax(step * row_blocks), sums(tiled_rows(m1 - m0) * 32);
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t n0 = task * step, n1 = std::min(n0 + step, w.N);
-        kernel.absmax(w.packed.absmax, n0 * row_blocks, n1 * row_blocks, absmax);
-        kernel.tiles->forward(rows, m1 - m0, w.K, w.packed, absmax, n0, n1, sums, row_of(y, m0), type_of(y), y.stride(0));
-      }
+    for_weight_rows(w, tiled_weights(m1 - m0), [&](const float* absmax, int64_t n0, int64_t n1) {
+      kernel.forward(rows, m1 - m0, w.K, w.packed, absmax, n0, n1, row_of(y, m0), type_of(y), y.stride(0));
     });
   });
 }
@@ -191,14 +208,16 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
   const Way way = way_of(M, K, type, block_size);
-  const bool few = way == Way::nibbles || (way == Way::tiles && M <= kTiledFewRows);
+  const bool few = way == Way::bytes || way == Way::nibbles || (way == Way::tiles && M <= kTiledFewRows);
   const bool direct = !few && (way == Way::tiles || native(type));
   // In x's own type where the vendor GEMM writes it, in fp32 else.
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
-  if (M && N) {
-    if (way == Way::tiles) multiply_rows_tiled(w, x, y);
-    else if (way == Way::nibbles) multiply_nibbles(w, x, y);
-    else multiply_rows(w, direct ? x : to_f32(x), y);
+  if (M && N && !(way == Way::bytes && multiply_bytes(w, x, y))) {
+    switch (way_of(M, K, type, block_size, false)) {
+      case Way::tiles: multiply_rows_tiled(w, x, y); break;
+      case Way::nibbles: multiply_nibbles(w, x, y); break;
+      default: multiply_rows(w, direct ? x : to_f32(x), y);
+    }
   }
   if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, y, true);
   else add_bias(y, bias);
@@ -236,6 +255,7 @@ std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64
     throw std::invalid_argument("linear4bit_way: dtype must be float32, bfloat16 or float16, got " + dtype);
   const Type type = dtype == "bfloat16" ? Type::bf16 : dtype == "float16" ? Type::f16 : Type::f32;
   switch (way_of(M, K, type, block_size)) {
+    case Way::bytes: return "bytes";
     case Way::tiles: return "tiles";
     case Way::nibbles: return "nibbles";
     default: return "panels";

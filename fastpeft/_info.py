@@ -98,6 +98,7 @@ def _strategy(backend: str, x: torch.Tensor, w: torch.Tensor, rank: int, p: floa
 
 
 _CPU_4BIT = {
+    "bytes": "bytes: one or two rows multiply the packed weight in products of 8-bit integers, where those hold x",
     "tiles": "tiles: decoded in the cache for the matrix units, up to 512 rows",
     "nibbles": "nibbles: few rows multiply the packed weight",
     "panels": "panels: dequantised in the cache for the vendor GEMM",

@@ -176,10 +176,52 @@ def test_linear(native, quant_type, dtype, lora, poisoned):
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "nested"])
-def test_linear_few_rows(native, double, poisoned):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_few_rows(native, dtype, double, poisoned):
     """Up to where more than one block, or less than one, fills a vector of sums."""
     for M, N, K, block_size in FEW_ROWS:
-        check_linear(native, (M, N, K), "nf4", block_size, double, torch.bfloat16, False)
+        check_linear(native, (M, N, K), TYPES[K % 3 % 2], block_size, double, dtype, False)
+
+
+def few_rows(native, x, absmax):
+    """y and the exact one."""
+    N, K = absmax.numel() * 64 // x.shape[1], x.shape[1]
+    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
+    w = (bnb.get_4bit_type("nf4", device="cpu")[nibbles] * absmax.repeat_interleave(64)).view(N, K)
+    y, _ = native.linear4bit_fwd(x, packed, [absmax], "nf4", 64, N, None, None, None, None, 1.0, 0.0, None)
+    return y, w.to(x.dtype), x.double() @ w.double().T
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_range(native, dtype, M):
+    """Values that differ much, or that products of integers do not hold."""
+    absmax = torch.rand(40 * 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    wide_range = normal(M, 192, dtype=dtype)
+    wide_range[:, ::7] *= 1000
+    zeros, tiny, lone = torch.zeros(M, 192, dtype=dtype), normal(M, 192, dtype=dtype), torch.zeros(M, 192, dtype=dtype)
+    tiny *= 2.0 ** (-10 if dtype == torch.float16 else -110)
+    lone[0, 70] = -1.9921875  # all bits of a significand
+    for x in (wide_range, zeros, tiny, lone):
+        y, w, gold = few_rows(native, x, absmax)
+        assert_within_budget(y, torch.nn.functional.linear(x, w), gold, dtype)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_not_finite(native, dtype, M):
+    absmax = torch.rand(40 * 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x = normal(M, 192, dtype=dtype)
+        x[-1, 100] = value
+        y, _, gold = few_rows(native, x, absmax)
+        assert torch.equal(y.isnan(), gold.isnan())
+        assert torch.equal(y[y.isinf()].double(), gold[gold.isinf()])
+        broken = absmax.clone()
+        broken[5] = value
+        y, _, gold = few_rows(native, normal(M, 192, dtype=dtype), broken)
+        assert torch.equal(y.isfinite(), gold.isfinite())
 
 
 def test_linear_empty(native, poisoned):
