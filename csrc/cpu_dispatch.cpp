@@ -33,7 +33,7 @@ bool runs(const Kernels* table) {
   const bool tiles = !std::strcmp(table->name, "amx_bf16"), bf16 = tiles || !std::strcmp(table->name, "avx512_bf16");
   if (bf16 || !std::strcmp(table->name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2") &&
            (!bf16 || __builtin_cpu_supports("avx512bf16")) &&
            (!tiles || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && may_use_tiles()));
   if (!std::strcmp(table->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
