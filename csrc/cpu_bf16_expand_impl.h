@@ -19,10 +19,10 @@ inline void put_expanded(vf first, vf second, const uint8_t* bits, bool add, uin
   else _mm512_mask_storeu_epi16(out, columns, rounded);
 }
 
-// y[MR rows, at most 32 columns] = mask(bias + scale * s b), or += where ADD.
+// y[MR rows, at most 32 columns] = mask(bias + s b), or += where ADD.
 template <int MR, bool ONE>
 inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* panel, int64_t ldp, const float* bias,
-                             float scale, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
+                             Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
   constexpr int NV = ONE ? 1 : 2;
   vf acc[MR][NV], start[NV] = {};
   clear(acc);
@@ -40,34 +40,35 @@ inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* p
 #pragma GCC unroll 16  // or the sums would go through the stack, to be indexed
   for (int m = 0; m < MR; ++m) {
     vf second = vf{};
-    if constexpr (!ONE) second = scale * acc[m][1] + start[1];
-    put_expanded(scale * acc[m][0] + start[0], second, mask.row(m0 + m, n0), add, y + m * stride, columns);
+    if constexpr (!ONE) second = acc[m][1] + start[1];
+    put_expanded(acc[m][0] + start[0], second, mask.row(m0 + m, n0), add, y + m * stride, columns);
   }
 }
 
 template <int MR, bool ONE>
 inline void pair_expand_rows(int64_t& m, const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp,
-                             const float* bias, float scale, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride,
+                             const float* bias, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride,
                              __mmask32 columns) {
   for (; m + MR <= rows; m += MR)
-    pair_expand_tile<MR, ONE>(s + m, steps, panel, ldp, bias, scale, mask, m0 + m, n0, add, y + m * stride, stride, columns);
+    pair_expand_tile<MR, ONE>(s + m, steps, panel, ldp, bias, mask, m0 + m, n0, add, y + m * stride, stride, columns);
 }
 
 template <bool ONE>
 inline void pair_expand(const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp, const float* bias,
-                        float scale, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
+                        Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
   int64_t m = 0;
-  pair_expand_rows<kPairRows, ONE>(m, s, rows, steps, panel, ldp, bias, scale, mask, m0, n0, add, y, stride, columns);
-  pair_expand_rows<4, ONE>(m, s, rows, steps, panel, ldp, bias, scale, mask, m0, n0, add, y, stride, columns);
-  pair_expand_rows<1, ONE>(m, s, rows, steps, panel, ldp, bias, scale, mask, m0, n0, add, y, stride, columns);
+  pair_expand_rows<kPairRows, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
+  pair_expand_rows<4, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
+  pair_expand_rows<1, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
 }
 
-// The pairs of ranks of one row of s.
-inline void rank_pairs(const float* s, int64_t R, uint32_t* out) {
+// The pairs of ranks of one row of scale · s.
+inline void rank_pairs(const float* s, int64_t R, float scale, uint32_t* out) {
   for (int64_t r = 0; r < R; r += kLanes) {
     // What stands past R is anything, and the last pair of an odd rank would multiply it: NaN by zero.
     const __mmask16 own = static_cast<__mmask16>(first_of_32(R - r));
-    store(out + r / 2, reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(own, s + r))));
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(own, s + r), _mm512_set1_ps(scale));
+    store(out + r / 2, reinterpret_cast<vh>(_mm512_cvtneps_pbh(v)));
   }
 }
 
@@ -90,7 +91,7 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
   std::memset(pairs, 0, static_cast<size_t>(kGroup * ldl) * 4);
   for (int64_t m = 0; m < rows; m += kGroup) {
     const int64_t count = smaller(kGroup, rows - m);
-    for (int64_t i = 0; i < count; ++i) rank_pairs(s + (m + i) * lds, R, pairs + i * ldl);
+    for (int64_t i = 0; i < count; ++i) rank_pairs(s + (m + i) * lds, R, scale, pairs + i * ldl);
     const auto left = [&](int64_t step) {
       tile_load<4>(pairs + step, 4 * ldl);
       tile_load<5>(pairs + kTileRows * ldl + step, 4 * ldl);
@@ -113,19 +114,21 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
       tile_store<1>(sums[0] + kLanes, 4 * kGroup);
       tile_store<2>(sums[kTileRows], 4 * kGroup);
       tile_store<3>(sums[kTileRows] + kLanes, 4 * kGroup);
+      const __mmask32 columns = first_of_32(width - n);
+      uint16_t* out = y + m * stride + n;
+      if (add && !mask.data && !bias && columns == 0xffffffffu) {  // the usual one apart, so that nothing in its loop depends on these
+        for (int64_t i = 0; i < count; ++i, out += stride) {
+          __builtin_prefetch(out + kGroup, 1);  // of the next block: two blocks ahead is late by as much (5.8 against 4.7 ns a line)
+          put_expanded(load<vf>(sums[i]), load<vf>(sums[i] + kLanes), nullptr, true, out, 0xffffffffu);
+        }
+        continue;
+      }
       vf start[2] = {};
       for (int v = 0; bias && v < 1 + both; ++v) start[v] = load<vf>(bias + n + v * kLanes);
-      const auto put = [&](auto bits_of, bool add, __mmask32 columns) {
-        for (int64_t i = 0; i < count; ++i) {
-          uint16_t* out = y + (m + i) * stride + n;
-          __builtin_prefetch(out + 128, 1, 2);
-          put_expanded(scale * load<vf>(sums[i]) + start[0], scale * load<vf>(sums[i] + kLanes) + start[1], bits_of(m + i), add, out, columns);
-        }
-      };
-      // The usual one apart, so that nothing in its loop depends on the masks.
-      const __mmask32 columns = first_of_32(width - n);
-      if (add && !mask.data && columns == 0xffffffffu) put([](int64_t) { return static_cast<const uint8_t*>(nullptr); }, true, 0xffffffffu);
-      else put([&](int64_t i) { return mask.row(i, n); }, add, columns);
+      for (int64_t i = 0; i < count; ++i, out += stride) {
+        __builtin_prefetch(out + kGroup, 1);
+        put_expanded(load<vf>(sums[i]) + start[0], load<vf>(sums[i] + kLanes) + start[1], mask.row(m + i, n), add, out, columns);
+      }
     }
   }
 }
@@ -144,13 +147,13 @@ void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R
   for (int64_t m = m0; m < m1; m += kPairRows) {
     const int64_t rows = smaller(kPairRows, m1 - m);
     for (int64_t i = 0; i < rows; ++i) {
-      rank_pairs(s + (m - m0 + i) * lds, R, line);
+      rank_pairs(s + (m - m0 + i) * lds, R, scale, line);
       for (int64_t j = 0; j < steps; ++j) pairs[j * kPairRows + i] = line[j];
     }
     uint16_t* out = static_cast<uint16_t*>(y) + m * stride;
     for (int64_t n = 0; n < width; n += 32) {
       const auto tile = width - n > kLanes ? pair_expand<false> : pair_expand<true>;
-      tile(pairs, rows, steps, reinterpret_cast<const uint32_t*>(panel) + n, ldp, bias ? bias + n : nullptr, scale, mask, m - m0, n, add,
+      tile(pairs, rows, steps, reinterpret_cast<const uint32_t*>(panel) + n, ldp, bias ? bias + n : nullptr, mask, m - m0, n, add,
            out + n, stride, first_of_32(width - n));
     }
   }
