@@ -1,10 +1,10 @@
 // x wᵀ of one or two rows with a 4-bit weight as it is stored, in products of bytes (AVX-512 VBMI and VNNI).
 //
 // With so few rows it is decoding that takes the time. Here a permutation looks up 64 nibbles at a time, whatever stands above their
-// bits, and a product sums four bytes: a code and a value of x are integers of two bytes, the one in units of its table, the other in
-// a power of two for every 64 values. Of the four products of such bytes low by low is left out, 2^-14 of the greatest at most,
-// where bf16 itself has 2^-9. A line of 128 weights takes 15 instructions, 8 cycles; with bf16 pairs, 23. What remains is the
-// rate at which W is read.
+// bits, and a product sums four bytes: a code and a value of x are integers of two bytes, the one in units of its table, the other of
+// a power of two for every 64 values. Of the four products of such bytes low by low is left out: 2^-15 of the greatest product at most,
+// where rounding x or W to bf16 is 2^-9. A line of 128 weights is 15 vector instructions for one row, 8 cycles on two ports (codes to
+// tiles take 14), about the rate at which W is read.
 #pragma once
 #include "fourbit_decode_impl.h"
 
@@ -135,7 +135,7 @@ struct AbsmaxOfRuns {
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
   }
 
-  // From a run of row n on; 0 of those behind the row.
+  // From a run of row n on, one of two or the first of 16: such a group starts inside a block only where it ends in it. 0 behind the row.
   inline __m512 at(int64_t n, int64_t run) const {
     if (!shift && run + kLanes <= row_blocks) {  // constants
       const int64_t first = n * row_blocks + run;
