@@ -49,11 +49,11 @@ inline void dot_rows(const void* a, int64_t base, int64_t stride, int64_t width,
 
 template <Type T>
 void dots_as(const Rows& a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo) {
-  for (int64_t m = 0; m < M; ++m, x += ldx, out += ldo) {
-    int64_t i = 0;
-    for (; i + 4 <= a.count; i += 4) dot_rows<T, 4>(a.data, i * a.stride, a.stride, width, x, out + i);
-    for (; i < a.count; ++i) dot_rows<T, 1>(a.data, i * a.stride, a.stride, width, x, out + i);
-  }
+  int64_t i = 0;  // rows of a outside: they are read from memory once
+  for (; i + 4 <= a.count; i += 4)
+    for (int64_t m = 0; m < M; ++m) dot_rows<T, 4>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
+  for (; i < a.count; ++i)
+    for (int64_t m = 0; m < M; ++m) dot_rows<T, 1>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
 }
 
 void dots(Rows a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo) {
