@@ -11,7 +11,7 @@ namespace {
 template <int Blocks>
 struct TileReduce {
   const uint16_t* x;
-  int64_t ldx, ahead, steps;
+  int64_t ldx, steps;
   const uint32_t* panel;
   int64_t ldp;
   float* s;
@@ -28,7 +28,6 @@ struct TileReduce {
   void step(const uint16_t* at) const {
     if constexpr (T < Blocks) {
       tile_load<6>(at + T * kTileRows * ldx, 2 * ldx);
-      for (int m = 0; ahead && m < kTileRows; ++m) __builtin_prefetch(at + (T * kTileRows + m) * ldx + ahead, 0, 2);
       tile_dot<T, 6, 7>();
       step<T + 1>(at);
     }
@@ -51,18 +50,17 @@ struct TileReduce {
 };
 
 // s[m, lds] += x[m, 32 steps] panel for whole groups of 16 rows. Returns how many rows these are.
-inline int64_t tile_reduce(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp,
-                           float* s, int64_t lds) {
+inline int64_t tile_reduce(const uint16_t* x, int64_t ldx, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp, float* s,
+                           int64_t lds) {
   constexpr int kBlocks = 6;
   for (int64_t r = 0; r < lds; r += kTileRows) {
-    const int64_t next = r ? 0 : ahead;
     int64_t m = 0;
     for (; m + kBlocks * kTileRows <= rows; m += kBlocks * kTileRows)
-      TileReduce<kBlocks>{x + m * ldx, ldx, next, steps, panel + r, ldp, s + m * lds + r, lds}.run();
+      TileReduce<kBlocks>{x + m * ldx, ldx, steps, panel + r, ldp, s + m * lds + r, lds}.run();
     for (; m + 2 * kTileRows <= rows; m += 2 * kTileRows)
-      TileReduce<2>{x + m * ldx, ldx, next, steps, panel + r, ldp, s + m * lds + r, lds}.run();
+      TileReduce<2>{x + m * ldx, ldx, steps, panel + r, ldp, s + m * lds + r, lds}.run();
     for (; m + kTileRows <= rows; m += kTileRows)
-      TileReduce<1>{x + m * ldx, ldx, next, steps, panel + r, ldp, s + m * lds + r, lds}.run();
+      TileReduce<1>{x + m * ldx, ldx, steps, panel + r, ldp, s + m * lds + r, lds}.run();
   }
   return rows / kTileRows * kTileRows;
 }
@@ -83,12 +81,8 @@ struct RankRows {
 
 // 32 columns of the rows of x as pairs of rows, for two tiles: in every 128 bits of 8 columns, the pairs of the first 4 go to one
 // and those of the others to the other. Within 128 bits, as whole vectors are permuted at a third of the speed.
-inline void tile_strip(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, __mmask32 columns, uint32_t* strip) {
+inline void tile_strip(const uint16_t* x, int64_t ldx, int64_t rows, __mmask32 columns, uint32_t* strip) {
   for (int64_t m = 0; m < rows; m += 2, strip += 2 * kTilePairs) {
-    if (ahead) {
-      __builtin_prefetch(x + m * ldx + ahead, 0, 2);
-      __builtin_prefetch(x + (m + 1) * ldx + ahead, 0, 2);
-    }
     const __m512i one = _mm512_maskz_loadu_epi16(columns, x + m * ldx);
     const __m512i two = m + 1 < rows ? _mm512_maskz_loadu_epi16(columns, x + (m + 1) * ldx) : _mm512_setzero_si512();
     _mm512_store_si512(strip, _mm512_unpacklo_epi16(one, two));
@@ -125,13 +119,12 @@ inline void tile_grad(const RankRows& left, int64_t R, const uint32_t* strip, in
 }
 
 // As pair_grads of cpu_bf16_impl.h.
-inline void tile_grads(const RankRows& left, int64_t R, const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, int64_t n, float* grad,
-                       int64_t ldg) {
+inline void tile_grads(const RankRows& left, int64_t R, const uint16_t* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t ldg) {
   alignas(64) uint32_t strip[kRows / 2 * 2 * kTilePairs];
   const int64_t own = (rows + 1) / 2 * 2 * kTilePairs;
   std::memset(strip + own, 0, static_cast<size_t>(left.steps * kTilePairs * 2 * kTilePairs - own) * 4);
   for (int64_t c = 0; c < n; c += 32) {
-    tile_strip(x + c, ldx, ahead, rows, first_of_32(n - c), strip);
+    tile_strip(x + c, ldx, rows, first_of_32(n - c), strip);
     tile_grad(left, R, strip, n - c, grad + c, ldg);
   }
 }

@@ -118,7 +118,7 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
       uint16_t* out = y + m * stride + n;
       if (add && !mask.data && !bias && columns == 0xffffffffu) {  // the usual one apart, so that nothing in its loop depends on these
         for (int64_t i = 0; i < count; ++i, out += stride) {
-          __builtin_prefetch(out + kGroup, 1);  // of the next block: two blocks ahead is late by as much (5.8 against 4.7 ns a line)
+          __builtin_prefetch(out + kGroup, 1);  // of the next block, not of the one after it: 4.7 against 5.8 ns a line
           put_expanded(load<vf>(sums[i]), load<vf>(sums[i] + kLanes), nullptr, true, out, 0xffffffffu);
         }
         continue;

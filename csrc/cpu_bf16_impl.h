@@ -140,7 +140,8 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
     int64_t ldx = x.stride;
     // What is read next: these rows' next block, or the first block of the rows after them.
     const int64_t ahead = kAsksAhead ? (k0 + kCols < width ? kCols : m1 < x.count ? rows * ldx - k0 : 0) : 0;
-    int64_t s_ahead = ahead, grad_ahead = s ? 0 : ahead;
+    int64_t s_ahead = ahead;
+    [[maybe_unused]] int64_t grad_ahead = s ? 0 : ahead;  // of vectors; tiles ask for none
     if (mask.data || n % 32) {
       for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < n; c += 32) {
@@ -158,7 +159,7 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
       const uint32_t* part = down + k0 / 2 * ldp;
       int64_t m = 0, r = 0;
 #ifdef FP_TILES
-      if (width >= 2 * kTilePairs) m = tile_reduce(in, ldx, s_ahead, rows, (n + 2 * kTilePairs - 1) / (2 * kTilePairs), part, ldp, s, lds);
+      if (width >= 2 * kTilePairs) m = tile_reduce(in, ldx, rows, (n + 2 * kTilePairs - 1) / (2 * kTilePairs), part, ldp, s, lds);
 #endif
       in += m * ldx;
       for (; r + 2 * kLanes <= lds && m < rows; r += 2 * kLanes)
@@ -171,7 +172,7 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
       if (R > kPairRanks) pair_rows(left + r, rows, ldl, ranks, pairs);
 #ifdef FP_TILES
       if (R > kPairRanks) ranked.fill(pairs, kPairRanks, (rows + 1) / 2, ranks);
-      tile_grads(ranked, ranks, in, ldx, grad_ahead, rows, n, grad + r * ldg + k0, ldg);
+      tile_grads(ranked, ranks, in, ldx, rows, n, grad + r * ldg + k0, ldg);
 #else
       pair_grads(pairs, kPairRanks, ranks, in, ldx, grad_ahead, rows, n, grad + r * ldg + k0, ldg);
 #endif

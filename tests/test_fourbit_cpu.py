@@ -117,16 +117,21 @@ def test_dequantize(native, quant_type, dtype, double, poisoned):
             same_values(out, gold)
 
 
+def exact_weight(packed, absmax, quant_type, block_size, N, K):
+    """fp32 [N, K], each value of the code table by the absmax of its block."""
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: N * K].long()
+    code = bnb.get_4bit_type(quant_type, device="cpu")
+    return (code[nibbles] * absmax.repeat_interleave(block_size)[: N * K]).view(N, K)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dequantize_hard_absmax(native, dtype):
     absmax = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 1e-40, 1e-38, 3e38, -1.0, 1e-45, 70000.0, 1e-7])
     packed = torch.randint(0, 256, (absmax.numel() * 32,), dtype=torch.uint8)
-    nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
     for quant_type in TYPES:
-        out = torch.empty(packed.numel() * 2, dtype=dtype)
+        out = torch.empty(absmax.numel(), 64, dtype=dtype)
         native.dequantize_4bit(packed, [absmax], quant_type, 64, out)
-        code = bnb.get_4bit_type(quant_type, device="cpu")
-        same_values(out, (code[nibbles] * absmax.repeat_interleave(64)).to(dtype))
+        same_values(out, exact_weight(packed, absmax, quant_type, 64, absmax.numel(), 64).to(dtype))
 
 
 def test_empty(native):
@@ -180,15 +185,15 @@ def test_linear(native, quant_type, dtype, lora, poisoned):
 def test_linear_few_rows(native, dtype, double, poisoned):
     """Up to where more than one block, or less than one, fills a vector of sums."""
     for M, N, K, block_size in FEW_ROWS:
-        check_linear(native, (M, N, K), TYPES[K % 3 % 2], block_size, double, dtype, False)
+        for quant_type in TYPES:
+            check_linear(native, (M, N, K), quant_type, block_size, double, dtype, False)
 
 
 def few_rows(native, x, absmax):
-    """y and the exact one."""
+    """y, the weight in the dtype of x, and the exact y."""
     N, K = absmax.numel() * 64 // x.shape[1], x.shape[1]
     packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
-    w = (bnb.get_4bit_type("nf4", device="cpu")[nibbles] * absmax.repeat_interleave(64)).view(N, K)
+    w = exact_weight(packed, absmax, "nf4", 64, N, K)
     y, _ = native.linear4bit_fwd(x, packed, [absmax], "nf4", 64, N, None, None, None, None, 1.0, 0.0, None)
     return y, w.to(x.dtype), x.double() @ w.double().T
 
@@ -245,7 +250,6 @@ def test_linear_empty(native, poisoned):
 def test_linear_fuzz(native):
     """Random bytes and strided rows: nothing is read out of place, and every byte is a weight."""
     generator = torch.Generator().manual_seed(0)
-    code = {name: bnb.get_4bit_type(name, device="cpu") for name in TYPES}
     for trial in range(40):
         M, N, K = (int(torch.randint(1, high, (1,), generator=generator)) for high in (24, 70, 200))
         block_size, quant_type, dtype = (32, 64, 128)[trial % 3], TYPES[trial % 2], DTYPES[trial % 3]
@@ -254,8 +258,7 @@ def test_linear_fuzz(native):
         n = N * K
         packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
         absmax = torch.rand(-(n // -block_size), generator=generator)
-        nibbles = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n].long()
-        w = (code[quant_type][nibbles] * absmax.repeat_interleave(block_size)[:n]).view(N, K)
+        w = exact_weight(packed, absmax, quant_type, block_size, N, K)
         x = torch.randn(M, K + 3, generator=generator).to(dtype)[:, :K]
         y, _ = native.linear4bit_fwd(
             x, packed, [absmax], quant_type, block_size, N, None, None, None, None, 1.0, 0.0, None
