@@ -1,5 +1,5 @@
-// The kernels in AVX-512-BF16 and, where bf16 is multiplied, on the tile registers of AMX-BF16; VBMI and VNNI, which every such
-// processor has, for the rest.
+// The kernels in AVX-512-BF16 and, where bf16 is multiplied, on the tile registers of AMX-BF16, or of 8-bit integers (VNNI, which every such
+// processor has).
 #include <cstdint>
 #include <cstring>
 

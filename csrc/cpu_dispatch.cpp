@@ -34,8 +34,8 @@ bool runs(const Kernels* table) {
   if (bf16 || !std::strcmp(table->name, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2") &&
-           (!bf16 || __builtin_cpu_supports("avx512bf16")) &&
-           (!tiles || (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && may_use_tiles()));
+           (!bf16 || (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))) &&
+           (!tiles || (__builtin_cpu_supports("avx512vnni") && may_use_tiles()));
   if (!std::strcmp(table->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;

@@ -23,6 +23,8 @@
 #include "fourbit_amx_dx_impl.h"
 #include "fourbit_amx_impl.h"
 #include "fourbit_bytes_impl.h"
+#elif FP_ISA >= 3
+#include "fourbit_blocks_impl.h"
 #endif
 
 namespace {
@@ -284,8 +286,14 @@ constexpr const FourBitBytes* kBytes = &kFourBitBytes;
 constexpr const FourBitTiles* kTiles = nullptr;
 constexpr const FourBitBytes* kBytes = nullptr;
 #endif
+#if FP_ISA >= 3 && !defined(FP_TILES)
+constexpr FourBitBlocks kFourBitBlocks = {arrange_blocks, blocks_forward};
+constexpr const FourBitBlocks* kBlocks = &kFourBitBlocks;
+#else
+constexpr const FourBitBlocks* kBlocks = nullptr;
+#endif
 
-constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles, kBytes};
+constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles, kBytes, kBlocks};
 
 constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, dots, &kFourBit};
 

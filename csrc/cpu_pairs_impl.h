@@ -42,6 +42,7 @@ inline vu spread2(const void* p) {  // two pairs, in turn
 }
 
 inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+inline __mmask64 first_of_64(int64_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
 // The keep bits of 32 columns from `column` of a mask's row on; of no mask, all.
 inline __mmask32 kept(const uint8_t* bits, int64_t column) {
   __mmask32 word = 0xffffffffu;

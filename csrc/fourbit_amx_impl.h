@@ -23,16 +23,9 @@ void arrange_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t b
       __m512 planes[kPlanes][kTileRows];
       for (int i = 0; i < kTileRows; ++i) {
         const int64_t m = m0 + tile * kTileRows + i;
-        __m512i v[4];
-        for (int q = 0; q < 4; ++q) {
-          const int64_t left = m < m1 ? K - k0 - 32 * q : 0;
-          v[q] = _mm512_maskz_loadu_epi16(left > 0 ? first_of_32(left) : 0u, data + m * x.stride + k0 + 32 * q);
-        }
-        for (int p = 0; p < kPlanes; ++p) {
-          const __m512i index = _mm512_load_si512(kPlaces.at[p]);
-          const __m512i low = _mm512_permutex2var_epi16(v[0], index, v[1]), high = _mm512_permutex2var_epi16(v[2], index, v[3]);
-          planes[p][i] = _mm512_castsi512_ps(_mm512_shuffle_i64x2(low, high, 0x44));
-        }
+        __m512i of_row[kPlanes];
+        to_planes(data + m * x.stride + k0, m < m1 ? K - k0 : 0, of_row);
+        for (int p = 0; p < kPlanes; ++p) planes[p][i] = _mm512_castsi512_ps(of_row[p]);
       }
       for (int p = 0; p < kPlanes; ++p) {
         transpose(planes[p]);

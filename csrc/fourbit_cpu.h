@@ -56,6 +56,21 @@ struct FourBitBytes {
   void (*product)(const void* room, int64_t M, int64_t K, const Packed& w, int64_t n0, int64_t n1, float* y, int64_t ldy);
 };
 
+// The product of any number of bf16 rows with W decoded block by block in an L1 cache, where K % block_size == 0: of `count` rows at a time,
+// and of at most kBlockedWeights rows of W.
+constexpr int64_t kBlockedWeights = 32, kBlockedColumns = 128;
+
+struct FourBitBlocks {
+  // Columns [first, last) · kBlockedColumns of rows [m0, m1), to (m1 - m0) * arranged(K) / 2 words.
+  void (*arrange)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out);
+  // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1); y fp32 or bf16 [M, ldy]. `absmax`: of the blocks of these rows of
+  // W. `room`: blocked_room(M, K / block_size), aligned.
+  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* room, void* y,
+                  Type type, int64_t ldy);
+};
+
+constexpr int64_t blocked_room(int64_t M, int64_t row_blocks) { return (M + row_blocks) * kBlockedWeights; }
+
 struct FourBitKernels {
   // The blocks [first, last) of the n values `w` to nibbles and absmax, as bitsandbytes rounds them on a CPU.
   void (*encode)(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed,
@@ -79,6 +94,7 @@ struct FourBitKernels {
 
   const FourBitTiles* tiles;  // or null
   const FourBitBytes* bytes;  // or null
+  const FourBitBlocks* blocks;  // or null
 };
 
 // The weights of a vector of nibbles at most: arranged rows of x are padded with zeros to a multiple.

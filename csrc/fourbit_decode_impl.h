@@ -4,6 +4,9 @@
 // each product with absmax is rounded once: bytes equal to bitsandbytes'.
 #pragma once
 #include "fourbit_table_impl.h"
+#if FP_ISA >= 3
+#include "cpu_pairs_impl.h"
+#endif
 
 namespace {
 
@@ -22,6 +25,76 @@ inline V rounded(V v) {
   return v;
 }
 
+#if FP_ISA >= 3
+// Of 16 entries, byte j of each, then byte j + 1.
+constexpr struct Fourths {
+  constexpr Fourths() : at() {
+    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 16 * 4 + i / 16);
+  }
+  alignas(64) uint8_t at[64];
+} kFourths;
+
+// A table of 256 fp32 as four of bytes, which permutations look up 64 at a time.
+struct ByteTable {
+  explicit ByteTable(const float* table) {
+    for (int i = 0; i < 4; ++i) {  // of 64 entries
+      __m512 v[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m512i entries = _mm512_loadu_si512(table + 64 * i + kLanes * j);
+        v[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi8(_mm512_load_si512(kFourths.at), entries));
+      }
+      transpose_quarters(v[0], v[1], v[2], v[3], v[0], v[1], v[2], v[3]);
+      for (int j = 0; j < 4; ++j) bytes[j][i] = _mm512_castps_si512(v[j]);
+    }
+  }
+
+  // Of 64 indices, in their order.
+  void at(__m512i index, __m512 (&out)[4]) const {
+    // Unpacking takes four of each 128 bits: so every vector's four come first.
+    const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    index = _mm512_permutexvar_epi32(fours, index);
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i v[4];
+    for (int j = 0; j < 4; ++j)
+      v[j] = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(bytes[j][0], index, bytes[j][1]), upper,
+                                  _mm512_permutex2var_epi8(bytes[j][2], index, bytes[j][3]));
+    const __m512i low01 = _mm512_unpacklo_epi8(v[0], v[1]), high01 = _mm512_unpackhi_epi8(v[0], v[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(v[2], v[3]), high23 = _mm512_unpackhi_epi8(v[2], v[3]);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+  }
+
+ private:
+  __m512i bytes[4][4];
+};
+
+void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
+  if (of.plain) {
+    std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
+    return;
+  }
+  const ByteTable table(of.code);
+  const vf offset = splat(of.offset);
+  for (int64_t i = first; i < last;) {
+    const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
+    const vf scale = splat(of.scale[i / kNestedBlock]);
+    const auto put = [&](int64_t count) {
+      __m512 v[4];
+      table.at(_mm512_maskz_loadu_epi8(first_of_64(count), of.codes + i), v);
+      for (int j = 0; j < 4; ++j) {
+        const __m512 value = reinterpret_cast<__m512>(rounded(reinterpret_cast<vf>(v[j]) * scale) + offset);
+        _mm512_mask_storeu_ps(out + kLanes * j, static_cast<__mmask16>(first_of_64(count) >> kLanes * j), value);
+      }
+      i += count;
+      out += count;
+    };
+    while (i + 64 <= end) put(64);
+    if (i < end) put(end - i);
+  }
+}
+#else
 void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
   if (of.plain) {
     std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
@@ -36,13 +109,10 @@ void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
       continue;
     }
     for (int c = 0; c < 256; c += kLanes) store(table + c, rounded(load<vf>(of.code + c) * scale) + of.offset);
-#ifdef FP_TILES  // where tiles are, gathers are fast
-    for (; i + kLanes <= end; i += kLanes, out += kLanes)
-      _mm512_storeu_ps(out, _mm512_i32gather_ps(reinterpret_cast<__m512i>(widen_bytes(of.codes + i)), table, 4));
-#endif
     for (; i < end; ++i) *out++ = table[of.codes[i]];
   }
 }
+#endif
 
 // Runs of so many bytes go past the caches, in whole lines: a store to memory would read the line first.
 constexpr int64_t kPastCaches = 4 << 20;

@@ -11,8 +11,6 @@
 namespace {
 
 constexpr int kPlanes = 4;
-// The place in its word of a plane's nibble: the first of a byte is the high one.
-constexpr int kPlaceOfPlane[kPlanes] = {1, 0, 3, 2};
 constexpr int64_t kTileFloats = kTileRows * kTilePairs;
 
 // The words of two halves, in turn.
@@ -22,15 +20,6 @@ constexpr struct PairsOfRows {
   }
   alignas(64) uint16_t at[32];
 } kPairsOfRows;
-
-// Where the words of a plane stand among the 64 values of two vectors, twice.
-constexpr struct Places {
-  constexpr Places() : at() {
-    for (int p = 0; p < kPlanes; ++p)
-      for (int j = 0; j < 32; ++j) at[p][j] = static_cast<uint16_t>(4 * (j % 16) + kPlaceOfPlane[p]);
-  }
-  alignas(64) uint16_t at[kPlanes][32];
-} kPlaces;
 
 // 128 nibbles of 32 words to planes; words of the second kind (`upper`, bit 4 of an index) are multiplied by another absmax.
 struct TileDecoder {

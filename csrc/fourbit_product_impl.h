@@ -11,54 +11,89 @@ namespace {
 
 constexpr int64_t kChunk = 8 * kLanes;  // weights of a vector of nibbles
 
+// The place in its word of 4 nibbles of the vector that it makes: the first of a byte is the high one.
+constexpr int kPlaceOfPlane[4] = {1, 0, 3, 2};
+
 bool product_in_pairs(Type x) { return FP_ISA == 3 && x == Type::bf16; }
 
 int64_t few_rows(Type x) {
+#ifdef FP_TILES
   if (product_in_pairs(x)) return 32;
+#else
+  if (product_in_pairs(x)) return 8;  // and then blocks
+#endif
   return FP_ISA >= 2 ? 24 : FP_ISA == 1 ? 16 : 4;
 }
+
+#if FP_ISA >= 3
+// Of a plane: where its 32 words stand among the 64 values of two vectors, twice.
+constexpr struct Places {
+  constexpr Places() : at() {
+    for (int p = 0; p < 4; ++p)
+      for (int j = 0; j < 32; ++j) at[p][j] = static_cast<uint16_t>(4 * (j % 16) + kPlaceOfPlane[p]);
+  }
+  alignas(64) uint16_t at[4][32];
+} kPlaces;
+
+// `count` of 128 values, zeros after them, to planes.
+inline void to_planes(const uint16_t* from, int64_t count, __m512i (&planes)[4]) {
+  __m512i v[4];
+  for (int q = 0; q < 4; ++q) v[q] = _mm512_maskz_loadu_epi16(count > 32 * q ? first_of_32(count - 32 * q) : 0u, from + 32 * q);
+  for (int p = 0; p < 4; ++p) {
+    const __m512i places = _mm512_load_si512(kPlaces.at[p]);
+    const __m512i low = _mm512_permutex2var_epi16(v[0], places, v[1]), high = _mm512_permutex2var_epi16(v[2], places, v[3]);
+    planes[p] = _mm512_shuffle_i64x2(low, high, 0x44);
+  }
+}
+#endif
 
 void arrange(Rows x, int64_t K, void* out) {
   const int64_t ld = arranged(K);
   for (int64_t m = 0; m < x.count; ++m)
     for (int64_t k0 = 0; k0 < ld; k0 += kChunk) {
       const int64_t base = m * x.stride + k0, n = smaller(kChunk, K - k0);
+#if FP_ISA >= 3
       if (product_in_pairs(x.type)) {
-        uint16_t* row = static_cast<uint16_t*>(out) + m * ld + k0;
-        const uint16_t* from = static_cast<const uint16_t*>(x.data) + base;
-        static constexpr int kAt[4] = {1, 0, 3, 2};
-        for (int p = 0; p < 4; ++p)
-          for (int64_t j = 0; j < kChunk / 4; ++j) row[p * (kChunk / 4) + j] = 4 * j < n ? from[4 * j + kAt[p]] : uint16_t{0};
-      } else {
-        float* row = static_cast<float*>(out) + m * ld + k0;
-        for (int p = 0; p < 8; ++p)
-          for (int64_t j = 0; j < kLanes; ++j) row[p * kLanes + j] = 8 * j < n ? scalar_to_float(x.data, x.type, base + 8 * j + (p ^ 1)) : 0.0f;
+        __m512i planes[4];
+        to_planes(static_cast<const uint16_t*>(x.data) + base, n, planes);
+        for (int p = 0; p < 4; ++p) store(static_cast<uint16_t*>(out) + m * ld + k0 + 32 * p, planes[p]);
+        continue;
       }
+#endif
+      float* row = static_cast<float*>(out) + m * ld + k0;
+      for (int p = 0; p < 8; ++p)
+        for (int64_t j = 0; j < kLanes; ++j) row[p * kLanes + j] = 8 * j < n ? scalar_to_float(x.data, x.type, base + 8 * j + (p ^ 1)) : 0.0f;
     }
 }
 
-// absmax of the blocks of one chunk, each to its lanes.
+// absmax of the `Blocks` blocks of a chunk, each to its lanes; of one block, which can be one of several chunks.
+template <int Blocks>
 struct BlockScales {
-  explicit BlockScales(int64_t block_size) : blocks(block_size < kChunk ? kChunk / block_size : 1), chunks(block_size < kChunk ? 1 : block_size / kChunk) {
-    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i * blocks / kLanes);
+  explicit BlockScales(int64_t block_size) {
+    while (kChunk << shift < block_size) ++shift;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i * Blocks / kLanes);
   }
   vf at(const float* row, int64_t chunk) const {
-    if (blocks == 1) return splat(row[chunk / chunks]);
-    const float* p = row + chunk * blocks;
-    vf v;
+    if constexpr (Blocks == 1) return splat(row[chunk >> shift]);
+    const float* p = row + chunk * Blocks;
 #if FP_ISA >= 2
-    if (blocks == 2) {
+    __m512 all;
+    if constexpr (Blocks == 2) {
       int64_t two;
       std::memcpy(&two, p, 8);
-      return reinterpret_cast<vf>(_mm512_permutevar_ps(_mm512_castsi512_ps(_mm512_set1_epi64(two)), reinterpret_cast<__m512i>(lane)));
+      all = _mm512_castsi512_ps(_mm512_set1_epi64(two));
+    } else {
+      all = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
     }
-    return reinterpret_cast<vf>(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), reinterpret_cast<__m512i>(lane)));
+    return reinterpret_cast<vf>(_mm512_permutevar_ps(all, reinterpret_cast<__m512i>(lane)));
 #else
+    vf v;
     for (int i = 0; i < kLanes; ++i) v[i] = p[lane[i]];
-#endif
     return v;
+#endif
   }
-  int64_t blocks, chunks;
+  static constexpr int64_t blocks = Blocks;
+  int shift = 0;
   vu lane;
 };
 
@@ -95,9 +130,10 @@ struct FloatProduct {
   Table table;
 };
 
-template <class P, int MR, int NR>
-inline void product_tile(const P& by, const BlockScales& scales, const char* x, int64_t ldx, int64_t K, const uint8_t* w, const float* absmax,
-                         int64_t row_blocks, float* y, int64_t ldy) {
+// For NR rows of W, `apart` from each other.
+template <class P, class S, int MR, int NR>
+inline void product_tile(const P& by, const S& scales, const char* x, int64_t ldx, int64_t K, const uint8_t* w, int64_t apart,
+                         const float* absmax, int64_t row_blocks, float* y, int64_t ldy) {
   constexpr int64_t plane = 4 * kLanes;
   vf acc[NR][MR];
   clear(acc);
@@ -120,55 +156,66 @@ inline void product_tile(const P& by, const BlockScales& scales, const char* x, 
   const int64_t whole = K / kChunk;
   for (int64_t c = 0; c < whole; ++c) {
     for (int n = 0; n < NR; ++n) {
-      const uint8_t* from = w + n * (K / 2) + c * (kChunk / 2);
-      __builtin_prefetch(from + NR * (K / 2));  // the rows after these: the hardware's prefetcher starts anew at every row
+      const uint8_t* from = w + n * apart * (K / 2) + c * (kChunk / 2);
+      __builtin_prefetch(from + K / 2);  // of the next row of the run
       bytes[n] = load<vu>(from);
-      factor[n] = scales.at(absmax + n * row_blocks, c);
+      factor[n] = scales.at(absmax + n * apart * row_blocks, c);
     }
     step(bytes, factor, x + c * P::kPlanes * plane);
   }
   if (whole * kChunk < K) {  // and then a block is smaller than a chunk
     for (int n = 0; n < NR; ++n) {
       alignas(64) uint8_t rest[kChunk / 2] = {};
-      std::memcpy(rest, w + n * (K / 2) + whole * (kChunk / 2), static_cast<size_t>((K - whole * kChunk) / 2));
+      std::memcpy(rest, w + n * apart * (K / 2) + whole * (kChunk / 2), static_cast<size_t>((K - whole * kChunk) / 2));
       bytes[n] = load<vu>(rest);
       alignas(64) float own[kNibbles / 32] = {};
-      for (int64_t b = whole * scales.blocks; b < row_blocks; ++b) own[b - whole * scales.blocks] = absmax[n * row_blocks + b];
+      for (int64_t b = whole * scales.blocks; b < row_blocks; ++b) own[b - whole * scales.blocks] = absmax[n * apart * row_blocks + b];
       factor[n] = scales.at(own, 0);
     }
     step(bytes, factor, x + whole * P::kPlanes * plane);
   }
-  for (int n = 0; n < NR; ++n)
-    for (int m = 0; m < MR; ++m) y[m * ldy + n] = total(acc[n][m]);
+  for (int m = 0; m < MR; ++m) {
+    if constexpr (NR == 2) totals(acc[0][m], acc[1][m], y[m * ldy], y[m * ldy + apart]);
+    else y[m * ldy] = total(acc[0][m]);
+  }
 }
 
-template <class P, int NR>
-inline void product_rows(const P& by, const BlockScales& scales, const char* x, int64_t M, int64_t K, const uint8_t* w, const float* absmax,
-                         int64_t row_blocks, float* y, int64_t ldy) {
+template <class P, class S, int NR>
+inline void product_rows(const P& by, const S& scales, const char* x, int64_t M, int64_t K, const uint8_t* w, int64_t apart,
+                         const float* absmax, int64_t row_blocks, float* y, int64_t ldy) {
   const int64_t ldx = arranged(K) * P::kElement;
   int64_t m = 0;
-  for (; m + 8 <= M; m += 8) product_tile<P, 8, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
-  for (; m + 4 <= M; m += 4) product_tile<P, 4, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
-  for (; m + 2 <= M; m += 2) product_tile<P, 2, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
-  for (; m < M; ++m) product_tile<P, 1, NR>(by, scales, x + m * ldx, ldx, K, w, absmax, row_blocks, y + m * ldy, ldy);
+  const auto rows = [&](auto tile, int64_t count) {
+    for (; m + count <= M; m += count) tile(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
+  };
+  rows(product_tile<P, S, 8, NR>, 8);
+  rows(product_tile<P, S, 4, NR>, 4);
+  rows(product_tile<P, S, 2, NR>, 2);
+  rows(product_tile<P, S, 1, NR>, 1);
+}
+
+// Two rows of W at a time, each the next of its half: so the hardware's prefetcher sees two runs, where of neighbours it sees many short ones.
+template <class P, int Blocks>
+void product_as(const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y, int64_t ldy) {
+  const P by(w.type);
+  const BlockScales<Blocks> scales(w.block_size);
+  const int64_t row_blocks = K / w.block_size, half = (n1 - n0) / 2;
+  const char* rows = static_cast<const char*>(x);
+  for (int64_t n = n0; n < n0 + half; ++n)
+    product_rows<P, BlockScales<Blocks>, 2>(by, scales, rows, M, K, w.data + n * (K / 2), half, absmax + (n - n0) * row_blocks, row_blocks, y + n, ldy);
+  for (int64_t n = n0 + 2 * half; n < n1; ++n)
+    product_rows<P, BlockScales<Blocks>, 1>(by, scales, rows, M, K, w.data + n * (K / 2), 0, absmax + (n - n0) * row_blocks, row_blocks, y + n, ldy);
 }
 
 template <class P>
-void product_as(const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  const P by(w.type);
-  const BlockScales scales(w.block_size);
-  const int64_t row_blocks = K / w.block_size;
-  const char* rows = static_cast<const char*>(x);
-  int64_t n = n0;
-  for (; n + 2 <= n1; n += 2)
-    product_rows<P, 2>(by, scales, rows, M, K, w.data + n * (K / 2), absmax + (n - n0) * row_blocks, row_blocks, y + n, ldy);
-  for (; n < n1; ++n)
-    product_rows<P, 1>(by, scales, rows, M, K, w.data + n * (K / 2), absmax + (n - n0) * row_blocks, row_blocks, y + n, ldy);
+void product_of(const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y, int64_t ldy) {
+  const auto as = w.block_size >= kChunk ? product_as<P, 1> : w.block_size == kChunk / 2 ? product_as<P, 2> : product_as<P, 4>;
+  as(x, M, K, w, absmax, n0, n1, y, ldy);
 }
 
 void product(const void* x, bool pairs, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y,
              int64_t ldy) {
-  (pairs ? product_as<PairProduct> : product_as<FloatProduct>)(x, M, K, w, absmax, n0, n1, y, ldy);
+  (pairs ? product_of<PairProduct> : product_of<FloatProduct>)(x, M, K, w, absmax, n0, n1, y, ldy);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // linear4bit on the CPU: one or two rows of x in products of bytes and up to some hundred on tile registers, where there are such; else a
-// few on the nibbles as they lie; and more through panels of W and the vendor GEMM.
+// few on the nibbles as they lie; and more block by block where vectors multiply bf16, else through panels of W and the vendor GEMM.
 //
 // Signatures and meaning: fastpeft/reference/linear4bit.py. A panel of W is decoded into a buffer that stays in a cache, so
 // that W in 16 bits is neither written to memory nor read from it.
@@ -13,9 +13,11 @@ namespace fastpeft {
 namespace {
 
 // Rows of W whose absmax is decoded at a time by such a product.
-constexpr int64_t kWeightRows = 16;
-// The rows up to which tiles write fp32, which is rounded once, after the adapter: there is little of it.
-constexpr int64_t kTiledFewRows = 64;
+constexpr int64_t kWeightRows = 128;
+// The rows up to which tiles and blocks write fp32, which is rounded once, after the adapter: there is little of it.
+constexpr int64_t kFewRows = 64;
+// The rows that blocks take at a time, each of which reads them all again.
+constexpr int64_t kBlockedRows = 256;
 // The rows up to which tiles, which decode W again for every kTiledGroup rows, are faster than panels: measured at K = N = 4096.
 constexpr int64_t kTiledForwardRows = 512, kTiledBackwardRows = 256;
 // Bytes of a panel, against the rows that every panel reads again: at 1024 rows and K = N = 4096 the backward pass takes 47 ms with
@@ -70,6 +72,7 @@ enum class Way {
   bytes,    // one or two rows in products of bytes, where integers hold x
   tiles,    // on tile registers
   nibbles,  // a few rows on the nibbles as they lie
+  blocks,   // W decoded block by block for vectors
   panels,   // W decoded panel by panel for the vendor GEMM
 };
 
@@ -83,7 +86,8 @@ Way way_of(int64_t M, int64_t K, Type type, int64_t block_size, bool by_bytes = 
   if (K == 0 || K % block_size) return Way::panels;  // a product of nothing is the vendor GEMM's zeros
   if (by_bytes && four_bit().bytes && M <= kByteRows && type != Type::f32 && block_size >= kLeastTiledBlock) return Way::bytes;
   if (tiled(M, kTiledForwardRows, K, type, block_size)) return Way::tiles;
-  return M <= four_bit().few_rows(type) ? Way::nibbles : Way::panels;
+  if (M <= four_bit().few_rows(type)) return Way::nibbles;
+  return four_bit().blocks && type == Type::bf16 ? Way::blocks : Way::panels;
 }
 
 // product(absmax of their blocks, n0, n1) for `step` rows of W at a time.
@@ -154,6 +158,22 @@ void multiply_rows_tiled(const Weight& w, const Tensor& x, const Tensor& y) {
   });
 }
 
+// y fp32 or bf16 = x wᵀ
+void multiply_rows_blocked(const Weight& w, const Tensor& x, const Tensor& y) {
+  const FourBitBlocks& kernel = *four_bit().blocks;
+  const int64_t M = x.size(0);
+  for (int64_t m0 = 0; m0 < M; m0 += kBlockedRows) {
+    const int64_t m1 = std::min(m0 + kBlockedRows, M);
+    Scratch rows((m1 - m0) * arranged(w.K) / 2);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(rows.data);
+    parallel(arranged(w.K) / kBlockedColumns, [&](int64_t first, int64_t last) { kernel.arrange(rows_of(x), m0, m1, w.K, first, last, to); });
+    for_weight_rows(w, kBlockedWeights, [&](const float* absmax, int64_t n0, int64_t n1) {
+      Scratch room(blocked_room(m1 - m0, w.K / w.packed.block_size));
+      kernel.forward(to, m1 - m0, w.K, w.packed, absmax, n0, n1, room, row_of(y, m0), type_of(y), y.stride(0));
+    });
+  }
+}
+
 // dx bf16 = dy w
 void multiply_columns_tiled(const Weight& w, const Tensor& dy, const Tensor& dx) {
   const FourBitKernels& kernel = four_bit();
@@ -208,14 +228,16 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
   const Way way = way_of(M, K, type, block_size);
-  const bool few = way == Way::bytes || way == Way::nibbles || (way == Way::tiles && M <= kTiledFewRows);
-  const bool direct = !few && (way == Way::tiles || native(type));
+  const bool own = way == Way::tiles || way == Way::blocks;  // they round to bf16 themselves
+  const bool few = way == Way::bytes || way == Way::nibbles || (own && M <= kFewRows);
+  const bool direct = !few && (own || native(type));
   // In x's own type where the vendor GEMM writes it, in fp32 else.
   Tensor y = empty({M, N}, direct ? x.scalar_type() : ScalarType::Float), s = nothing(x);
   if (M && N && !(way == Way::bytes && multiply_bytes(w, x, y))) {
     switch (way_of(M, K, type, block_size, false)) {
       case Way::tiles: multiply_rows_tiled(w, x, y); break;
       case Way::nibbles: multiply_nibbles(w, x, y); break;
+      case Way::blocks: multiply_rows_blocked(w, x, y); break;
       default: multiply_rows(w, direct ? x : to_f32(x), y);
     }
   }
@@ -258,6 +280,7 @@ std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64
     case Way::bytes: return "bytes";
     case Way::tiles: return "tiles";
     case Way::nibbles: return "nibbles";
+    case Way::blocks: return "blocks";
     default: return "panels";
   }
 }

@@ -58,6 +58,21 @@ inline float total(vf v) {
 #endif
 }
 
+inline void totals(vf a, vf b, float& of_a, float& of_b) {
+#if FP_ISA >= 2
+  const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));  // of a, b, a, b in every 128 bits
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+  const __m128 fourth = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 sums = _mm_add_ps(fourth, _mm_movehl_ps(fourth, fourth));
+  of_a = _mm_cvtss_f32(sums);
+  of_b = _mm_cvtss_f32(_mm_movehdup_ps(sums));
+#else
+  of_a = total(a);
+  of_b = total(b);
+#endif
+}
+
 // Counters of Philox.
 #if FP_ISA >= 2
 // Those of even and odd lanes apart, each in the low half of 64 bits, where a product has both its halves; above it is anything.

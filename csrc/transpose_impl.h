@@ -18,7 +18,8 @@ inline void transpose_quarters(__m512 a, __m512 b, __m512 c, __m512 d, __m512& o
   out3 = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
 }
 
-inline void transpose(__m512 (&v)[16]) {
+// Inlined: else 16 vectors would go through memory.
+__attribute__((always_inline)) inline void transpose(__m512 (&v)[16]) {
   __m512 a[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {

@@ -101,6 +101,7 @@ _CPU_4BIT = {
     "bytes": "bytes: one or two rows multiply the packed weight in products of 8-bit integers, where those hold x",
     "tiles": "tiles: decoded in the cache for the matrix units, up to 512 rows",
     "nibbles": "nibbles: few rows multiply the packed weight",
+    "blocks": "blocks: decoded in the cache for the vector units",
     "panels": "panels: dequantised in the cache for the vendor GEMM",
 }
 

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.skipif(
 TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 2, 31, 63, 64, 65, 4096, 5001, 300 * 64 + 7]
-SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160), (49, 37, 320), (250, 35, 192)]
+SHAPES = [(1, 64, 64), (3, 40, 96), (4, 33, 128), (5, 18, 70), (2, 21, 33), (33, 24, 192), (1, 17, 4096), (15, 5, 160), (49, 37, 320), (250, 35, 192), (263, 70, 224)]
 
 FEW_ROWS = [
     (1, 17, 64, 64), (1, 83, 1088, 64), (2, 16, 2112, 64), (3, 130, 1984, 64), (4, 70, 192, 64), (5, 70, 192, 64), (1, 33, 2176, 128),
     (3, 66, 2304, 128), (7, 70, 1536, 512), (8, 20, 768, 256), (9, 20, 768, 256), (2, 3, 8192, 4096), (6, 65, 1024, 1024),
+    (9, 65, 1088, 64), (13, 31, 1152, 128), (22, 33, 768, 256), (70, 96, 1536, 512),
 ]  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_linear(native, quant_type, dtype, lora, poisoned):
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_linear_few_rows(native, dtype, double, poisoned):
-    """Up to where more than one block, or less than one, fills a vector of sums."""
+    """With sums of more than one block, or of less than one, over long rows and short ones."""
     for M, N, K, block_size in FEW_ROWS:
         for quant_type in TYPES:
             check_linear(native, (M, N, K), quant_type, block_size, double, dtype, False)
@@ -198,7 +199,7 @@ def few_rows(native, x, absmax):
     return y, w.to(x.dtype), x.double() @ w.double().T
 
 
-@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("M", [1, 2, 3, 11])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_range(native, dtype, M):
     """Values that differ much, or that products of integers do not hold."""
@@ -213,7 +214,7 @@ def test_linear_range(native, dtype, M):
         assert_within_budget(y, torch.nn.functional.linear(x, w), gold, dtype)
 
 
-@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("M", [1, 2, 3, 11])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_not_finite(native, dtype, M):
     absmax = torch.rand(40 * 3, generator=torch.Generator().manual_seed(0)) + 0.1

@@ -1,0 +1,166 @@
+// x wᵀ of bf16 rows with a 4-bit weight on vectors: W decoded 32 rows by 128 columns at a time into an L1 cache, for every row of x.
+//
+// 16 rows of 64 packed bytes are transposed as they are, so that a lane holds 8 nibbles of its own row of W; nibble p of the two
+// words of a lane are a pair of its columns, p and p + 4 of the eight. So a decoded vector is a step of two columns for 16 rows
+// of W, x is a broadcast, nothing is summed across lanes, and a block's absmax is one multiplication for its whole sum.
+// Compute-bound: 512 products of pairs against 16 sums to be scaled.
+#pragma once
+#include "fourbit_product_impl.h"
+#include "transpose_impl.h"
+
+namespace {
+
+// Rows of x at a time: with two vectors of W, 12 sums and as many totals in 32 registers.
+constexpr int64_t kMostRows = 6;
+constexpr int64_t kSteps = kChunk / 2, kGroups = kBlockedWeights / kLanes;
+constexpr int64_t kLongest = 64;  // columns that are summed before absmax multiplies them
+
+// f(first row, rows) over parts of M rows as equal as can be.
+template <class F>
+inline void for_parts(int64_t M, F f) {
+  const int64_t parts = (M + kMostRows - 1) / kMostRows, least = M / parts, more = M % parts;
+  for (int64_t i = 0, m = 0; i < parts; ++i) {
+    const int64_t rows = least + (i < more);
+    f(m, rows);
+    m += rows;
+  }
+}
+
+// Of 32 values in a row, the pairs of 16 steps.
+constexpr struct PairsOfSteps {
+  constexpr PairsOfSteps() : at() {
+    for (int d = 0; d < 16; ++d)
+      for (int high = 0; high < 2; ++high) at[2 * d + high] = static_cast<uint16_t>(d / 4 * 8 + kPlaceOfPlane[d % 4] + 4 * high);
+  }
+  alignas(64) uint16_t at[32];
+} kPairsOfSteps;
+
+// [chunks, parts of rows, steps, rows of a part], pairs of columns.
+void arrange_blocks(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out) {
+  const int64_t M = m1 - m0;
+  const __m512i order = _mm512_load_si512(kPairsOfSteps.at);
+  alignas(64) uint32_t steps[kMostRows][kSteps];
+  for (int64_t c = first; c < last; ++c)
+    for_parts(M, [&](int64_t m, int64_t rows) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < kChunk; k += 32) {
+          const int64_t left = K - c * kChunk - k;
+          const uint16_t* from = static_cast<const uint16_t*>(x.data) + (m0 + m + i) * x.stride + c * kChunk + k;
+          store(steps[i] + k / 2, _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi16(left > 0 ? first_of_32(left) : 0u, from)));
+        }
+      uint32_t* to = out + (c * M + m) * kSteps;
+      for (int64_t s = 0; s < kSteps; ++s)
+        for (int64_t i = 0; i < rows; ++i) *to++ = steps[i][s];
+    });
+}
+
+// At most kBlockedWeights rows of W.
+struct BlockedRows {
+  static constexpr int64_t kAhead = 2;  // lines
+
+  BlockedRows(const Packed& w, int64_t K, int64_t n0, int64_t n1)
+      : table(PairProduct(w.type).table), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {}
+
+  // A chunk to at[step][group of 16 rows].
+  void decode(int64_t chunk) {
+    const int64_t left = row_bytes - chunk * (kChunk / 2);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      const uint8_t* from = data + g * kLanes * row_bytes + chunk * (kChunk / 2);
+      __m512 v[kLanes];
+      if (left >= kChunk / 2 && (g + 1) * kLanes <= rows) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          __builtin_prefetch(from + i * row_bytes + kAhead * (kChunk / 2), 0, 2);
+          v[i] = _mm512_loadu_ps(from + i * row_bytes);
+        }
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          const __mmask64 own = g * kLanes + i < rows ? first_of_64(left) : 0;
+          v[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(own, from + i * row_bytes));
+        }
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        const __m512i words = _mm512_castps_si512(v[j]);
+        at[4 * j][g] = _mm512_permutexvar_epi16(words, table);
+        at[4 * j + 1][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+        at[4 * j + 2][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+        at[4 * j + 3][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+      }
+    }
+  }
+
+  __m512i table;
+  const uint8_t* data;
+  int64_t row_bytes, rows;
+  __m512i at[kSteps][kGroups];
+};
+
+// Blocks of absmax [rows, row_blocks] to [row_blocks, kBlockedWeights].
+inline void turn_absmax(const float* absmax, int64_t row_blocks, int64_t rows, float* out) {
+  for (int64_t g = 0; g < kGroups; ++g)
+    for (int64_t b = 0; b < row_blocks; b += kLanes) {
+      __m512 v[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t r = g * kLanes + i;
+        const __mmask16 own = static_cast<__mmask16>(r < rows ? first_of_32(row_blocks - b) : 0u);
+        v[i] = _mm512_maskz_loadu_ps(own, absmax + r * row_blocks + b);
+      }
+      transpose(v);
+      for (int64_t i = 0; i < smaller(kLanes, row_blocks - b); ++i) store(out + (b + i) * kBlockedWeights + g * kLanes, v[i]);
+    }
+}
+
+// totals += x wᵀ for some rows of x and a chunk of W: `count` sums of `steps` each, of which scales[i] is the absmax.
+template <int Rows>
+inline void block_part(const uint32_t* x, const __m512i (*w)[kGroups], int64_t count, int64_t steps, const float* const* scales, float* totals) {
+  vf all[kGroups][Rows];
+#pragma GCC unroll 16
+  for (int m = 0; m < Rows; ++m)
+    for (int g = 0; g < kGroups; ++g) all[g][m] = load<vf>(totals + m * kBlockedWeights + g * kLanes);
+  for (int64_t i = 0; i < count; ++i) {
+    vf sum[kGroups][Rows];
+    clear(sum);
+    for (int64_t s = 0; s < steps; ++s, ++w, x += Rows)
+#pragma GCC unroll 16
+      for (int m = 0; m < Rows; ++m) {
+        const vu pair = vu{} + x[m];
+        for (int g = 0; g < kGroups; ++g) sum[g][m] = dot(sum[g][m], reinterpret_cast<vu>((*w)[g]), pair);
+      }
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m)
+      for (int g = 0; g < kGroups; ++g) all[g][m] += sum[g][m] * load<vf>(scales[i] + g * kLanes);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Rows; ++m)
+    for (int g = 0; g < kGroups; ++g) store(totals + m * kBlockedWeights + g * kLanes, all[g][m]);
+}
+
+void blocks_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* room, void* y,
+                    Type type, int64_t ldy) {
+  const int64_t row_blocks = K / w.block_size, each = smaller(w.block_size, kLongest);
+  float* const scales = room;
+  float* const totals = room + row_blocks * kBlockedWeights;
+  turn_absmax(absmax, row_blocks, n1 - n0, scales);
+  std::memset(totals, 0, static_cast<size_t>(M * kBlockedWeights) * sizeof(float));
+  BlockedRows rows(w, K, n0, n1);
+  for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
+    rows.decode(k0 / kChunk);
+    const int64_t count = smaller(kChunk, K - k0) / each;
+    const float* of_sums[kChunk / 32];
+    for (int64_t i = 0; i < count; ++i) of_sums[i] = scales + (k0 + i * each) / w.block_size * kBlockedWeights;
+    for_parts(M, [&](int64_t m, int64_t part) {
+      static constexpr decltype(&block_part<1>) kParts[] = {block_part<1>, block_part<2>, block_part<3>, block_part<4>, block_part<5>, block_part<6>};
+      kParts[part - 1](x + (k0 / kChunk * M + m) * kSteps, rows.at, count, each / 2, of_sums, totals + m * kBlockedWeights);
+    });
+  }
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = n0; n < n1; n += kLanes) {
+      const vf v = load<vf>(totals + m * kBlockedWeights + n - n0);
+      if (type == Type::f32) store_some<Type::f32>(y, m * ldy + n, v, n1 - n);
+      else store_some<Type::bf16>(y, m * ldy + n, v, n1 - n);
+    }
+}
+
+}  // namespace
