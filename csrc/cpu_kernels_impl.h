@@ -24,7 +24,7 @@
 #include "fourbit_amx_impl.h"
 #include "fourbit_bytes_impl.h"
 #elif FP_ISA >= 3
-#include "fourbit_blocks_impl.h"
+#include "fourbit_blocks_dx_impl.h"
 #endif
 
 namespace {
@@ -287,7 +287,7 @@ constexpr const FourBitTiles* kTiles = nullptr;
 constexpr const FourBitBytes* kBytes = nullptr;
 #endif
 #if FP_ISA >= 3 && !defined(FP_TILES)
-constexpr FourBitBlocks kFourBitBlocks = {arrange_blocks, blocks_forward};
+constexpr FourBitBlocks kFourBitBlocks = {arrange_blocks_forward, blocks_forward, arrange_blocks_backward, blocks_backward};
 constexpr const FourBitBlocks* kBlocks = &kFourBitBlocks;
 #else
 constexpr const FourBitBlocks* kBlocks = nullptr;

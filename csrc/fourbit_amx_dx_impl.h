@@ -1,6 +1,6 @@
 // dy w of bf16 rows with a 4-bit weight as it is stored, on tile registers: see fourbit_planes_impl.h.
 #pragma once
-#include "fourbit_planes_impl.h"
+#include "fourbit_amx_tiles_impl.h"
 
 namespace {
 
@@ -14,34 +14,6 @@ void arrange_backward(const Rows& dy, int64_t m0, int64_t m1, int64_t N, uint32_
                          _mm512_maskz_loadu_epi16(m < m1 ? first_of_32(N - n) : 0u, data + m * dy.stride + n));
     }
 }
-
-// 64 columns of dx: `word` holds, of 16 words of four, the sums of the first to the fourth.
-inline void put_words(const __m512 (&word)[4], void* dx, Type type, int64_t at) {
-  const __m512 a = _mm512_unpacklo_ps(word[0], word[1]), b = _mm512_unpackhi_ps(word[0], word[1]);
-  const __m512 c = _mm512_unpacklo_ps(word[2], word[3]), d = _mm512_unpackhi_ps(word[2], word[3]);
-  __m512 out[4];
-  transpose_quarters(low_halves_of(a, c), high_halves_of(a, c), low_halves_of(b, d), high_halves_of(b, d), out[0], out[1], out[2], out[3]);
-  for (int i = 0; i < 4; ++i) put_16(out[i], dx, type, at + 16 * i, 16);
-}
-
-// Some columns of all rows of W, put side by side, 64 at a time: rows of W lie so far apart that a cache keeps few of their lines,
-// and a processor few of their pages.
-struct ColumnsOfRows {
-  ColumnsOfRows(const Packed& w, const float* absmax, int64_t N, int64_t K, int64_t k0, float* room)
-      : N(N), parts(smaller(kTiledStrip, K - k0) / kTiledColumns), packed(reinterpret_cast<char*>(room)), scales(room + N * kTiledStrip / 8) {
-    const int64_t row_blocks = K / w.block_size;
-    for (int64_t n = 0; n < N; ++n) {
-      const uint8_t* from = w.data + (n * K + k0) / 2;
-      for (int64_t i = 0; i < parts; ++i) {
-        std::memcpy(packed + (i * N + n) * 32, from + i * 32, 32);
-        scales[i * N + n] = absmax[n * row_blocks + (k0 + i * kTiledColumns) / w.block_size];
-      }
-    }
-  }
-  int64_t N, parts;
-  char* packed;   // [parts, N, 32 bytes]
-  float* scales;  // [parts, N]
-};
 
 // As LeftAhead: 4 steps of 32 rows at a time to right tiles, one of each plane.
 struct RightAhead {
@@ -62,7 +34,7 @@ struct RightAhead {
       for (int p = 0; p < kPlanes; ++p) _mm512_store_si512(at[step / kDepth % 2][step % kDepth][p][pair % kTileRows], planes[p]);
     }
   }
-  const TileDecoder decoder;
+  const PlaneDecoder decoder;
   const char* packed;
   const float* scales;
   int64_t N, pair = 0;
@@ -74,7 +46,7 @@ void tiles_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const P
                     Type type, int64_t ldx) {
   constexpr int64_t kDepth = RightAhead::kDepth;
   const int64_t steps = (N + 31) / 32, count = tiles_of(M), each = kTileRows / count + 1;
-  float* const sums = room + tiled_room(N);
+  float* const sums = room + strip_room(N);
   const ColumnsOfRows rows(w, absmax, N, K, k0, room);
   const Tiles tiles(full_tiles());
   for (int64_t part = 0; part < rows.parts; ++part) {
@@ -103,7 +75,7 @@ void tiles_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const P
       const float* from = sums + m / kTileRows * 4 * kTileFloats + m % kTileRows * kTilePairs;
       __m512 word[4];
       for (int p = 0; p < kPlanes; ++p) word[kPlaceOfPlane[p]] = _mm512_load_ps(from + p * kTileFloats);
-      put_words(word, dx, type, m * ldx + k0 + part * kTiledColumns);
+      put_words(word, dx, type, m * ldx + k0 + part * kStripPart);
     }
   }
 }

@@ -6,7 +6,7 @@
 // products of a chunk are the sums of its blocks. What is decoded stays in an L1 cache; a line that is stored beyond it takes four times
 // as long.
 #pragma once
-#include "fourbit_planes_impl.h"
+#include "fourbit_amx_tiles_impl.h"
 
 namespace {
 

@@ -60,7 +60,7 @@ struct LeftRows {
   int64_t K, row_blocks, n0, rows;
   const float* absmax;
   bool second;  // a chunk has two blocks
-  TileDecoder decoder;
+  PlaneDecoder decoder;
 };
 
 // The sums of 16 rows of W and 16 of x, a tile, to y.

@@ -35,10 +35,10 @@ constexpr struct PairsOfSteps {
   alignas(64) uint16_t at[32];
 } kPairsOfSteps;
 
-// [chunks, parts of rows, steps, rows of a part], pairs of columns.
-void arrange_blocks(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out) {
+// [chunks, parts of rows, steps, rows of a part], pairs of columns; zero past the end. `order` puts 32 columns in the order of their steps.
+template <class Order>
+inline void arrange_steps(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out, Order order) {
   const int64_t M = m1 - m0;
-  const __m512i order = _mm512_load_si512(kPairsOfSteps.at);
   alignas(64) uint32_t steps[kMostRows][kSteps];
   for (int64_t c = first; c < last; ++c)
     for_parts(M, [&](int64_t m, int64_t rows) {
@@ -46,12 +46,19 @@ void arrange_blocks(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t fi
         for (int64_t k = 0; k < kChunk; k += 32) {
           const int64_t left = K - c * kChunk - k;
           const uint16_t* from = static_cast<const uint16_t*>(x.data) + (m0 + m + i) * x.stride + c * kChunk + k;
-          store(steps[i] + k / 2, _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi16(left > 0 ? first_of_32(left) : 0u, from)));
+          __m512i pairs = _mm512_maskz_loadu_epi16(left > 0 ? first_of_32(left) : 0u, from);
+          order(pairs);
+          store(steps[i] + k / 2, pairs);
         }
       uint32_t* to = out + (c * M + m) * kSteps;
       for (int64_t s = 0; s < kSteps; ++s)
         for (int64_t i = 0; i < rows; ++i) *to++ = steps[i][s];
     });
+}
+
+void arrange_blocks_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out) {
+  const __m512i places = _mm512_load_si512(kPairsOfSteps.at);
+  arrange_steps(x, m0, m1, K, first, last, out, [places](__m512i& pairs) { pairs = _mm512_permutexvar_epi16(places, pairs); });
 }
 
 // At most kBlockedWeights rows of W.

@@ -22,7 +22,7 @@ struct Packed {
 
 // Products of bf16 x or dy with W [N, K] on tile registers, where K % block_size == 0 and block_size >= kLeastTiledBlock: of
 // at most kTiledGroup rows [m0, m1) at a time, which `arrange` puts in a kernel's order. `sums`: aligned scratch.
-constexpr int64_t kTiledColumns = 64, kTiledStrip = 256, kTiledWeights = 128, kTiledGroup = 128, kLeastTiledBlock = 64;
+constexpr int64_t kStripPart = 64, kStrip = 256, kTiledWeights = 128, kTiledGroup = 128, kLeastTiledBlock = 64;
 
 struct FourBitTiles {
   // To tiled_floats(m1 - m0, K).
@@ -33,14 +33,14 @@ struct FourBitTiles {
                   int64_t ldy);
   // To tiled_floats(m1 - m0, N).
   void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, uint32_t* out);
-  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and kTiledStrip columns from k0 on. `absmax`: of all blocks of W. `room`:
-  // tiled_room(N) + tiled_rows(M) * kTiledColumns.
+  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and kStrip columns from k0 on. `absmax`: of all blocks of W. `room`:
+  // strip_room(N) + tiled_rows(M) * kStripPart.
   void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
                    Type type, int64_t ldx);
 };
 
 inline int64_t tiled_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
-inline int64_t tiled_room(int64_t N) { return (N * (kTiledStrip / 8 + kTiledStrip / kTiledColumns) + 15) / 16 * 16; }
+inline int64_t strip_room(int64_t N) { return (N * (kStrip / 8 + kStrip / kStripPart) + 15) / 16 * 16; }
 constexpr int64_t tiled_weights(int64_t M) { return M > 16 ? 32 : 64; }
 inline int64_t tiled_floats(int64_t rows, int64_t width) { return tiled_rows(rows) * ((width + kTiledWeights - 1) / kTiledWeights * kTiledWeights) / 2; }
 
@@ -62,11 +62,16 @@ constexpr int64_t kBlockedWeights = 32, kBlockedColumns = 128;
 
 struct FourBitBlocks {
   // Columns [first, last) · kBlockedColumns of rows [m0, m1), to (m1 - m0) * arranged(K) / 2 words.
-  void (*arrange)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out);
+  void (*arrange_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out);
   // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1); y fp32 or bf16 [M, ldy]. `absmax`: of the blocks of these rows of
   // W. `room`: blocked_room(M, K / block_size), aligned.
   void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* room, void* y,
                   Type type, int64_t ldy);
+  // As `arrange_forward`, of dy and N.
+  void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, int64_t first, int64_t last, uint32_t* out);
+  // As FourBitTiles::backward, where block_size >= kLeastTiledBlock. `room`: strip_room(N) + M * kStripPart.
+  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
+                   Type type, int64_t ldx);
 };
 
 constexpr int64_t blocked_room(int64_t M, int64_t row_blocks) { return (M + row_blocks) * kBlockedWeights; }

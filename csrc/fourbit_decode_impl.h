@@ -70,49 +70,60 @@ struct ByteTable {
   __m512i bytes[4][4];
 };
 
-void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
-  if (of.plain) {
-    std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
-    return;
-  }
-  const ByteTable table(of.code);
-  const vf offset = splat(of.offset);
-  for (int64_t i = first; i < last;) {
-    const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
+struct NestedAbsmax {  // `put`: absmax of blocks [i, end), which have one scale, to `out`; returns where it ends
+  explicit NestedAbsmax(const Absmax& of) : of(of), table(of.code) {}
+
+  float* put(int64_t i, int64_t end, float* out) const {
     const vf scale = splat(of.scale[i / kNestedBlock]);
-    const auto put = [&](int64_t count) {
-      __m512 v[4];
-      table.at(_mm512_maskz_loadu_epi8(first_of_64(count), of.codes + i), v);
-      for (int j = 0; j < 4; ++j) {
-        const __m512 value = reinterpret_cast<__m512>(rounded(reinterpret_cast<vf>(v[j]) * scale) + offset);
-        _mm512_mask_storeu_ps(out + kLanes * j, static_cast<__mmask16>(first_of_64(count) >> kLanes * j), value);
-      }
-      i += count;
-      out += count;
-    };
-    while (i + 64 <= end) put(64);
-    if (i < end) put(end - i);
+    for (; i + 64 <= end; i += 64, out += 64) put_some(i, 64, scale, out);
+    if (i < end) put_some(i, end - i, scale, out);
+    return out + (end - i);
   }
-}
-#else
-void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
-  if (of.plain) {
-    std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
-    return;
-  }
-  alignas(64) float table[256];
-  for (int64_t i = first; i < last;) {
-    const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
-    const float scale = of.scale[i / kNestedBlock];
-    if (end - i < 64) {
-      for (; i < end; ++i) *out++ = rounded(of.code[of.codes[i]] * scale) + of.offset;
-      continue;
+
+ private:
+  inline void put_some(int64_t i, int64_t count, vf scale, float* out) const {
+    __m512 v[4];
+    table.at(_mm512_maskz_loadu_epi8(first_of_64(count), of.codes + i), v);
+    for (int j = 0; j < 4; ++j) {
+      const vf value = rounded(reinterpret_cast<vf>(v[j]) * scale) + splat(of.offset);
+      _mm512_mask_storeu_ps(out + kLanes * j, static_cast<__mmask16>(first_of_64(count) >> kLanes * j), reinterpret_cast<__m512>(value));
     }
+  }
+
+  const Absmax& of;
+  const ByteTable table;
+};
+#else
+struct NestedAbsmax {
+  explicit NestedAbsmax(const Absmax& of) : of(of) {}
+  float* put(int64_t i, int64_t end, float* out) const {
+    const float scale = of.scale[i / kNestedBlock];
+    alignas(64) float table[256];
     for (int c = 0; c < 256; c += kLanes) store(table + c, rounded(load<vf>(of.code + c) * scale) + of.offset);
     for (; i < end; ++i) *out++ = table[of.codes[i]];
+    return out;
+  }
+  const Absmax& of;
+};
+#endif
+
+void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
+  constexpr int64_t kFew = 64;  // for which no table is made
+  if (of.plain) {
+    std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
+    return;
+  }
+  if (last - first < kFew) {
+    for (int64_t i = first; i < last; ++i) *out++ = rounded(of.code[of.codes[i]] * of.scale[i / kNestedBlock]) + of.offset;
+    return;
+  }
+  const NestedAbsmax nested(of);
+  for (int64_t i = first; i < last;) {
+    const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
+    out = nested.put(i, end, out);
+    i = end;
   }
 }
-#endif
 
 // Runs of so many bytes go past the caches, in whole lines: a store to memory would read the line first.
 constexpr int64_t kPastCaches = 4 << 20;

@@ -1,9 +1,9 @@
-// What the products of bf16 rows with a 4-bit weight on the tile registers of AMX-BF16 share.
+// A 4-bit weight in bf16 by planes, for the products of many rows: on the tile registers of AMX-BF16, and dy w on vectors.
 //
 // 64 packed bytes of a row are 128 weights: as 32 words of 4 nibbles, they are four vectors (planes) of 32 weights, each a shift
 // and a permutation of the table of code · absmax, rounded once as where the weight is dequantised. A plane is a row of a left
-// tile as it is (x wᵀ), or, where the words of two rows of W stand in turn, of a right tile (dy w). So a weight is decoded once, to
-// an L1 cache, for up to kTiledGroup rows of x, which are put in the order of the planes.
+// tile as it is (x wᵀ), or, where the words of two rows of W stand in turn, the pairs of 16 columns (dy w). So a weight is decoded
+// once, to an L1 cache, for a group of rows of x or dy.
 #pragma once
 #include "fourbit_product_impl.h"
 #include "transpose_impl.h"
@@ -11,7 +11,6 @@
 namespace {
 
 constexpr int kPlanes = 4;
-constexpr int64_t kTileFloats = kTileRows * kTilePairs;
 
 // The words of two halves, in turn.
 constexpr struct PairsOfRows {
@@ -22,8 +21,8 @@ constexpr struct PairsOfRows {
 } kPairsOfRows;
 
 // 128 nibbles of 32 words to planes; words of the second kind (`upper`, bit 4 of an index) are multiplied by another absmax.
-struct TileDecoder {
-  TileDecoder(FourBit type, __mmask32 second)
+struct PlaneDecoder {
+  PlaneDecoder(FourBit type, __mmask32 second)
       : code(_mm512_load_ps(code_of(type))), upper(_mm512_mask_set1_epi16(_mm512_setzero_si512(), second, 16)) {}
 
   void planes(__m512i words, float first, float other, __m512i (&out)[kPlanes]) const {
@@ -42,31 +41,42 @@ struct TileDecoder {
   __m512i upper;
 };
 
-inline int64_t chunks_of(int64_t K) { return (K + kTiledWeights - 1) / kTiledWeights; }
-inline int64_t tiles_of(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
-
 // 16 values from column n on to a row of y, at most `count`.
 inline void put_16(__m512 v, void* y, Type type, int64_t at, int64_t count) {
   const __mmask16 own = static_cast<__mmask16>(first_of_32(count));
-  if (type == Type::f32) _mm512_mask_storeu_ps(static_cast<float*>(y) + at, own, v);
-  else _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, own, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  if (type == Type::f32) return _mm512_mask_storeu_ps(static_cast<float*>(y) + at, own, v);
+  const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+  uint16_t* const to = static_cast<uint16_t*>(y) + at;
+  if (count >= 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  else _mm256_mask_storeu_epi16(to, own, half);  // microcode on Zen 4
 }
 
-// Tiles 0 to 3 hold sums, four at once: the next product of one has to wait for its last.
-template <int T = 0>
-inline void sums_start(const float* from) {
-  if constexpr (T < 4) {
-    if (from) tile_load<T>(from + T * kTileFloats, 64);
-    else tile_zero<T>();
-    sums_start<T + 1>(from);
-  }
+// 64 columns of dx: `word` holds, of 16 words of four, the sums of the first to the fourth.
+inline void put_words(const __m512 (&word)[4], void* dx, Type type, int64_t at) {
+  const __m512 a = _mm512_unpacklo_ps(word[0], word[1]), b = _mm512_unpackhi_ps(word[0], word[1]);
+  const __m512 c = _mm512_unpacklo_ps(word[2], word[3]), d = _mm512_unpackhi_ps(word[2], word[3]);
+  __m512 out[4];
+  transpose_quarters(low_halves_of(a, c), high_halves_of(a, c), low_halves_of(b, d), high_halves_of(b, d), out[0], out[1], out[2], out[3]);
+  for (int i = 0; i < 4; ++i) put_16(out[i], dx, type, at + 16 * i, 16);
 }
-template <int T = 0>
-inline void sums_store(float* to) {
-  if constexpr (T < 4) {
-    tile_store<T>(to + T * kTileFloats, 64);
-    sums_store<T + 1>(to);
+
+// Some columns of all rows of W, put side by side, 64 at a time: rows of W lie so far apart that a cache keeps few of their lines,
+// and a processor few of their pages.
+struct ColumnsOfRows {
+  ColumnsOfRows(const Packed& w, const float* absmax, int64_t N, int64_t K, int64_t k0, float* room)
+      : N(N), parts(smaller(kStrip, K - k0) / kStripPart), packed(reinterpret_cast<char*>(room)), scales(room + N * kStrip / 8) {
+    const int64_t row_blocks = K / w.block_size;
+    for (int64_t n = 0; n < N; ++n) {
+      const uint8_t* from = w.data + (n * K + k0) / 2;
+      for (int64_t i = 0; i < parts; ++i) {
+        std::memcpy(packed + (i * N + n) * 32, from + i * 32, 32);
+        scales[i * N + n] = absmax[n * row_blocks + (k0 + i * kStripPart) / w.block_size];
+      }
+    }
   }
-}
+  int64_t N, parts;
+  char* packed;   // [parts, N, 32 bytes]
+  float* scales;  // [parts, N]
+};
 
 }  // namespace
