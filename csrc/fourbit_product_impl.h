@@ -185,13 +185,10 @@ inline void product_rows(const P& by, const S& scales, const char* x, int64_t M,
                          const float* absmax, int64_t row_blocks, float* y, int64_t ldy) {
   const int64_t ldx = arranged(K) * P::kElement;
   int64_t m = 0;
-  const auto rows = [&](auto tile, int64_t count) {
-    for (; m + count <= M; m += count) tile(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
-  };
-  rows(product_tile<P, S, 8, NR>, 8);
-  rows(product_tile<P, S, 4, NR>, 4);
-  rows(product_tile<P, S, 2, NR>, 2);
-  rows(product_tile<P, S, 1, NR>, 1);
+  for (; m + 8 <= M; m += 8) product_tile<P, S, 8, NR>(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
+  for (; m + 4 <= M; m += 4) product_tile<P, S, 4, NR>(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
+  for (; m + 2 <= M; m += 2) product_tile<P, S, 2, NR>(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
+  for (; m < M; ++m) product_tile<P, S, 1, NR>(by, scales, x + m * ldx, ldx, K, w, apart, absmax, row_blocks, y + m * ldy, ldy);
 }
 
 // Two rows of W at a time, each the next of its half: so the hardware's prefetcher sees two runs, where of neighbours it sees many short ones.
