@@ -13,6 +13,7 @@ namespace {
 // Rows of x at a time: with two vectors of W, 12 sums and as many totals in 32 registers.
 constexpr int64_t kMostRows = 6;
 constexpr int64_t kSteps = kChunk / 2, kGroups = kBlockedWeights / kLanes;
+static_assert(kGroups == 2, "a step has two vectors");
 constexpr int64_t kLongest = 64;  // columns that are summed before absmax multiplies them
 
 // f(first row, rows) over parts of M rows as equal as can be.
@@ -68,8 +69,8 @@ struct BlockedRows {
   BlockedRows(const Packed& w, int64_t K, int64_t n0, int64_t n1)
       : table(PairProduct(w.type).table), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {}
 
-  // A chunk to at[step][group of 16 rows].
-  void decode(int64_t chunk) {
+  // The words of a chunk, each lane of which is of another row.
+  void gather(int64_t chunk) {
     const int64_t left = row_bytes - chunk * (kChunk / 2);
     for (int64_t g = 0; g < kGroups; ++g) {
       const uint8_t* from = data + g * kLanes * row_bytes + chunk * (kChunk / 2);
@@ -88,20 +89,19 @@ struct BlockedRows {
       }
       transpose(v);
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) {
-        const __m512i words = _mm512_castps_si512(v[j]);
-        at[4 * j][g] = _mm512_permutexvar_epi16(words, table);
-        at[4 * j + 1][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-        at[4 * j + 2][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-        at[4 * j + 3][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
-      }
+      for (int j = 0; j < kLanes; ++j) words[j][g] = _mm512_castps_si512(v[j]);
     }
+  }
+
+  // Of the words to those of a step, kept for other rows of x.
+  inline __m512i decode(int64_t four, int plane, int64_t g) {
+    return at[4 * four + plane][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[four][g], static_cast<unsigned>(4 * plane)), table);
   }
 
   __m512i table;
   const uint8_t* data;
   int64_t row_bytes, rows;
-  __m512i at[kSteps][kGroups];
+  __m512i words[kSteps / 4][kGroups], at[kSteps][kGroups];
 };
 
 // Blocks of absmax [rows, row_blocks] to [row_blocks, kBlockedWeights].
@@ -119,9 +119,10 @@ inline void turn_absmax(const float* absmax, int64_t row_blocks, int64_t rows, f
     }
 }
 
-// totals += x wᵀ for some rows of x and a chunk of W: `count` sums of `steps` each, of which scales[i] is the absmax.
-template <int Rows>
-inline void block_part(const uint32_t* x, const __m512i (*w)[kGroups], int64_t count, int64_t steps, const float* const* scales, float* totals) {
+// totals += x wᵀ for some rows of x and a chunk of W: `count` sums of `steps` each, of which scales[i] is the absmax. The first rows decode
+// it on their way: shifts and permutations are not for the ports of products.
+template <int Rows, bool Decode>
+inline void block_part(const uint32_t* x, BlockedRows& w, int64_t count, int64_t steps, const float* const* scales, float* totals) {
   vf all[kGroups][Rows];
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
@@ -129,12 +130,21 @@ inline void block_part(const uint32_t* x, const __m512i (*w)[kGroups], int64_t c
   for (int64_t i = 0; i < count; ++i) {
     vf sum[kGroups][Rows];
     clear(sum);
-    for (int64_t s = 0; s < steps; ++s, ++w, x += Rows)
+    const auto step = [&](const __m512i (&weights)[kGroups]) {
 #pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
         const vu pair = vu{} + x[m];
-        for (int g = 0; g < kGroups; ++g) sum[g][m] = dot(sum[g][m], reinterpret_cast<vu>((*w)[g]), pair);
+        for (int g = 0; g < kGroups; ++g) sum[g][m] = dot(sum[g][m], reinterpret_cast<vu>(weights[g]), pair);
       }
+      x += Rows;
+    };
+    if constexpr (Decode) {
+      for (int64_t four = i * steps / 4; four < (i + 1) * steps / 4; ++four)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) step({w.decode(four, p, 0), w.decode(four, p, 1)});
+    } else {
+      for (int64_t s = i * steps; s < (i + 1) * steps; ++s) step(w.at[s]);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < Rows; ++m)
       for (int g = 0; g < kGroups; ++g) all[g][m] += sum[g][m] * load<vf>(scales[i] + g * kLanes);
@@ -143,6 +153,10 @@ inline void block_part(const uint32_t* x, const __m512i (*w)[kGroups], int64_t c
   for (int m = 0; m < Rows; ++m)
     for (int g = 0; g < kGroups; ++g) store(totals + m * kBlockedWeights + g * kLanes, all[g][m]);
 }
+
+template <bool Decode>
+constexpr decltype(&block_part<1, Decode>) kBlockParts[kMostRows] = {block_part<1, Decode>, block_part<2, Decode>, block_part<3, Decode>,
+                                                                     block_part<4, Decode>, block_part<5, Decode>, block_part<6, Decode>};
 
 void blocks_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* room, void* y,
                     Type type, int64_t ldy) {
@@ -153,13 +167,13 @@ void blocks_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, co
   std::memset(totals, 0, static_cast<size_t>(M * kBlockedWeights) * sizeof(float));
   BlockedRows rows(w, K, n0, n1);
   for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-    rows.decode(k0 / kChunk);
+    rows.gather(k0 / kChunk);
     const int64_t count = smaller(kChunk, K - k0) / each;
     const float* of_sums[kChunk / 32];
     for (int64_t i = 0; i < count; ++i) of_sums[i] = scales + (k0 + i * each) / w.block_size * kBlockedWeights;
     for_parts(M, [&](int64_t m, int64_t part) {
-      static constexpr decltype(&block_part<1>) kParts[] = {block_part<1>, block_part<2>, block_part<3>, block_part<4>, block_part<5>, block_part<6>};
-      kParts[part - 1](x + (k0 / kChunk * M + m) * kSteps, rows.at, count, each / 2, of_sums, totals + m * kBlockedWeights);
+      const auto product = m ? kBlockParts<false>[part - 1] : kBlockParts<true>[part - 1];
+      product(x + (k0 / kChunk * M + m) * kSteps, rows, count, each / 2, of_sums, totals + m * kBlockedWeights);
     });
   }
   for (int64_t m = 0; m < M; ++m)
