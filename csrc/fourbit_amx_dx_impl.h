@@ -42,12 +42,12 @@ struct RightAhead {
 };
 
 // dx[:, a strip] = dy w, its 64 columns at a time those of four tiles, one of each plane, in 0 to 3; dy through 4, W through 5.
-void tiles_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
-                    Type type, int64_t ldx) {
+void tiles_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
+                    float* room, void* dx, Type type, int64_t ldx) {
   constexpr int64_t kDepth = RightAhead::kDepth;
   const int64_t steps = (N + 31) / 32, count = tiles_of(M), each = kTileRows / count + 1;
   float* const sums = room + strip_room(N);
-  const ColumnsOfRows rows(w, absmax, N, K, k0, room);
+  const ColumnsOfRows rows(w, absmax, N, K, k0, k1, room);
   const Tiles tiles(full_tiles());
   for (int64_t part = 0; part < rows.parts; ++part) {
     RightAhead right(rows, w.type, part);

@@ -58,10 +58,10 @@ inline void block_part_backward(const uint32_t* dy, const __m512i (*w)[kPlanes],
     for (int p = 0; p < kPlanes; ++p) store(totals + (m * kPlanes + p) * kLanes, sum[m][p]);
 }
 
-void blocks_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room,
-                     void* dx, Type type, int64_t ldx) {
+void blocks_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
+                     float* room, void* dx, Type type, int64_t ldx) {
   float* const totals = room + strip_room(N);
-  const ColumnsOfRows columns(w, absmax, N, K, k0, room);
+  const ColumnsOfRows columns(w, absmax, N, K, k0, k1, room);
   for (int64_t part = 0; part < columns.parts; ++part) {
     BlockedPairs rows(columns, w.type, part);
     std::memset(totals, 0, static_cast<size_t>(M * kStripPart) * sizeof(float));

@@ -33,10 +33,10 @@ struct FourBitTiles {
                   int64_t ldy);
   // To tiled_floats(m1 - m0, N).
   void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, uint32_t* out);
-  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and kStrip columns from k0 on. `absmax`: of all blocks of W. `room`:
-  // strip_room(N) + tiled_rows(M) * kStripPart.
-  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
-                   Type type, int64_t ldx);
+  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and k in [k0, k1), whole parts of a strip, and kStrip at most. `absmax`: of all blocks
+  // of W. `room`: strip_room(N) + tiled_rows(M) * kStripPart.
+  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
+                   float* room, void* dx, Type type, int64_t ldx);
 };
 
 inline int64_t tiled_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
@@ -70,8 +70,8 @@ struct FourBitBlocks {
   // As `arrange_forward`, of dy and N.
   void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, int64_t first, int64_t last, uint32_t* out);
   // As FourBitTiles::backward, where block_size >= kLeastTiledBlock. `room`: strip_room(N) + M * kStripPart.
-  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, float* room, void* dx,
-                   Type type, int64_t ldx);
+  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
+                   float* room, void* dx, Type type, int64_t ldx);
 };
 
 constexpr int64_t blocked_room(int64_t M, int64_t row_blocks) { return (M + row_blocks) * kBlockedWeights; }

@@ -63,8 +63,8 @@ inline void put_words(const __m512 (&word)[4], void* dx, Type type, int64_t at) 
 // Some columns of all rows of W, put side by side, 64 at a time: rows of W lie so far apart that a cache keeps few of their lines,
 // and a processor few of their pages.
 struct ColumnsOfRows {
-  ColumnsOfRows(const Packed& w, const float* absmax, int64_t N, int64_t K, int64_t k0, float* room)
-      : N(N), parts(smaller(kStrip, K - k0) / kStripPart), packed(reinterpret_cast<char*>(room)), scales(room + N * kStrip / 8) {
+  ColumnsOfRows(const Packed& w, const float* absmax, int64_t N, int64_t K, int64_t k0, int64_t k1, float* room)
+      : N(N), parts((k1 - k0) / kStripPart), packed(reinterpret_cast<char*>(room)), scales(room + N * kStrip / 8) {
     const int64_t row_blocks = K / w.block_size;
     for (int64_t n = 0; n < N; ++n) {
       const uint8_t* from = w.data + (n * K + k0) / 2;

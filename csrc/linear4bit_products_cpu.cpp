@@ -10,8 +10,10 @@
 namespace fastpeft {
 namespace {
 
+// The tasks that there should be, for all threads to have some, before the tasks are as large as they had better be.
+constexpr int64_t kTasks = 16;
 // The rows of W of a task, of which two are multiplied at a time, of either half one: so long a run the hardware's prefetcher follows.
-constexpr int64_t kWeightRows = 128;
+int64_t weight_rows(int64_t N) { return std::clamp<int64_t>(N / kTasks / 2 * 2, 16, 128); }
 // The rows up to which tiles and blocks write fp32, which is rounded once, after the adapter: there is little of it.
 constexpr int64_t kFewRows = 64;
 // The rows that blocks take at a time, each of which reads them all again.
@@ -95,7 +97,7 @@ void multiply_nibbles(const Weight& w, const Tensor& x, const Tensor& y) {
   Scratch rows(M * arranged(w.K) / (pairs ? 2 : 1));
   kernel.arrange(rows_of(x), w.K, rows);
   float* out = static_cast<float*>(y.mutable_data_ptr());
-  for_weight_rows(w, kWeightRows, [&](const float* absmax, int64_t n0, int64_t n1) {
+  for_weight_rows(w, weight_rows(w.N), [&](const float* absmax, int64_t n0, int64_t n1) {
     kernel.product(rows, pairs, M, w.K, w.packed, absmax, n0, n1, out, w.N);
   });
 }
@@ -107,8 +109,9 @@ bool multiply_bytes(const Weight& w, const Tensor& x, const Tensor& y) {
   Scratch room((kernel.room(M, w.K) + 3) / 4);
   if (!kernel.arrange(rows_of(x), w.K, room)) return false;
   float* out = static_cast<float*>(y.mutable_data_ptr());
-  parallel((w.N + kWeightRows - 1) / kWeightRows, [&](int64_t first, int64_t last) {
-    kernel.product(room, M, w.K, w.packed, first * kWeightRows, std::min(last * kWeightRows, w.N), out, w.N);
+  const int64_t step = weight_rows(w.N);
+  parallel((w.N + step - 1) / step, [&](int64_t first, int64_t last) {
+    kernel.product(room, M, w.K, w.packed, first * step, std::min(last * step, w.N), out, w.N);
   });
   return true;
 }
@@ -173,12 +176,13 @@ void decode_absmax(const Weight& w, float* out) {
   });
 }
 
-// f(room of `floats`, k0) for every strip of columns of W.
+// f(room of `floats`, k0, k1) for every strip of columns of W.
 template <class F>
 void for_strips(const Weight& w, int64_t floats, F f) {
-  parallel((w.K + kStrip - 1) / kStrip, [&](int64_t first, int64_t last) {
+  const int64_t width = std::clamp<int64_t>(w.K / kTasks / kStripPart * kStripPart, kStripPart, kStrip);
+  parallel((w.K + width - 1) / width, [&](int64_t first, int64_t last) {
     Scratch room(floats);
-    for (int64_t strip = first; strip < last; ++strip) f(static_cast<float*>(room), strip * kStrip);
+    for (int64_t k0 = first * width; k0 < std::min(last * width, w.K); k0 += width) f(static_cast<float*>(room), k0, std::min(k0 + width, w.K));
   });
 }
 
@@ -189,8 +193,8 @@ void multiply_columns_by_tiles(const Weight& w, const Tensor& dy, const Tensor& 
   decode_absmax(w, absmax);
   const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) { kernel.arrange_backward(rows, m0, m1, w.N, to); };
   for_tiled_groups(dy, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
-    for_strips(w, strip_room(w.N) + tiled_rows(m1 - m0) * kStripPart, [&](float* room, int64_t k0) {
-      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, room, row_of(dx, m0), type_of(dx), dx.stride(0));
+    for_strips(w, strip_room(w.N) + tiled_rows(m1 - m0) * kStripPart, [&](float* room, int64_t k0, int64_t k1) {
+      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, room, row_of(dx, m0), type_of(dx), dx.stride(0));
     });
   });
 }
@@ -200,8 +204,8 @@ void multiply_columns_by_blocks(const Weight& w, const Tensor& dy, const Tensor&
   Scratch absmax(w.N * (w.K / w.packed.block_size));
   decode_absmax(w, absmax);
   for_blocked_groups(dy, kernel.arrange_backward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
-    for_strips(w, strip_room(w.N) + (m1 - m0) * kStripPart, [&](float* room, int64_t k0) {
-      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, room, row_of(dx, m0), type_of(dx), dx.stride(0));
+    for_strips(w, strip_room(w.N) + (m1 - m0) * kStripPart, [&](float* room, int64_t k0, int64_t k1) {
+      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, room, row_of(dx, m0), type_of(dx), dx.stride(0));
     });
   });
 }
