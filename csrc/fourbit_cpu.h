@@ -69,7 +69,7 @@ struct FourBitBlocks {
                   Type type, int64_t ldy);
   // As `arrange_forward`, of dy and N.
   void (*arrange_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, int64_t first, int64_t last, uint32_t* out);
-  // As FourBitTiles::backward, where block_size >= kLeastTiledBlock. `room`: strip_room(N) + M * kStripPart.
+  // As FourBitTiles::backward, where block_size >= kLeastTiledBlock.
   void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
                    float* room, void* dx, Type type, int64_t ldx);
 };

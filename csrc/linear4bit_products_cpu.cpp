@@ -62,9 +62,14 @@ void multiply_columns_by_panels(const Weight& w, const Tensor& dy, const Tensor&
   }
 }
 
+// Whether tiles, and blocks backward, multiply such rows with such a weight.
+bool in_wide_blocks(int64_t K, Type type, int64_t block_size) {
+  return type == Type::bf16 && block_size >= kLeastTiledBlock && K % block_size == 0;
+}
+
 // Of M rows, `most` at most.
 bool tiled(int64_t M, int64_t most, int64_t K, Type type, int64_t block_size) {
-  return M <= most && four_bit().tiles && type == Type::bf16 && block_size >= kLeastTiledBlock && K % block_size == 0;
+  return M <= most && four_bit().tiles && in_wide_blocks(K, type, block_size);
 }
 
 // Of the forward pass, of rows that may be anything.
@@ -116,30 +121,26 @@ bool multiply_bytes(const Weight& w, const Tensor& x, const Tensor& y) {
   return true;
 }
 
-// f(m0, m1, those rows of x in a kernel's order) for groups of at most kTiledGroup rows.
+// f(m0, m1, those rows of x in a kernel's order, which arrange(m0, m1, to) gives) for groups of `most` rows at most.
 template <class Arrange, class F>
-void for_tiled_groups(const Tensor& x, Arrange arrange, F f) {
+void for_groups(const Tensor& x, int64_t most, Arrange arrange, F f) {
   const int64_t M = x.size(0), width = x.size(1);
-  for (int64_t m0 = 0; m0 < M; m0 += kTiledGroup) {
-    const int64_t m1 = std::min(m0 + kTiledGroup, M);
+  for (int64_t m0 = 0; m0 < M; m0 += most) {
+    const int64_t m1 = std::min(m0 + most, M);
     Scratch rows(tiled_floats(m1 - m0, width));
     uint32_t* const to = reinterpret_cast<uint32_t*>(rows.data);
-    arrange(rows_of(x), m0, m1, to);
+    arrange(m0, m1, to);
     f(m0, m1, to);
   }
 }
 
-// The same for groups of at most kBlockedRows, arranged by many threads.
-template <class Arrange, class F>
-void for_blocked_groups(const Tensor& x, Arrange arrange, F f) {
-  const int64_t M = x.size(0), width = x.size(1);
-  for (int64_t m0 = 0; m0 < M; m0 += kBlockedRows) {
-    const int64_t m1 = std::min(m0 + kBlockedRows, M);
-    Scratch rows((m1 - m0) * arranged(width) / 2);
-    uint32_t* const to = reinterpret_cast<uint32_t*>(rows.data);
+// Such an `arrange` of blocks, by many threads.
+template <class Kernel>
+auto blocked_order(const Tensor& x, Kernel arrange) {
+  return [&x, arrange](int64_t m0, int64_t m1, uint32_t* to) {
+    const int64_t width = x.size(1);
     parallel(arranged(width) / kBlockedColumns, [&](int64_t first, int64_t last) { arrange(rows_of(x), m0, m1, width, first, last, to); });
-    f(m0, m1, to);
-  }
+  };
 }
 
 char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_data_ptr()) + m * t.stride(0) * size_of(type_of(t)); }
@@ -147,10 +148,10 @@ char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_d
 // y fp32 or bf16 = x wᵀ
 void multiply_rows_by_tiles(const Weight& w, const Tensor& x, const Tensor& y) {
   const FourBitTiles& kernel = *four_bit().tiles;
-  const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) {
-    kernel.arrange_forward(rows, m0, m1, w.K, w.packed.block_size, to);
+  const auto arrange = [&](int64_t m0, int64_t m1, uint32_t* to) {
+    kernel.arrange_forward(rows_of(x), m0, m1, w.K, w.packed.block_size, to);
   };
-  for_tiled_groups(x, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+  for_groups(x, kTiledGroup, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
     for_weight_rows(w, tiled_weights(m1 - m0), [&](const float* absmax, int64_t n0, int64_t n1) {
       kernel.forward(rows, m1 - m0, w.K, w.packed, absmax, n0, n1, row_of(y, m0), type_of(y), y.stride(0));
     });
@@ -159,7 +160,7 @@ void multiply_rows_by_tiles(const Weight& w, const Tensor& x, const Tensor& y) {
 
 void multiply_rows_by_blocks(const Weight& w, const Tensor& x, const Tensor& y) {
   const FourBitBlocks& kernel = *four_bit().blocks;
-  for_blocked_groups(x, kernel.arrange_forward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+  for_groups(x, kBlockedRows, blocked_order(x, kernel.arrange_forward), [&](int64_t m0, int64_t m1, const uint32_t* rows) {
     for_weight_rows(w, kBlockedWeights, [&](const float* absmax, int64_t n0, int64_t n1) {
       Scratch room(blocked_room(m1 - m0, w.K / w.packed.block_size));
       kernel.forward(rows, m1 - m0, w.K, w.packed, absmax, n0, n1, room, row_of(y, m0), type_of(y), y.stride(0));
@@ -186,28 +187,27 @@ void for_strips(const Weight& w, int64_t floats, F f) {
   });
 }
 
-// dx bf16 = dy w
-void multiply_columns_by_tiles(const Weight& w, const Tensor& dy, const Tensor& dx) {
-  const FourBitTiles& kernel = *four_bit().tiles;
+// dx bf16 = dy w, by the `backward` of tiles or of blocks, of which rows are arranged for groups as above.
+template <class Arrange, class Backward>
+void multiply_strips(const Weight& w, const Tensor& dy, const Tensor& dx, int64_t most, Arrange arrange, Backward backward) {
   Scratch absmax(w.N * (w.K / w.packed.block_size));
   decode_absmax(w, absmax);
-  const auto arrange = [&](const Rows& rows, int64_t m0, int64_t m1, uint32_t* to) { kernel.arrange_backward(rows, m0, m1, w.N, to); };
-  for_tiled_groups(dy, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
+  for_groups(dy, most, arrange, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
     for_strips(w, strip_room(w.N) + tiled_rows(m1 - m0) * kStripPart, [&](float* room, int64_t k0, int64_t k1) {
-      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, room, row_of(dx, m0), type_of(dx), dx.stride(0));
+      backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, room, row_of(dx, m0), type_of(dx), dx.stride(0));
     });
   });
 }
 
+void multiply_columns_by_tiles(const Weight& w, const Tensor& dy, const Tensor& dx) {
+  const FourBitTiles& kernel = *four_bit().tiles;
+  const auto arrange = [&](int64_t m0, int64_t m1, uint32_t* to) { kernel.arrange_backward(rows_of(dy), m0, m1, w.N, to); };
+  multiply_strips(w, dy, dx, kTiledGroup, arrange, kernel.backward);
+}
+
 void multiply_columns_by_blocks(const Weight& w, const Tensor& dy, const Tensor& dx) {
   const FourBitBlocks& kernel = *four_bit().blocks;
-  Scratch absmax(w.N * (w.K / w.packed.block_size));
-  decode_absmax(w, absmax);
-  for_blocked_groups(dy, kernel.arrange_backward, [&](int64_t m0, int64_t m1, const uint32_t* rows) {
-    for_strips(w, strip_room(w.N) + (m1 - m0) * kStripPart, [&](float* room, int64_t k0, int64_t k1) {
-      kernel.backward(rows, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, room, row_of(dx, m0), type_of(dx), dx.stride(0));
-    });
-  });
+  multiply_strips(w, dy, dx, kBlockedRows, blocked_order(dy, kernel.arrange_backward), kernel.backward);
 }
 
 }  // namespace
@@ -221,8 +221,7 @@ Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
 Way way_back(int64_t M, int64_t N, int64_t K, Type type, int64_t block_size) {
   if (N == 0) return Way::panels;
   if (tiled(M, kTiledBackwardRows, K, type, block_size)) return Way::tiles;
-  const bool whole = type == Type::bf16 && block_size >= kLeastTiledBlock && K % block_size == 0;
-  return four_bit().blocks && whole ? Way::blocks : Way::panels;
+  return four_bit().blocks && in_wide_blocks(K, type, block_size) ? Way::blocks : Way::panels;
 }
 
 bool in_own_type(Way way, int64_t M, Type type) {
