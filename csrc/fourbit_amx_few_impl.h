@@ -22,21 +22,10 @@ struct FewShape {
 };
 
 // Of 64 weights, those of two left tiles' rows: the low nibbles of the even bytes, then of the odd ones, and the high ones likewise.
-constexpr struct PlacesOfSteps {
-  constexpr PlacesOfSteps() : at() {
-    for (int s = 0; s < 2; ++s)
-      for (int j = 0; j < 32; ++j) at[s][j] = static_cast<uint16_t>(j % 16 * 4 + j / 16 * 2 + 1 - s);
-  }
-  alignas(64) uint16_t at[2][32];
-} kPlacesOfSteps;
+constexpr Indices<uint16_t, 64> kPlacesOfSteps([](int i) { return i % 16 * 4 + i / 16 % 2 * 2 + 1 - i / 32; });
 
 // Of 32 bytes twice: all of them, then the odd ones in the place of the even.
-constexpr struct BytesOfSteps {
-  constexpr BytesOfSteps() : at() {
-    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 16 | i / 32);
-  }
-  alignas(64) uint8_t at[64];
-} kBytesOfSteps;
+constexpr Indices<uint8_t, 64> kBytesOfSteps([](int i) { return i % 16 | i / 32; });
 
 // Right tiles, [steps, 16 pairs, columns].
 void arrange_few(const Rows& x, int64_t m0, const FewShape& shape, int64_t K, uint32_t* out) {
@@ -51,7 +40,7 @@ void arrange_few(const Rows& x, int64_t m0, const FewShape& shape, int64_t K, ui
       const __mmask32 mask = own ? 0xffffffffu : 0u;
       const __m512i low = _mm512_maskz_loadu_epi16(mask, row), high = _mm512_maskz_loadu_epi16(mask, row + 32);
       for (int s = 0; s < 2; ++s)
-        steps[s][i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, _mm512_load_si512(kPlacesOfSteps.at[s]), high));
+        steps[s][i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, _mm512_load_si512(kPlacesOfSteps.at + 32 * s), high));
     }
     for (int s = 0; s < 2; ++s) {
       transpose(steps[s]);

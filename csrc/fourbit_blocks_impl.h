@@ -28,13 +28,7 @@ inline void for_parts(int64_t M, F f) {
 }
 
 // Of 32 values in a row, the pairs of 16 steps.
-constexpr struct PairsOfSteps {
-  constexpr PairsOfSteps() : at() {
-    for (int d = 0; d < 16; ++d)
-      for (int high = 0; high < 2; ++high) at[2 * d + high] = static_cast<uint16_t>(d / 4 * 8 + kPlaceOfPlane[d % 4] + 4 * high);
-  }
-  alignas(64) uint16_t at[32];
-} kPairsOfSteps;
+constexpr Indices<uint16_t, 32> kPairsOfSteps([](int i) { return i / 8 * 8 + kPlaceOfPlane[i / 2 % 4] + i % 2 * 4; });
 
 // [chunks, parts of rows, steps, rows of a part], pairs of columns; zero past the end. `order` puts 32 columns in the order of their steps.
 template <class Order>

@@ -36,12 +36,7 @@ inline __m128i low_bytes(__m512i v) { return _mm512_maskz_cvtepi32_epi8(0xffff, 
 inline __m128i high_bytes(__m512i v) { return low_bytes(_mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8)); }
 
 // Of 64 bytes the even ones, then the odd.
-constexpr struct EvenOdd {
-  constexpr EvenOdd() : at() {
-    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 32 * 2 + i / 32);
-  }
-  alignas(64) uint8_t at[64];
-} kEvenOdd;
+constexpr Indices<uint8_t, 64> kEvenOdd([](int i) { return i % 32 * 2 + i / 32; });
 
 inline float power_of_two(int exponent) {  // a normal one
   const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;

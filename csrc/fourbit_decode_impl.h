@@ -27,12 +27,7 @@ inline V rounded(V v) {
 
 #if FP_ISA >= 3
 // Of 16 entries, byte j of each, then byte j + 1.
-constexpr struct Fourths {
-  constexpr Fourths() : at() {
-    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 16 * 4 + i / 16);
-  }
-  alignas(64) uint8_t at[64];
-} kFourths;
+constexpr Indices<uint8_t, 64> kFourths([](int i) { return i % 16 * 4 + i / 16; });
 
 // A table of 256 fp32 as four of bytes, which permutations look up 64 at a time.
 struct ByteTable {

@@ -13,12 +13,7 @@ namespace {
 constexpr int kPlanes = 4;
 
 // The words of two halves, in turn.
-constexpr struct PairsOfRows {
-  constexpr PairsOfRows() : at() {
-    for (int j = 0; j < 32; ++j) at[j] = static_cast<uint16_t>(j % 2 * 16 + j / 2);
-  }
-  alignas(64) uint16_t at[32];
-} kPairsOfRows;
+constexpr Indices<uint16_t, 32> kPairsOfRows([](int i) { return i % 2 * 16 + i / 2; });
 
 // 128 nibbles of 32 words to planes; words of the second kind (`upper`, bit 4 of an index) are multiplied by another absmax.
 struct PlaneDecoder {

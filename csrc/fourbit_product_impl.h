@@ -27,20 +27,14 @@ int64_t few_rows(Type x) {
 
 #if FP_ISA >= 3
 // Of a plane: where its 32 words stand among the 64 values of two vectors, twice.
-constexpr struct Places {
-  constexpr Places() : at() {
-    for (int p = 0; p < 4; ++p)
-      for (int j = 0; j < 32; ++j) at[p][j] = static_cast<uint16_t>(4 * (j % 16) + kPlaceOfPlane[p]);
-  }
-  alignas(64) uint16_t at[4][32];
-} kPlaces;
+constexpr Indices<uint16_t, 128> kPlaces([](int i) { return i % 16 * 4 + kPlaceOfPlane[i / 32]; });
 
 // `count` of 128 values, zeros after them, to planes.
 inline void to_planes(const uint16_t* from, int64_t count, __m512i (&planes)[4]) {
   __m512i v[4];
   for (int q = 0; q < 4; ++q) v[q] = _mm512_maskz_loadu_epi16(count > 32 * q ? first_of_32(count - 32 * q) : 0u, from + 32 * q);
   for (int p = 0; p < 4; ++p) {
-    const __m512i places = _mm512_load_si512(kPlaces.at[p]);
+    const __m512i places = _mm512_load_si512(kPlaces.at + 32 * p);
     const __m512i low = _mm512_permutex2var_epi16(v[0], places, v[1]), high = _mm512_permutex2var_epi16(v[2], places, v[3]);
     planes[p] = _mm512_shuffle_i64x2(low, high, 0x44);
   }

@@ -5,6 +5,16 @@
 
 namespace {
 
+// Constant indices of a permutation: f(i) for the i-th place.
+template <class T, int N>
+struct Indices {
+  template <class F>
+  constexpr explicit Indices(F f) : at() {
+    for (int i = 0; i < N; ++i) at[i] = static_cast<T>(f(i));
+  }
+  alignas(64) T at[N];
+};
+
 // kLanes bytes, one to a lane. By intrinsics: GCC 12 takes __builtin_convertvector of bytes apart.
 inline vu widen_bytes(const uint8_t* p) {
 #if FP_ISA >= 2

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import qlora_cases
 from fastpeft import testing
 from fastpeft.nn import LoRALayer, LoRALinear
 from fastpeft.nn.init import SCHEMES
@@ -197,12 +198,14 @@ def test_compile_dropout():
     torch.compile(trained(0.5), fullgraph=True, backend="aot_eager")(torch.randn(3, 32)).sum().backward()
 
 
-def test_parametrized_factor():
-    """A factor that torch computes at every call, as S2's parametrizations do."""
-    module = trained()
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_bias", "bias"])
+@pytest.mark.parametrize("make", [trained, qlora_cases.trained])
+def test_parametrized(make, name):
+    """A parameter that torch computes at every call, as S2's parametrizations do."""
+    module = make()
     x = torch.randn(3, 32)
     y = module(x)
-    nn.utils.parametrize.register_parametrization(module, "lora_B", nn.Identity())
+    nn.utils.parametrize.register_parametrization(module, name, nn.Identity())
     torch.testing.assert_close(module(x), y)
 
 

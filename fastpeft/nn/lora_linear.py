@@ -126,14 +126,10 @@ class LoRALinear(FromSizes, Mergeable):
             return nn.functional.linear(x, self.weight, self.bias)
         held: dict[str, Any] = self._parameters
         try:
-            # nn.Module's attribute lookup costs a tiny layer several microseconds a call.
-            weight, a, b = held["weight"], held["lora_A"], held["lora_B"]
-            bias, lora_bias = held["bias"], held["lora_bias"]
-        except KeyError:  # torch's parametrize or prune computes one of them
+            weight, bias, lora_bias = held["weight"], held["bias"], held["lora_bias"]
+        except KeyError:  # see factors
             weight, bias, lora_bias = self.weight, self.bias, self.lora_bias
-            a, b = self.lora_A, self.lora_B
-        if self._transposed:
-            a, b = a.t(), b.t()
+        a, b = self.factors()
         return lora_linear(
             x,
             weight,

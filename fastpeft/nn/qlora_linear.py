@@ -149,8 +149,13 @@ class QLoRALinear(FromSizes, Quantized):
         if cast:
             x = x.to(self.compute_dtype)
         weight = self.weight_4bit()
+        held: dict[str, Any] = self._parameters
+        try:
+            bias, lora_bias = held["bias"], held["lora_bias"]
+        except KeyError:  # see factors
+            bias, lora_bias = self.bias, self.lora_bias
         if self._undo is not None or not self._enabled:
-            y = linear4bit(x, weight, self.bias, backend=self.backend)
+            y = linear4bit(x, weight, bias, backend=self.backend)
         else:
             a, b = self.factors()
             y = linear4bit_lora(
@@ -158,8 +163,8 @@ class QLoRALinear(FromSizes, Quantized):
                 weight,
                 a,
                 b,
-                self.bias,
-                self.lora_bias,
+                bias,
+                lora_bias,
                 scale=self.scaling,
                 dropout=self.dropout_probability if self.training else 0.0,
                 backend=self.backend,
