@@ -101,14 +101,14 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def _select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+def _select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str) -> str:
     if backend is None:
-        return next(name for name in BACKENDS if unmet(op, name, device, dtype) is None)
+        return next(name for name in BACKENDS if unmet(launcher, name, device, dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    missing = unmet(op, backend, device, dtype)
+    missing = unmet(launcher, backend, device, dtype)
     if missing is not None:
-        able = [name for name in BACKENDS if unmet(op, name, device, dtype) is None]
+        able = [name for name in BACKENDS if unmet(launcher, name, device, dtype) is None]
         raise ValueError(
             f"{op}: backend must be able to serve {dtype} on {device} (one of: {', '.join(able)}), got {backend!r}, "
             f"which requires {missing}"
@@ -116,12 +116,13 @@ def _select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> st
     return backend
 
 
-def select(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
+def select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str | None = None) -> str:
     """The backend that will serve; ``default`` stands in for None.
 
-    Raises ValueError: an unknown backend, or one whose requirement does not hold.
+    op         the public function, for an error to name; None where it has the launcher's name
+    Raises     ValueError: an unknown backend, or one whose requirement does not hold.
     """
-    return _select(op, backend or default, device, dtype)
+    return _select(launcher, backend or default, device, dtype, op or launcher)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo, and triton with it.

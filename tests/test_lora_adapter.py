@@ -195,7 +195,7 @@ def test_compile_dropout():
         ({"lora_B": torch.zeros(24, 5)}, ValueError, "lora_adapter: lora_B must have shape"),
         ({"lora_bias": torch.zeros(23)}, ValueError, "lora_adapter: lora_bias must have shape"),
         ({"dropout": 1.0}, ValueError, r"lora_adapter: dropout must be in \[0, 1\), got 1.0"),
-        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"backend": "fast"}, ValueError, "lora_adapter: backend must be one of"),
         ({"x": torch.zeros(6, 32, dtype=torch.int64)}, TypeError, "lora_adapter: x must be float32"),
         ({"x": torch.tensor(1.0)}, ValueError, "lora_adapter: x must have at least one dimension"),
         ({"x": None}, TypeError, "lora_adapter: x must be a tensor, got NoneType"),

@@ -209,7 +209,7 @@ def _run(
     device = x.device
     dtype = _calls.autocast_dtype(x, device.type) or x.dtype
     seed = _calls.draw_seed(device) if dropout else None
-    chosen = dispatch.select(_FWD, backend, device.type, dtype)
+    chosen = dispatch.select(_FWD, backend, device.type, dtype, op)
     N, K = weight.shape
     a, b, lora_bias = adapter
     call = (scale, dropout, dtype, chosen, weight.quant_type, weight.block_size, N, K)

@@ -225,7 +225,7 @@ def lora_linear(
         _checks.require_dtype(False, "lora_linear", "weight", f"have the dtype of x, {dtype}", weight.dtype)
     scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
-    chosen = dispatch.select(_FWD, backend, device.type, dtype)
+    chosen = dispatch.select(_FWD, backend, device.type, dtype, "lora_linear")
     args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, (scale, dropout, dtype, chosen))
     if not torch.is_grad_enabled():
         return _forward(*args)[0]

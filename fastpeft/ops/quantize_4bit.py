@@ -95,7 +95,7 @@ def quantize_4bit(
     if double_quant:
         offset = absmax.mean()
         code = torch.tensor(_dynamic_map(), dtype=torch.float32, device=w.device)
-        chosen = dispatch.select("quantize_absmax", backend, w.device.type, torch.float32)
+        chosen = dispatch.select("quantize_absmax", backend, w.device.type, torch.float32, _OP)
         codes, scale = _library.call("quantize_absmax", chosen, absmax - offset, code)
         scales = [codes, code, scale, offset]
     return Weight4bit(packed, scales, shape, dtype, quant_type, block_size)
