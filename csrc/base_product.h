@@ -7,10 +7,10 @@ namespace fastpeft {
 // Whether torch multiplies matrices of this type at the speed of the processor.
 bool native(Type type);
 
-inline Tensor to_f32(const Tensor& t) {  // [rows, cols], last dimension contiguous
-  Tensor out = torch::stable::new_empty(t, t.sizes(), std::make_optional(ScalarType::Float));
-  float* data = static_cast<float*>(out.mutable_data_ptr());
+inline Temporary to_f32(const Tensor& t) {  // [rows, cols], last dimension contiguous
   const int64_t cols = t.size(1);
+  Temporary out(t.size(0), cols, ScalarType::Float);
+  float* data = static_cast<float*>(out.tensor.mutable_data_ptr());
   parallel_rows(t.size(0), [&](int64_t m0, int64_t m1) { get_rows(t, m0, m1 - m0, data + m0 * cols, cols); });
   return out;
 }
@@ -21,6 +21,10 @@ inline void from_f32(const Tensor& src, const Tensor& out) {
   parallel_rows(src.size(0), [&](int64_t m0, int64_t m1) {
     put_rows(data + m0 * cols, cols, m0, m1 - m0, cols, out.mutable_data_ptr(), type_of(out));
   });
+}
+
+inline Tensor rows(const Tensor& t, int64_t m, int64_t count) {
+  return torch::stable::narrow(const_cast<Tensor&>(t), 0, m, count);
 }
 
 inline Tensor columns(const Tensor& t, int64_t n, int64_t count) {

@@ -44,14 +44,16 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
   const Way way = way_of(M, K, type, block_size);
-  Tensor y = empty({M, N}, in_own_type(way, M, type) ? x.scalar_type() : ScalarType::Float), s = nothing(x);
-  if (M && N) multiply_rows(way, w, x, y);
-  if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, y, true);
-  else add_bias(y, bias);
-  if (y.scalar_type() == x.scalar_type()) return {y, s};
-  Tensor out = empty_like(x, {M, N});
-  from_f32(y, out);
-  return {out, s};
+  const Tensor y = empty_like(x, {M, N});
+  const bool direct = type == Type::f32 || in_own_type(way, M, type);
+  optional<Temporary> wide;
+  const Tensor& sum = direct ? y : wide.emplace(M, N, ScalarType::Float).tensor;
+  if (M && N) multiply_rows(way, w, x, sum);
+  Tensor s = nothing(x);
+  if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, sum, true);
+  else add_bias(sum, bias);
+  if (!direct) from_f32(sum, y);
+  return {y, s};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, Tensor packed, std::vector<Tensor> scales,
@@ -63,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
   const Way way = way_back(M, N, K, type_of(dy), block_size);
   const bool direct = way != Way::panels || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
-  const Tensor sum = need_dx && !direct ? empty({M, K}, ScalarType::Float) : dx;
+  optional<Temporary> wide;
+  const Tensor& sum = need_dx && !direct ? wide.emplace(M, K, ScalarType::Float).tensor : dx;
   if (need_dx && M && K) multiply_columns(way, w, dy, sum);
   AdapterGrads grads = {nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
   if (a) grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, true);

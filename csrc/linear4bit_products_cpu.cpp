@@ -43,11 +43,11 @@ int64_t panel_width(int64_t other, Type type) { return std::max<int64_t>(64, kPa
 // y = x wᵀ
 void multiply_rows_by_panels(const Weight& w, const Tensor& x, const Tensor& y) {
   const int64_t step = std::min(w.N, panel_width(w.K, type_of(x)));
-  const Tensor panel = empty_like(x, {step, w.K});
+  const Temporary panel(step, w.K, x.scalar_type());
   for (int64_t n = 0; n < w.N; n += step) {
     const int64_t count = std::min(step, w.N - n);
     decode(w, n, n + count, 0, w.K, panel);
-    gemm(columns(y, n, count), x, transpose(torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count)), 0.0);
+    gemm(columns(y, n, count), x, transpose(rows(panel, 0, count)), 0.0);
   }
 }
 
@@ -56,7 +56,7 @@ void multiply_columns_by_panels(const Weight& w, const Tensor& dy, const Tensor&
   const int64_t step = std::min(w.K, panel_width(w.N, type_of(dy)));
   for (int64_t k = 0; k < w.K; k += step) {
     const int64_t count = std::min(step, w.K - k);
-    const Tensor panel = empty_like(dy, {w.N, count});
+    const Temporary panel(w.N, count, dy.scalar_type());
     decode(w, 0, w.N, k, k + count, panel);
     gemm(columns(dx, k, count), dy, panel, 0.0);
   }
@@ -199,6 +199,13 @@ void multiply_strips(const Weight& w, const Tensor& dy, const Tensor& dx, int64_
   });
 }
 
+// f(x in the type of a result, its own or fp32).
+template <class F>
+void in_type_of(const Tensor& result, const Tensor& x, F f) {
+  if (result.scalar_type() == x.scalar_type()) f(x);
+  else f(to_f32(x));
+}
+
 void multiply_columns_by_tiles(const Weight& w, const Tensor& dy, const Tensor& dx) {
   const FourBitTiles& kernel = *four_bit().tiles;
   const auto arrange = [&](int64_t m0, int64_t m1, uint32_t* to) { kernel.arrange_backward(rows_of(dy), m0, m1, w.N, to); };
@@ -238,7 +245,7 @@ void multiply_rows(Way way, const Weight& w, const Tensor& x, const Tensor& y) {
     case Way::tiles: return multiply_rows_by_tiles(w, x, y);
     case Way::blocks: return multiply_rows_by_blocks(w, x, y);
     case Way::nibbles: return multiply_nibbles(w, x, y);
-    default: return multiply_rows_by_panels(w, y.scalar_type() == x.scalar_type() ? x : to_f32(x), y);
+    default: return in_type_of(y, x, [&](const Tensor& own) { multiply_rows_by_panels(w, own, y); });
   }
 }
 
@@ -246,7 +253,7 @@ void multiply_columns(Way way, const Weight& w, const Tensor& dy, const Tensor& 
   switch (way) {
     case Way::tiles: return multiply_columns_by_tiles(w, dy, dx);
     case Way::blocks: return multiply_columns_by_blocks(w, dy, dx);
-    default: return multiply_columns_by_panels(w, dx.scalar_type() == dy.scalar_type() ? dy : to_f32(dy), dx);
+    default: return in_type_of(dx, dy, [&](const Tensor& own) { multiply_columns_by_panels(w, own, dx); });
   }
 }
 

@@ -19,10 +19,10 @@ constexpr int64_t kUpcastRows = 512;
 template <class F>
 void upcast_panels(const Tensor& w, F f) {
   for (int64_t n = 0; n < w.size(0); n += kUpcastRows) {
-    const int64_t rows = std::min(kUpcastRows, w.size(0) - n);
-    Tensor panel = torch::stable::narrow(const_cast<Tensor&>(w), 0, n, rows);
+    const int64_t count = std::min(kUpcastRows, w.size(0) - n);
+    Tensor panel = rows(w, n, count);
     if (panel.stride(1) != 1) panel = torch::stable::contiguous(panel);
-    f(to_f32(panel), n, rows);
+    f(to_f32(panel), n, count);
   }
 }
 
@@ -32,13 +32,15 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
   const int64_t M = x.size(0), N = w.size(0);
   const Type type = type_of(x);
   const bool base_first = type != Type::f32 && native(type);
-  const Tensor y = empty_like(x, {M, N}), sum = native(type) ? y : empty({M, N}, ScalarType::Float);
+  const Tensor y = empty_like(x, {M, N});
+  optional<Temporary> wide;
+  const Tensor& sum = native(type) ? y : wide.emplace(M, N, ScalarType::Float).tensor;
   if (base_first) gemm(y, x, transpose(w), 0.0);
   const Tensor s = adapter_fwd(x, a, b, bias, lora_bias, scale, p, seed, sum, base_first);
   if (type == Type::f32) {
     gemm(y, x, transpose(w));
   } else if (!base_first && M) {
-    const Tensor x32 = to_f32(x);
+    const Temporary x32 = to_f32(x);
     upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(sum, n, count), x32, transpose(w32)); });
     from_f32(sum, y);
   }
@@ -53,14 +55,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, 
   const Type type = type_of(dy);
   const bool base_first = type != Type::f32 && native(type);
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
-  const Tensor sum = need_dx && !native(type) ? empty({M, K}, ScalarType::Float) : dx;
+  optional<Temporary> wide;
+  const Tensor& sum = need_dx && !native(type) ? wide.emplace(M, K, ScalarType::Float).tensor : dx;
   if (need_dx && base_first) gemm(dx, dy, w, 0.0);
   const AdapterGrads grads =
       adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, base_first);
   if (need_dx && type == Type::f32) {
     gemm(dx, dy, w);
   } else if (need_dx && !base_first && M) {
-    const Tensor dy32 = to_f32(dy);
+    const Temporary dy32 = to_f32(dy);
     upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(sum, columns(dy32, n, count), w32); });
     from_f32(sum, dx);
   }

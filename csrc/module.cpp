@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu_kernels.h"
+#include "workspace.h"
 
 // The architectures of the CUDA kernels, as the build was told; setup.py defines it where it found nvcc.
 #ifdef FASTPEFT_CUDA
@@ -36,5 +37,7 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("name"));
   m.def("linear4bit_way", &fastpeft::linear4bit_way, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
         pybind11::arg("block_size"));
+  m.def("kept_bytes", &fastpeft::kept_bytes);
+  m.def("release_kept", &fastpeft::release_kept);
   m.def("set_native_gemm", &fastpeft::set_native_gemm, pybind11::arg("bf16"), pybind11::arg("f16"));
 }

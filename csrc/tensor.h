@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <optional>
 
 #include "cpu_kernels.h"
+#include "workspace.h"
 
 namespace fastpeft {
 
@@ -21,18 +21,15 @@ using torch::stable::Tensor;
 // fp32 scratch, aligned to a vector and not initialised; a tiny layer's fits in place, and asks no allocator.
 struct Scratch {
   explicit Scratch(int64_t n)
-      : data(n <= kInPlace ? in_place : static_cast<float*>(::operator new[](static_cast<size_t>(n) * sizeof(float), kAlign))) {}
-  ~Scratch() {
-    if (data != in_place) ::operator delete[](data, kAlign);
-  }
+      : buffer(n <= kInPlace ? 0 : static_cast<size_t>(n) * sizeof(float)), data(buffer.data ? static_cast<float*>(buffer.data) : in_place) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator float*() const { return data; }
 
  private:
   static constexpr int64_t kInPlace = 256;
-  static constexpr std::align_val_t kAlign{64};
   alignas(64) float in_place[kInPlace];
+  Buffer buffer;
 
  public:
   float* const data;
@@ -65,16 +62,42 @@ inline Rows rows_of(const Tensor& t) {
   return {t.const_data_ptr(), type_of(t), t.stride(0), t.size(0)};
 }
 
+inline int32_t code_of(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
+
 // Straight to the allocator: the dispatcher's new_empty costs a tiny layer more than its arithmetic.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code_of(type),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
+
+// A matrix for the length of a call. A large one is in a kept buffer, which goes back with it: nothing may hold its tensor longer.
+struct Temporary {
+  Temporary(int64_t rows, int64_t cols, ScalarType type)
+      : buffer(bytes(rows, cols, type) < kLeastKept ? 0 : bytes(rows, cols, type)), tensor(made(buffer.data, rows, cols, type)) {}
+  operator const Tensor&() const { return tensor; }
+
+ private:
+  static size_t bytes(int64_t rows, int64_t cols, ScalarType type) {
+    return static_cast<size_t>(rows * cols) * (type == ScalarType::Float ? 4 : 2);
+  }
+  static Tensor made(void* data, int64_t rows, int64_t cols, ScalarType type) {
+    if (!data) return empty({rows, cols}, type);
+    const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
+    AtenTensorHandle view;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(data, 2, sizes, strides, 0, code_of(type), aoti_torch_device_type_cpu(), 0,
+                                                                 &view, aoti_torch_layout_strided(), nullptr, 0));
+    return Tensor(view);
+  }
+
+  Buffer buffer;
+
+ public:
+  const Tensor tensor;
+};
 
 inline Tensor empty_like(const Tensor& t, std::initializer_list<int64_t> sizes) { return empty(sizes, t.scalar_type()); }
 inline Tensor nothing(const Tensor& t) { return empty_like(t, {0}); }
