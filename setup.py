@@ -1,8 +1,8 @@
 """Builds fastpeft._C from csrc/: with a C++ compiler the CPU kernels, with nvcc the CUDA kernels too.
 
 FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails where its compiler is missing, auto (default) takes what
-is there. CUDA kernels need no GPU and no CUDA build of torch to be compiled; TORCH_CUDA_ARCH_LIST names their
-architectures.
+is there. CUDA kernels need no GPU and no CUDA build of torch to be compiled; TORCH_CUDA_ARCH_LIST names other
+architectures than CUDA_ARCHS.
 """
 
 import os
@@ -31,10 +31,6 @@ def wanted(variable: str) -> str:
     return value
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-
-
 def cuda_home() -> Path | None:
     """The toolkit's folder, asked of nvcc itself: the nvcc on PATH may be a wrapper."""
     home = os.environ.get("CUDA_HOME")
@@ -46,32 +42,42 @@ def cuda_home() -> Path | None:
     return Path(top[1]).resolve() if top and (Path(top[1]) / "include/cuda_runtime.h").exists() else None
 
 
+def cuda_archs(home: Path) -> str:
+    """Of the asked ones those with bf16, as images of torch ask for older ones; of ours those that this nvcc knows."""
+    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return ";".join(arch for arch in re.findall(r"[^;\s]+", given) if not re.match(r"[1-7]\.", arch))
+    known = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS.split(";") if "compute_" + re.sub(r"\D", "", arch) in known]
+    return ";".join(archs).removesuffix("+PTX").removesuffix("a") + "+PTX" if archs else ""  # for GPUs to come
+
+
 def cuda_options() -> dict | None:
     """What CppExtension needs for the .cu files; None without them."""
-    if wanted("FASTPEFT_CUDA") == "0":
-        return None
-    home = cuda_home()
-    if home is None:
-        if wanted("FASTPEFT_CUDA") == "1":
-            sys.exit("fastpeft: FASTPEFT_CUDA must be 0 or auto where no nvcc is found, got 1")
+    asked = wanted("FASTPEFT_CUDA")
+    home = cuda_home() if asked != "0" else None
+    archs = cuda_archs(home) if home else ""
+    if not archs and asked == "1":
+        lack = "no architecture from 8.0 on is to be had" if home else "no nvcc is found"
+        sys.exit(f"fastpeft: FASTPEFT_CUDA must be 0 or auto where {lack}, got 1")
+    if not archs:
         return None
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = str(home)  # which a CPU build of torch leaves unset
     # The .cu files include nothing of torch, and the CUDA runtime is linked in: torch's own may be of another version.
     cpp_extension._check_cuda_version = lambda *_: None
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     return {"home": home, "define": f'-DFASTPEFT_CUDA="{archs}"'}
 
 
-def extensions() -> tuple[list, dict]:
-    if wanted("FASTPEFT_CPP") == "0":
-        return [], {}
-    if compiler() is None:
-        if wanted("FASTPEFT_CPP") == "1":
-            sys.exit("fastpeft: FASTPEFT_CPP must be 0 or auto where no C++ compiler is found, got 1")
-        print("fastpeft: no C++ compiler found; installing without the CPU kernels", file=sys.stderr)
-        return [], {}
+def extensions() -> dict:
+    asked = wanted("FASTPEFT_CPP")
+    found = asked != "0" and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    if not found and asked == "1":
+        sys.exit("fastpeft: FASTPEFT_CPP must be 0 or auto where no C++ compiler is found, got 1")
+    if not found:
+        print("fastpeft: no C++ compiler, or FASTPEFT_CPP=0: installing without the CPU kernels", file=sys.stderr)
+        return {}
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -87,8 +93,7 @@ def extensions() -> tuple[list, dict]:
         libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),
         depends=HEADERS,
     )
-    return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
 
 
-ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setup(**extensions())

@@ -3,9 +3,11 @@
 // Compiled to nothing where setup.py found no nvcc. The extension imports on a torch without CUDA, and holds its own copy
 // of the CUDA runtime: the one symbol it needs of torch's CUDA side is weak.
 #ifdef FASTPEFT_CUDA
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_launchers.h"
@@ -125,6 +127,15 @@ void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, s
 }
 
 }  // namespace
+
+// As 1000 major + 10 minor: the latest CUDA that the driver serves, 0 without one, and that of the runtime in this build.
+std::pair<int, int> cuda_versions() {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  return {driver, runtime};
+}
+
 }  // namespace fastpeft
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CUDA, m) {

@@ -1,7 +1,9 @@
 // The Python module: what was built, and which kernels run. Importing it registers the operators.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 
 #include "cpu_kernels.h"
 #include "workspace.h"
@@ -15,6 +17,9 @@
 
 namespace fastpeft {
 void set_native_gemm(bool bf16, bool f16);
+#ifdef FASTPEFT_CUDA
+std::pair<int, int> cuda_versions();
+#endif
 std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size);
 }
 
@@ -37,6 +42,9 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("name"));
   m.def("linear4bit_way", &fastpeft::linear4bit_way, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
         pybind11::arg("block_size"));
+#ifdef FASTPEFT_CUDA
+  m.def("cuda_versions", &fastpeft::cuda_versions);
+#endif
   m.def("kept_bytes", &fastpeft::kept_bytes);
   m.def("release_kept", &fastpeft::release_kept);
   m.def("set_native_gemm", &fastpeft::set_native_gemm, pybind11::arg("bf16"), pybind11::arg("f16"));

@@ -1,4 +1,6 @@
-"""The launchers of csrc/*.cu under the names of the dispatch table; ImportError where the extension has no CUDA build.
+"""The launchers of csrc/*.cu under the names of the dispatch table.
+
+ImportError where the extension was built without CUDA, or for other GPUs or a later driver than there are.
 
 Four primitives are CUDA's: dequantise, the products of few rows, forward and backward, and forward's of up to 512; what
 surrounds them is the composition of kernels/linear4bit.py, with its passes over activations in Triton.
@@ -6,18 +8,53 @@ surrounds them is the composition of kernels/linear4bit.py, with its passes over
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 from fastpeft import _C  # type: ignore[attr-defined]
 
-if _C.build_info().get("cuda", "none") == "none":
-    raise ImportError("fastpeft._C was built without CUDA")
+# Whose machine code must have been compiled for themselves: that of a desktop GPU does not run on them.
+_EMBEDDED = {(8, 7), (11, 0)}
+
+
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST, of 8.0 at least, runs on a GPU; by CUDA's compatibility rules."""
+    found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", arch)
+    if found is None:
+        return True  # a name: whoever gave it knows
+    built = int(found[1]), int(found[2])
+    if built == capability or found[3]:
+        return built == capability
+    alike = built[0] == capability[0] and built <= capability and capability not in _EMBEDDED
+    return alike or (found[4] is not None and built <= capability)
+
+
+def _unmet() -> str | None:
+    """Why this build does not run on the GPUs of this process, or None."""
+    archs = _C.build_info().get("cuda", "none")
+    if archs == "none":
+        return "was built without CUDA"
+    if not torch.cuda.is_available():
+        return None
+    driver, runtime = _C.cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return f"was built with CUDA {runtime // 1000}, for which the driver, of CUDA {driver // 1000}, is too old"
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if not any(_runs(arch, capability) for arch in archs.split(";")):
+            name, number = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+            return f"was built for {archs}, which {name}, of compute capability {number}, does not run"
+    return None
+
+
+if (_lack := _unmet()) is not None:
+    raise ImportError(f"fastpeft._C {_lack}")
 
 from fastpeft.kernels import linear4bit as _composition
 from fastpeft.kernels import linear4bit_small as _triton
-from fastpeft.kernels._common import arch_of
+from fastpeft.kernels._common import arch_of, dense
 from fastpeft.kernels._fourbit_cost import choose_mid
 from fastpeft.kernels.lora_shrink import lora_shrink
 
@@ -63,7 +100,7 @@ def _product(
     scale: float,
 ) -> torch.Tensor:
     y = x.new_empty(x.shape[0], N)
-    bias = _composition.whole_bias(bias, lora_bias, scale)
+    (bias,) = dense(_composition.whole_bias(bias, lora_bias, scale))
     b = b if b is None or b.stride(1) == 1 else b.contiguous()
     kernel(x, *weight, None if b is None else s, b, bias, scale, False, y)
     return y

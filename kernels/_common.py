@@ -110,6 +110,11 @@ def rank_block(R, limit):
     return min(max(16, triton.next_power_of_2(R)), limit)
 
 
+def dense(*vectors):
+    """The vectors (or None) with stride 1, as the kernels index them."""
+    return (vector if vector is None else vector.contiguous() for vector in vectors)
+
+
 def dropout_args(p):
     """(threshold, 1 / keep): p rounded to 1/65536, and the factor of exactly that probability."""
     threshold = min(max(round(p * 65536), 0), 65535)

@@ -11,7 +11,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels._common import arch_of, launch, lookup_tile, rank_block, record, tile_product
+from fastpeft.kernels._common import arch_of, dense, launch, lookup_tile, rank_block, record, tile_product
 
 MODES = ("plain",)
 MAX_BLOCK_R = 64
@@ -68,6 +68,7 @@ def _launch(name, y, s, b, bias, lora_bias, scale, add, tile):
     (M, N), R = y.shape, s.shape[1]
     if M == 0 or N == 0:
         return
+    bias, lora_bias = dense(bias, lora_bias)
     tile = dict(tile or lookup_tile(TILES, arch_of(y), y.dtype, R))
     thin = [t for t in (bias, lora_bias) if t is not None]
     item = y.element_size()
@@ -83,7 +84,7 @@ def _launch(name, y, s, b, bias, lora_bias, scale, add, tile):
 
 
 def lora_expand(s, b, bias, lora_bias, scale, *, tile=None):
-    """y [M, N] = bias + scale * (s bᵀ + lora_bias); biases contiguous [N] or None, b any float dtype and strides."""
+    """y [M, N] = bias + scale * (s bᵀ + lora_bias); biases [N] or None and b of any float dtype and strides."""
     y = torch.empty((s.shape[0], b.shape[0]), device=s.device, dtype=s.dtype)
     _launch("lora_expand", y, s, b, bias, lora_bias, scale, False, tile)
     return y

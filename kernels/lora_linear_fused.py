@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
     arch_of,
+    dense,
     dropout_args,
     keep_bits,
     launch,
@@ -192,6 +193,7 @@ def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
+    bias, lora_bias = dense(bias, lora_bias)
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, "fwd"))
     item = x.element_size()
     thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)

@@ -46,7 +46,7 @@ def dequantized(packed, scales, quant_type, block_size, N, K, dtype):
 
 
 class Case:
-    """Operands; x and dy have a longer row stride than they need, a and b are transposed views of fp32."""
+    """Operands; no strides are the usual ones: x and dy are wider, a, b and the biases parts of other fp32 tensors."""
 
     def __init__(self, M, N, K, R, dtype, p=0.0, format=(*NF4_64, True), lora_bias=True):
         self.packed, self.w = weight(N, K, *format, dtype=dtype)
@@ -54,7 +54,8 @@ class Case:
         self.dy = torch.randn(M, N + 8).to(dtype)[:, :N]
         self.a = (torch.randn(K, R) / K**0.5).t() if R else None
         self.b = (torch.randn(R, N) / R**0.5).t() if R else None
-        self.bias, self.lora_bias = torch.randn(N).to(dtype), torch.randn(N) if R and lora_bias else None
+        self.bias = torch.randn(N, 2).to(dtype)[:, 0]
+        self.lora_bias = torch.randn(N, 3)[:, 1] if R and lora_bias else None
         self.s = torch.randn(M, R).to(dtype) if R else self.x.new_empty(0)
         self.p, self.seed, self.dtype = p, torch.tensor([2**40 + 7]) if p else None, dtype
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,3 +83,29 @@ def test_compiles_without_a_warning(path, tmp_path):
     command = [NVCC, "-c", "-O1", "-std=c++17", "-Werror", "all-warnings", "-arch=sm_80", "-I", CSRC, path]
     done = subprocess.run([*command, "-o", tmp_path / "o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "taken"),
+    [
+        (None, "75 80 86 89 90 100 120", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"),
+        (None, "75 80 86 87 89 90", "8.0;8.6;8.9;9.0+PTX"),  # CUDA 12.0 to 12.7
+        (None, "35 50 70", ""),
+        ("7.0 7.5 8.0 9.0+PTX", "", "8.0;9.0+PTX"),
+        ("7.5", "", ""),
+        ("Hopper", "", "Hopper"),
+    ],
+)
+def test_architectures(monkeypatch, tmp_path, given, known, taken):
+    """What nvcc does not know, or has no bf16, would cost the whole extension."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if given:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{number}\n" for number in known.split()))
+    nvcc.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("FASTPEFT_CPP", "0")
+    assert runpy.run_path("setup.py")["cuda_archs"](tmp_path) == taken

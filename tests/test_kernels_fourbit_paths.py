@@ -109,7 +109,7 @@ def cuda(monkeypatch):
     def product(name, x, packed, scales, quant_type, block_size, s, b, bias, scale, accumulate, y):
         calls.append(name)
         w = dequantized(packed, scales, quant_type, block_size, y.shape[1], x.shape[1], x.dtype)
-        assert b is None or b.stride(1) == 1
+        assert (b is None or b.stride(1) == 1) and (bias is None or bias.is_contiguous())
         total = x.double() @ w.double().T + (0 if bias is None else bias.double())
         y.copy_(total if b is None else total + scale * (s.double() @ b.to(s.dtype).double().T))
         assert not accumulate

@@ -76,7 +76,8 @@ class Case:
         self.s = torch.randn(M, R, generator=g).to(dtype)
         self.ds = torch.randn(M, R, generator=g).to(dtype)
         self.dy = torch.randn(M, N, generator=g).to(dtype)
-        self.bias, self.lora_bias = torch.randn(N, generator=g).to(dtype), torch.randn(N, generator=g)
+        self.bias = torch.randn(N, 2, generator=g).to(dtype)[:, 0]
+        self.lora_bias = torch.randn(N, 3, generator=g)[:, 1]
         self.p, self.dtype, self.scale = p, dtype, 0.7
         self.seed = torch.tensor([SEED]) if p else None
         mask, factor = keep_mask(M, K, p, SEED)

@@ -80,6 +80,9 @@ def test_strides(backend, M, poisoned):
     wider = torch.cat([given["x"], torch.full((M, 8), torch.nan)], dim=1)[:, :K]
     for x in (wider, given["x"].t().contiguous().t()):
         torch.testing.assert_close(apply(given | {"x": x}, q, backend), gold)
+    biases = {"bias": normal(N, 2)[:, 0], "lora_bias": normal(1).expand(N)}
+    dense = {name: bias.contiguous() for name, bias in biases.items()}
+    assert torch.equal(apply(given | biases, q, backend), apply(given | dense, q, backend))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -163,6 +163,8 @@ def broken(**change):
         (broken(scales=[torch.ones(2)]), ValueError, r"weight.absmax must have shape \[1\], got \[2\]"),
         (broken(scales=[torch.ones(1)] * 2), ValueError, "weight.scales must have 1 tensor or 4, got 2 of them"),
         ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \[out_features\] = \[5\], got \[4\]"),
+        ({"bias": torch.ones(5, device="meta")}, ValueError, "bias must be on the device of x, cpu, got meta"),
+        ({"lora_bias": torch.ones(5, device="meta")}, ValueError, "lora_bias must be on the device of x, cpu, got meta"),
         ({"backend": "gpu"}, ValueError, "backend must be one of cpp, cuda, triton, eager or None, got 'gpu'"),
         ({"lora_A": torch.ones(2, 7)}, ValueError, r"lora_A must have shape \[rank, in_features\] = \[any, 6\], got \[2, 7\]"),
         ({"lora_A": torch.ones(0, 6), "lora_B": torch.ones(5, 0)}, ValueError, "lora_A must have a rank of at least 1, got 0"),

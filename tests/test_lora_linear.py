@@ -76,6 +76,11 @@ def test_strides(backend, poisoned):
         stored = values_of["weight"].t().contiguous().t()
         y = ops.lora_linear(x, stored, values_of["lora_A"], values_of["lora_B"], backend=backend)
         torch.testing.assert_close(y, gold)
+    biases = normal(N, 2)[:, 0], normal(1).expand(N)
+    dense = [bias.contiguous() for bias in biases]
+    y, z = (ops.lora_linear(*(values_of[k] for k in ("x", "weight", "lora_A", "lora_B")), *both, backend=backend)
+            for both in (biases, dense))  # fmt: skip
+    assert torch.equal(y, z)
 
 
 @pytest.mark.parametrize("backend", ["eager", *backends(OP)])

@@ -26,6 +26,8 @@ def good():
         ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \[out_features\] = \[5\], got \[4\]"),
         ({"lora_bias": torch.ones(5, 1)}, ValueError, r"lora_bias must have shape \[out_features\] = \[5\], got \[5, 1\]"),
         ({"weight": torch.ones(5, 6, device="meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
+        ({"bias": torch.ones(5, device="meta")}, ValueError, "bias must be on the device of x, cpu, got meta"),
+        ({"lora_bias": torch.ones(5, device="meta")}, ValueError, "lora_bias must be on the device of x, cpu, got meta"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
         ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
