@@ -1,7 +1,7 @@
 """fastpeft: parameter-efficient fine-tuning at the price of the frozen model."""
 
 from fastpeft import ops
-from fastpeft._info import explain, info
+from fastpeft._info import explain, info, release_workspace
 from fastpeft._version import __version__
 from fastpeft.integrations import accelerate, restore
 from fastpeft.nn import LoRALayer, LoRALinear, QLoRALinear, disable_lora, enable_lora, lora_disabled
@@ -18,5 +18,6 @@ __all__ = [
     "info",
     "lora_disabled",
     "ops",
+    "release_workspace",
     "restore",
 ]

@@ -1,4 +1,4 @@
-"""What is installed and able to serve, and what a call of a module will do."""
+"""What is installed and able to serve, what it keeps, and what a call of a module will do."""
 
 from __future__ import annotations
 
@@ -43,10 +43,22 @@ def info() -> Info:
         backends[name] = f"serves {' and '.join(able)}" if able else f"requires {missing[device]}"
     extension = {}
     if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is None:
-        extension = dict(importlib.import_module("fastpeft._native").build_info())
+        native = importlib.import_module("fastpeft._native")
+        extension = native.build_info() | {"workspace": f"{native.kept_bytes() / 2**20:.1f} MiB kept"}
     if dispatch.unmet("lora_linear_fwd", "triton", "cuda", torch.float32) is None:
         versions["triton"] = importlib.import_module("triton").__version__
     return Info(versions, backends, extension)
+
+
+def release_workspace() -> int:
+    """Give the system back what the CPU kernels keep between calls, 64 MiB at most; returns how many bytes that was.
+
+    Buffers of 64 KiB and more that a call needs only for its own length, which would cost more in page faults than in
+    arithmetic; later calls ask for new ones. On a GPU they are torch's: ``torch.cuda.empty_cache()``.
+    """
+    if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is not None:
+        return 0
+    return int(importlib.import_module("fastpeft._native").release_kept())
 
 
 @dataclass(frozen=True)

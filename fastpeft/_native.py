@@ -29,6 +29,8 @@ try:
     set_isa = _C.set_isa
     build_info = _C.build_info
     linear4bit_way = _C.linear4bit_way
+    kept_bytes = _C.kept_bytes
+    release_kept = _C.release_kept
 except AttributeError as missing:  # not an ImportError, which would pass for an extension that was never built
     raise RuntimeError(
         f"fastpeft: the compiled extension must be of this version, got one of another ({missing}): "
