@@ -53,11 +53,10 @@ void arrange_few(const Rows& x, int64_t m0, const FewShape& shape, int64_t K, ui
 struct CodeRows {
   static constexpr int64_t kAhead = 2, kRoom = 4;  // items: what was stored last is not loaded next
   const int64_t groups, chunks;  // items of a chunk, and chunks
+  const PairCodes codes;
 
   CodeRows(const Packed& w, int64_t K, int64_t n0, int64_t n1)
-      : groups(tiles_of(n1 - n0)), chunks(chunks_of(K)), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {
-    const __m512 code = _mm512_load_ps(code_of(w.type));  // twice, as bit 4 of an index is of another nibble
-    _mm512_store_si512(table, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code)));
+      : groups(tiles_of(n1 - n0)), chunks(chunks_of(K)), codes(w.type), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {
     if (rows % kTileRows) std::memset(room, 0, sizeof(room));
     for (int64_t i = 0; i < kAhead * kTileRows / kDecodedRows; ++i) next();
   }
@@ -83,14 +82,14 @@ struct CodeRows {
  private:
   inline void decode(const uint8_t* from, int64_t stride, int64_t count, int64_t halves, uint16_t* to) const {
     constexpr int64_t kTile = kTileRows * 2 * kTilePairs;
-    const __m512i codes = _mm512_load_si512(table), bytes = _mm512_load_si512(kBytesOfSteps.at);
+    const __m512i table = codes.table, bytes = _mm512_load_si512(kBytesOfSteps.at);
     for (int64_t r = 0; r < count; ++r, from += stride, to += 2 * kTilePairs) {
       __builtin_prefetch(from + kGroups * kTileRows * stride, 0, 2);  // of the next call
       for (int64_t half = 0; half < halves; ++half) {
         const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * half));
         const __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i64x4(words), bytes);
-        _mm512_store_si512(to + 2 * half * kTile, _mm512_permutexvar_epi16(index, codes));
-        _mm512_store_si512(to + (2 * half + 1) * kTile, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), codes));
+        _mm512_store_si512(to + 2 * half * kTile, _mm512_permutexvar_epi16(index, table));
+        _mm512_store_si512(to + (2 * half + 1) * kTile, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table));
       }
     }
   }
@@ -98,7 +97,6 @@ struct CodeRows {
   const uint8_t* data;
   int64_t row_bytes, rows;
   int64_t item = 0, chunk = 0, group = 0, row = 0;  // where the next ones are
-  alignas(64) uint16_t table[32];
   alignas(64) uint16_t room[kRoom][kSteps][kTileRows][2 * kTilePairs];
 };
 
@@ -122,8 +120,8 @@ struct BlockSums {
     tile_store<T>(sums[group * kTileRows] + at * shape.columns, 64);
   }
 
-  // y[m, n + r] for all rows r.
-  void finish(void* y, Type type, int64_t ldy, int64_t n) {
+  // y[m, n + r] for all rows r, times a factor.
+  void finish(float factor, void* y, Type type, int64_t ldy, int64_t n) {
     for (int64_t group = 0; group < tiles_of(rows); ++group) {
       add((chunks - 1) / beside * beside, group);
       __m512 lanes[kTilePairs];
@@ -132,7 +130,7 @@ struct BlockSums {
       for (int64_t m = 0; m < shape.M; ++m) {
         __m512 sum = lanes[m];
         for (int64_t i = m + shape.M; i < beside * shape.columns; i += shape.M) sum = _mm512_add_ps(sum, lanes[i]);
-        put_16(sum, y, type, m * ldy + n + group * kTileRows, rows - group * kTileRows);
+        put_16(_mm512_mul_ps(sum, _mm512_set1_ps(factor)), y, type, m * ldy + n + group * kTileRows, rows - group * kTileRows);
       }
     }
   }
@@ -227,7 +225,7 @@ void forward_few(const uint32_t* x, const FewShape& shape, int64_t K, const Pack
   const Tiles tiles(shapes);
   FewProduct product(shape, K, w, absmax, n0, n1);
   product.run(x);
-  product.sums.finish(y, type, ldy, n0);
+  product.sums.finish(1.0f / product.left.codes.unit, y, type, ldy, n0);
 }
 
 }  // namespace

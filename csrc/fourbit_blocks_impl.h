@@ -61,7 +61,7 @@ struct BlockedRows {
   static constexpr int64_t kAhead = 2;  // lines
 
   BlockedRows(const Packed& w, int64_t K, int64_t n0, int64_t n1)
-      : table(PairProduct(w.type).table), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {}
+      : codes(w.type), data(w.data + n0 * (K / 2)), row_bytes(K / 2), rows(n1 - n0) {}
 
   // The words of a chunk, each lane of which is of another row.
   void gather(int64_t chunk) {
@@ -89,24 +89,24 @@ struct BlockedRows {
 
   // Of the words to those of a step, kept for other rows of x.
   inline __m512i decode(int64_t four, int plane, int64_t g) {
-    return at[4 * four + plane][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[four][g], static_cast<unsigned>(4 * plane)), table);
+    return at[4 * four + plane][g] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[four][g], static_cast<unsigned>(4 * plane)), codes.table);
   }
 
-  __m512i table;
+  PairCodes codes;
   const uint8_t* data;
   int64_t row_bytes, rows;
   __m512i words[kSteps / 4][kGroups], at[kSteps][kGroups];
 };
 
-// Blocks of absmax [rows, row_blocks] to [row_blocks, kBlockedWeights].
-inline void turn_absmax(const float* absmax, int64_t row_blocks, int64_t rows, float* out) {
+// Blocks of absmax [rows, row_blocks] to [row_blocks, kBlockedWeights], times a factor.
+inline void turn_absmax(const float* absmax, int64_t row_blocks, int64_t rows, float factor, float* out) {
   for (int64_t g = 0; g < kGroups; ++g)
     for (int64_t b = 0; b < row_blocks; b += kLanes) {
       __m512 v[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t r = g * kLanes + i;
         const __mmask16 own = static_cast<__mmask16>(r < rows ? first_of_32(row_blocks - b) : 0u);
-        v[i] = _mm512_maskz_loadu_ps(own, absmax + r * row_blocks + b);
+        v[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(own, absmax + r * row_blocks + b), _mm512_set1_ps(factor));
       }
       transpose(v);
       for (int64_t i = 0; i < smaller(kLanes, row_blocks - b); ++i) store(out + (b + i) * kBlockedWeights + g * kLanes, v[i]);
@@ -157,9 +157,9 @@ void blocks_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, co
   const int64_t row_blocks = K / w.block_size, each = smaller(w.block_size, kLongest);
   float* const scales = room;
   float* const totals = room + row_blocks * kBlockedWeights;
-  turn_absmax(absmax, row_blocks, n1 - n0, scales);
-  std::memset(totals, 0, static_cast<size_t>(M * kBlockedWeights) * sizeof(float));
   BlockedRows rows(w, K, n0, n1);
+  turn_absmax(absmax, row_blocks, n1 - n0, 1.0f / rows.codes.unit, scales);
+  std::memset(totals, 0, static_cast<size_t>(M * kBlockedWeights) * sizeof(float));
   for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
     rows.gather(k0 / kChunk);
     const int64_t count = smaller(kChunk, K - k0) / each;

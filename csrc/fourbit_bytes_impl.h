@@ -48,7 +48,8 @@ inline float power_of_two(int exponent) {  // a normal one
 // A run to its half of a line. False where it is no sum of such integers: not finite, or (but for zeros) below 2^-100.
 template <Type T>
 bool arrange_run(const void* x, int64_t at, int64_t half, ByteLine& line, float& scale) {
-  constexpr int kLeast = -100, kBits = 14;  // exponents, and the bits of an integer without its sign
+  // Exponents, the greatest so that sums of integers times its unit are finite; and the bits of an integer without its sign.
+  constexpr int kLeast = -100, kGreatest = 90, kBits = 14;
   vf v[kRun / kLanes];
   __m512i greatest = _mm512_setzero_si512();
   for (int i = 0; i < kRun / kLanes; ++i) {
@@ -57,7 +58,7 @@ bool arrange_run(const void* x, int64_t at, int64_t half, ByteLine& line, float&
   }
   const uint32_t most = _mm512_reduce_max_epu32(greatest);
   const int exponent = static_cast<int>(most >> 23) - 127;
-  if (exponent > 127 || (most && exponent < kLeast)) return false;
+  if (exponent > kGreatest || (most && exponent < kLeast)) return false;
   const float unit = most ? power_of_two(kBits - 1 - exponent) : 0.0f;
   scale = most ? power_of_two(exponent + 1 - kBits + 8) : 0.0f;  // of a sum in 256ths
   alignas(64) int8_t high[kRun], low[kRun];

@@ -95,23 +95,19 @@ struct PairProduct {  // bf16
   static constexpr int kPlanes = 4;
   static constexpr int64_t kElement = 2;
 #if FP_ISA == 3
-  explicit PairProduct(FourBit type) {
-    const vh code = reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_load_ps(code_of(type))));
-    alignas(64) uint16_t twice[32];
-    store(twice, code);
-    store(twice + 16, code);
-    table = _mm512_load_si512(twice);
-  }
+  explicit PairProduct(FourBit type) : codes(type) {}
   vu plane(vu bytes, int p) const {
     typedef uint16_t words __attribute__((vector_size(64)));
-    return reinterpret_cast<vu>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(reinterpret_cast<words>(bytes) >> (4 * p)), table));
+    return reinterpret_cast<vu>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(reinterpret_cast<words>(bytes) >> (4 * p)), codes.table));
   }
   vf add(vf sum, vu weights, const void* x) const { return dot(sum, weights, load<vu>(x)); }
-  __m512i table;
+  vf in_ones(vf sum) const { return sum * splat(1.0f / codes.unit); }
+  PairCodes codes;
 #else
   explicit PairProduct(FourBit) {}
   vu plane(vu bytes, int) const { return bytes; }
   vf add(vf sum, vu, const void*) const { return sum; }
+  vf in_ones(vf sum) const { return sum; }
 #endif
 };
 
@@ -121,6 +117,7 @@ struct FloatProduct {
   explicit FloatProduct(FourBit type) : table(code_of(type)) {}
   vu plane(vu bytes, int p) const { return reinterpret_cast<vu>(table.at(bytes >> (4 * p))); }
   vf add(vf sum, vu weights, const void* x) const { return sum + reinterpret_cast<vf>(weights) * load<vf>(x); }
+  vf in_ones(vf sum) const { return sum; }
   Table table;
 };
 
@@ -169,8 +166,8 @@ inline void product_tile(const P& by, const S& scales, const char* x, int64_t ld
     step(bytes, factor, x + whole * P::kPlanes * plane);
   }
   for (int m = 0; m < MR; ++m) {
-    if constexpr (NR == 2) totals(acc[0][m], acc[1][m], y[m * ldy], y[m * ldy + apart]);
-    else y[m * ldy] = total(acc[0][m]);
+    if constexpr (NR == 2) totals(by.in_ones(acc[0][m]), by.in_ones(acc[1][m]), y[m * ldy], y[m * ldy + apart]);
+    else y[m * ldy] = total(by.in_ones(acc[0][m]));
   }
 }
 

@@ -4,13 +4,14 @@
 namespace fastpeft {
 namespace {
 
-// Up to one row for so many ranks, and one in any case, a and b are read as they lie: packing them takes about as long.
+// Up to one row for so many ranks, and one in any case, a and b are read as they lie: packing them takes about as long. No more than
+// a mask has room for.
 constexpr int64_t kRanksOfRow = 16;
 // The rows of b that one task multiplies.
 constexpr int64_t kTaskRows = 512;
 
 bool few(const Tensor& x, const Tensor& a, const Tensor& b) {
-  return x.size(0) > 0 && x.size(0) <= std::max<int64_t>(1, a.size(0) / kRanksOfRow) && a.stride(1) == 1 && b.stride(1) == 1;
+  return x.size(0) > 0 && x.size(0) <= std::clamp<int64_t>(a.size(0) / kRanksOfRow, 1, kRows) && a.stride(1) == 1 && b.stride(1) == 1;
 }
 
 // x in fp32 [M, ld], zero where dropped and past K.

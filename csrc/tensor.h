@@ -62,14 +62,14 @@ inline Rows rows_of(const Tensor& t) {
   return {t.const_data_ptr(), type_of(t), t.stride(0), t.size(0)};
 }
 
-inline int32_t code_of(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
+inline int32_t dtype_code(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
 
 // Straight to the allocator: the dispatcher's new_empty costs a tiny layer more than its arithmetic.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code_of(type),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_code(type),
                                                   aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
@@ -88,7 +88,7 @@ struct Temporary {
     if (!data) return empty({rows, cols}, type);
     const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
     AtenTensorHandle view;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(data, 2, sizes, strides, 0, code_of(type), aoti_torch_device_type_cpu(), 0,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(data, 2, sizes, strides, 0, dtype_code(type), aoti_torch_device_type_cpu(), 0,
                                                                  &view, aoti_torch_layout_strided(), nullptr, 0));
     return Tensor(view);
   }

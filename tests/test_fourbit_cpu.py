@@ -209,9 +209,26 @@ def test_linear_range(native, dtype, M):
     zeros, tiny, lone = torch.zeros(M, 192, dtype=dtype), normal(M, 192, dtype=dtype), torch.zeros(M, 192, dtype=dtype)
     tiny *= 2.0 ** (-10 if dtype == torch.float16 else -110)
     lone[0, 70] = -1.9921875  # all bits of a significand
-    for x in (wide_range, zeros, tiny, lone):
+    huge = torch.zeros(M, 192, dtype=dtype)
+    huge[0, 3] = 6e4 if dtype == torch.float16 else 2e34
+    for x in (wide_range, zeros, tiny, lone, huge):
         y, w, gold = few_rows(native, x, absmax)
         assert_within_budget(y, torch.nn.functional.linear(x, w), gold, dtype)
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 1024])
+@pytest.mark.parametrize("M", [1, 4, 16, 64])
+def test_linear_of_one_sign(native, M, block_size):
+    """Rounding errors of the weights must not add up: what is common to all outputs is small against what is random."""
+    N, K = 256, 4096
+    packed, scales, _ = quantised(N * K, "nf4", block_size, False)
+    w = exact_weight(packed, scales[0], "nf4", block_size, N, K)
+    x = (1 + 0.1 * normal(M, K)).to(torch.bfloat16)
+    y, _ = native.linear4bit_fwd(x, packed, scales, "nf4", block_size, N, None, None, None, None, 1.0, 0.0, None)
+    gold = x.double() @ w.double().T
+    peer = torch.nn.functional.linear(x, w.to(torch.bfloat16)).double()
+    error = (y.double() - gold).mean().abs()
+    assert error < 0.6 * (peer - gold).std() + 4 * (peer - gold).std() / N**0.5
 
 
 @pytest.mark.parametrize("M", [1, 2, 3, 11])

@@ -57,6 +57,26 @@ def test_ranks(rank, poisoned):
     compare(values(Case(50, 70, 90, rank, "rank"), torch.float32, torch.float32), "cpp", torch.float32, p=0.1)
 
 
+@pytest.mark.parametrize("backend", [name for name in backends(OP) if name == "cpp"])
+def test_more_rows_than_a_mask_has_room_for(backend, poisoned):
+    """A rank at which 97 rows still are few, in the eyes of an adapter that is read as it lies."""
+    from cases import Case
+
+    compare(values(Case(97, 40, 8, 1552, "rank"), torch.float32, torch.float32), backend, torch.float32, p=0.1)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 18])
+@pytest.mark.parametrize("backend", [name for name in backends(OP) if name == "cpp"])
+def test_few_rows_of_a_transposed_weight(backend, M):
+    """Conv1D's storage, for which a vendor's GEMM may add term by term to what y holds."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        N, K, R = (2304, 768, 8) if M < 18 else (2, 768, 8)
+        given = {"x": normal(M, K), "weight": normal(K, N, std=K**-0.5).t(), "lora_A": normal(R, K, std=K**-0.5),
+                 "lora_B": normal(N, R), "bias": normal(N), "dy": normal(M, N)}  # fmt: skip
+        compare(given, backend, torch.float32, p=0.0)
+
+
 @pytest.mark.parametrize("backend", backends(OP))
 def test_strides(backend, poisoned):
     """x a view into a wider tensor, A and B transposed, W in [K, N] storage (Conv1D), dy expanded."""
