@@ -86,6 +86,14 @@ def counted(patch):
     for name in ("linear4bit_lora", "lora_adapter"):
         operator = getattr(peft_bnb, name)
         patch.setattr(peft_bnb, name, lambda *a, operator=operator, **k: calls.append(operator) or operator(*a, **k))
+    alone = peft_bnb.base_alone
+
+    def counting(*arguments):
+        y = alone(*arguments)
+        calls.extend([] if y is None else [alone])
+        return y
+
+    patch.setattr(peft_bnb, "base_alone", counting)
     return calls
 
 

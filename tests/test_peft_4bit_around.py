@@ -55,12 +55,36 @@ def test_fsdp2(tmp_path):
         distributed.destroy_process_group()
 
 
-def test_evaluation_does_not_repack():
-    model = toy().eval()
+def mixed(model):
+    model(batch()["x"], adapter_names=["default", "__base__", "default"])
+
+
+def disabled(model):
+    with model.disable_adapter():
+        model(batch()["x"])
+
+
+def dora(model):
+    for layer in layers(model):
+        layer.lora_variant["default"] = _Variant
+    model(batch()["x"])
+
+
+class _Variant:
+    @staticmethod
+    def forward(module, active_adapter, x, result, **kwargs):
+        return result
+
+
+@pytest.mark.parametrize("evaluate", [lambda m: m(batch()["x"]), mixed, disabled, dora], ids=["plain", "mixed", "disabled", "variant"])
+def test_evaluation_does_not_repack(evaluate):
+    """Also where PEFT's own forward runs: a repacked weight has wrong gradients from then on."""
+    model = toy(adapters=2).eval()
     keys = {key: value.clone() for key, value in model.state_dict().items()}
     accelerate(model)
     with torch.no_grad():
-        model(batch()["x"])
+        evaluate(model)
+    assert all(layer.base_layer.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16() for layer in layers(model))
     assert not any(hasattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu") for layer in layers(model))
     for key, value in model.state_dict().items():
         assert torch.equal(value, keys[key]), key
@@ -219,7 +243,7 @@ def test_report_and_reasons():
         "does not describe its weight": lambda: setattr(base, "weight", bnb.nn.Params4bit(base.weight.data[:64], quant_state=base.weight.quant_state)),
         "is not bitsandbytes' Linear4bit": lambda: setattr(layer, "base_layer", nn.Linear(64, 96)),
         "the weight of base_layer is a ": lambda: setattr(base, "weight", type("Other", (nn.Parameter,), {})(base.weight.data, False)),
-        "adapters are disabled": lambda: layer.enable_adapters(False),
+        "adapters are disabled": lambda: (layer.merge(), layer.enable_adapters(False), layer.merged_adapters.append("default")),
         "forward of base_layer has been replaced": lambda: vars(base).update(forward=print),
     }  # fmt: skip
     for expected, change in changes.items():

@@ -3,9 +3,10 @@
     y = (x Wᵀ + bias) in bitsandbytes' compute dtype + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), in x.dtype
 
 The bytes and their scales are read at every call, as views: a few microseconds, so that nothing can be stale and no
-memory is kept that its owner has given up. bitsandbytes' own forward is not called, so that in eval mode on a CPU it
-does not repack the weight (which loses bits of doubly quantised scales). A model that holds its layers has imported it;
-fastpeft does not.
+memory is kept that its owner has given up. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that loses
+bits of the scales, and the repacked product has no gradient of x. So it is not called for the plain case, nor for the
+base alone (adapters disabled or merged), and for what is left to PEFT it is kept from repacking. A model that holds its
+layers has imported it; fastpeft does not.
 """
 
 from __future__ import annotations
@@ -107,27 +108,76 @@ def _compute_dtype(base: Any, x: torch.Tensor) -> torch.dtype:
     return x.dtype if compute is None else compute
 
 
+def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4bit, Any, torch.dtype] | None:
+    """The weight, the bias and the dtype of bitsandbytes' product; None where it is not ours to reproduce."""
+    early = BASES.get(type(base))
+    if early is None:
+        return None
+    weight, bias = weight_4bit(base), base._parameters["bias"]
+    if (
+        weight is None
+        or weight.shape[1] != x.shape[-1]
+        or weight.packed.device != x.device
+        or (bias is not None and type(bias) not in layers.PLAIN)
+        or _unserved(x, adapter, base.compute_dtype) is not None
+    ):
+        return None
+    compute = _compute_dtype(base, x)
+    settled = x.dtype if early else compute
+    if bias is not None and bias.dtype is not settled and not _compiling():
+        bias.data = bias.data.to(settled)  # for good, as bitsandbytes does
+    return weight, bias, compute
+
+
+def is_alone(layer: Any) -> bool:
+    """Whether a call of the layer is one of its base: adapters disabled, or merged. (Both: PEFT unmerges first.)"""
+    return bool(layer.merged_adapters) != bool(layer._disable_adapters)
+
+
+def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
+    """The product of a layer that `is_alone`; None: PEFT's own forward must do it."""
+    base = layer._modules["base_layer"]
+    if (
+        not is_alone(layer)
+        or type(x) not in layers.PLAIN
+        or x.dtype not in layers.DTYPES
+        or x.is_nested
+        or layers.hooked(base)
+        or layers.globally_hooked()
+        or layers.transformed()
+    ):
+        return None
+    operands = _operands(base, x, x.dtype)
+    if operands is None:
+        return None
+    weight, bias, compute = operands
+    amp = torch.is_autocast_enabled(x.device.type)
+    return linear4bit(x if amp else x.to(compute), weight, bias).to(x.dtype)
+
+
 class Accelerated4bit(layers.Accelerated):
     """Comes before PEFT's ``lora.Linear4bit``."""
+
+    def _plain(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = None if args or kwargs else base_alone(self, x)
+        if y is not None:
+            return y
+        base = self._modules["base_layer"]
+        if base.training or not getattr(base, "support_avx512bf16_for_cpu", False):
+            return super()._plain(x, *args, **kwargs)
+        base.support_avx512bf16_for_cpu = False  # its one condition that is the layer's own
+        try:
+            return super()._plain(x, *args, **kwargs)
+        finally:
+            base.support_avx512bf16_for_cpu = True
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
     ) -> torch.Tensor | None:
-        early = BASES.get(type(base))
-        if early is None:
+        operands = _operands(base, x, a.dtype)
+        if operands is None:
             return None
-        weight, bias = weight_4bit(base), base._parameters["bias"]
-        if (
-            weight is None
-            or weight.shape[1] != x.shape[-1]
-            or weight.packed.device != x.device
-            or (bias is not None and type(bias) not in layers.PLAIN)
-            or _unserved(x, a.dtype, base.compute_dtype) is not None
-        ):
-            return None
-        dtype, compute = x.dtype, _compute_dtype(base, x)
-        if bias is not None and bias.dtype is not (dtype if early else compute) and not _compiling():
-            bias.data = bias.data.to(dtype if early else compute)  # for good, as bitsandbytes does
+        dtype, (weight, bias, compute) = x.dtype, operands
         if torch.is_autocast_enabled(x.device.type) or compute is dtype:
             y = linear4bit_lora(x, weight, a, b, bias, lora_bias, scale=scale, dropout=p)
         elif compute is torch.float32:
@@ -166,7 +216,10 @@ def unreadable(base: Any) -> str | None:
     if state is None:
         return "the weight of base_layer has not been quantised yet, or has lost its quant_state"
     if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes has repacked the weight for inference on a CPU (a call in eval mode that was left to PEFT)"
+        return (
+            "bitsandbytes has repacked the weight for inference on a CPU (a call in eval mode before accelerate): "
+            "gradients are wrong until it is unpacked, as state_dict() does"
+        )
     if w.is_meta:
         return "the weight of base_layer is on the meta device"
     if weight_4bit(base) is None:

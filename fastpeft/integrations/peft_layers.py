@@ -104,16 +104,16 @@ def matching(x: torch.Tensor, w: Any) -> bool:
 class Accelerated:
     """Comes before PEFT's class in the accelerated class; adds nothing to the instance."""
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         modules = self._modules
         active = self._active_adapter
         name = active if type(active) is str else active[0] if len(active) == 1 else None
         lora_A = modules["lora_A"]._modules.get(name)
         if args or kwargs or self._disable_adapters or self.merged_adapters:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return self._plain(x, *args, **kwargs)
         if lora_A is None or name in self.lora_variant:
             y = _several(self, x, active) if name is None else None
-            return super().forward(x) if y is None else y  # type: ignore[misc]
+            return self._plain(x) if y is None else y
         base = modules["base_layer"]
         lora_B = modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
@@ -134,9 +134,13 @@ class Accelerated:
             or globally_hooked()
             or transformed()
         ):
-            return super().forward(x)  # type: ignore[misc]
+            return self._plain(x)
         y = self._fused(x, base, a, b, lora_B._parameters["bias"], scale, p)
-        return super().forward(x) if y is None else y  # type: ignore[misc]
+        return self._plain(x) if y is None else y
+
+    def _plain(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own forward."""
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float

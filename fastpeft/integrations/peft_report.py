@@ -111,12 +111,13 @@ def _active(layer: Any) -> list[str]:
 
 def _state(layer: Any) -> str | None:
     """What in the layer's present state sends a call to PEFT's forward."""
-    if layer._disable_adapters:
+    alone = _over_4bit(layer) and peft_bnb.is_alone(layer)
+    if layer._disable_adapters and not alone:
         return "adapters are disabled"
-    if layer.merged_adapters:
+    if layer.merged_adapters and not alone:
         return "adapters are merged into the base weight"
-    names = _active(layer)
-    if not names:
+    names = [] if alone else _active(layer)
+    if not names and not alone:
         return "no active adapter"
     parts: dict[str, Any] = {"base_layer": layer.base_layer}
     dropouts: dict[str, Any] = {}
@@ -160,12 +161,13 @@ def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     quantised = _over_4bit(layer)
     if not quantised and x.dtype is not w.dtype and not torch.is_autocast_enabled(x.device.type):
         return "the input and the base weight have different dtypes"
-    adapter = layer.lora_A[_active(layer)[0]].weight
-    if x.dtype is not adapter.dtype and not layer.cast_input_dtype_enabled:
+    alone = quantised and peft_bnb.is_alone(layer)
+    adapter = x.dtype if alone else layer.lora_A[_active(layer)[0]].weight.dtype
+    if x.dtype is not adapter and not layer.cast_input_dtype_enabled:
         return "the input and the adapter have different dtypes and casting the input is disabled"
     if x.device != w.device:
         return "the input is on another device than the weights"
-    return peft_bnb.uncallable(layer.base_layer, x, adapter.dtype) if quantised else None
+    return peft_bnb.uncallable(layer.base_layer, x, adapter) if quantised else None
 
 
 def reason(
