@@ -129,6 +129,7 @@ def run(
     """Every case not done yet (fresh: every case), until the budget is spent; the results, written after each case."""
     import time
 
+    deadline = time.monotonic() + budget_s
     path = _tree.RESULTS / f"{OP}_{device}{'_tiny' if tiny else ''}.json"
     environment, stamp = _tree.environment(device), _tree.stamp(device)
     data = {"op": OP, "stamp": stamp, "environment": environment, "cases": {}, "left_out": []}
@@ -137,7 +138,6 @@ def run(
         data["cases"] = loaded["cases"] if loaded.get("stamp") == stamp else {}
     data["roof"] = measure(device, tiny)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    deadline = time.monotonic() + budget_s
     for case in cases(tiny):
         left = deadline - time.monotonic()
         if case.name in data["cases"]:

@@ -47,7 +47,7 @@ def test_checks_fit_their_stage():
 
 def test_stages_fit_ten_minutes():
     """The build's expected 45 s on 16 cores included; more of it leaves less to the last stage."""
-    assert 45 + sum(gpu.STAGES.values()) <= gpu.TOTAL <= 600
+    assert 45 + sum(gpu.STAGES.values()) <= gpu.TOTAL <= 600 - gpu.GRACE
 
 
 def test_products_meet_every_format_and_row_count():
