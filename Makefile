@@ -53,8 +53,14 @@ bench: ## time OP=lora_linear beside eager, PEFT and torch.compile; JSON and a p
 roof:  ## measure this machine's roofs
 	$(PYTHON) bench/roofline.py $(ARGS)
 
-gpu:  ## on a CUDA machine: correctness, tuning and benchmarks in under ten minutes
-	python3 bench/gpu.py $(ARGS)
+# Where PYTHON is not given, the machine's own python3 serves too, with no environment made: the first of the two whose
+# torch has CUDA, else the first that has a torch.
+gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, tuning, benchmarks in under ten minutes
+	@for able in "import torch; assert torch.version.cuda" "import torch"; do \
+	  for python in $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3); do \
+	    if $$python -c "$$able" 2> /dev/null; then exec $$python bench/gpu.py $(ARGS); fi; \
+	  done; \
+	done; echo "gpu: PYTHON must be an interpreter with torch, got $(PYTHON)" >&2; exit 1
 
 check: env lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 

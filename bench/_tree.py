@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import importlib.machinery
 import importlib.util
 import json
 import os
@@ -16,32 +15,57 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("FASTPEFT_BENCH_RESULTS") or ROOT / "bench" / "results")
 
 
-class _KernelsFinder:
-    """Resolves the package fastpeft.kernels to the folder kernels/, as the installed package's mapping does."""
+class _Finder:
+    """Resolves fastpeft, where it is not installed, and fastpeft.kernels to their folders.
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != "fastpeft.kernels":
+    ROOT itself on sys.path would let the folder kernels/ pass for the package of that name, which transformers imports.
+    """
+
+    FOLDERS = {"fastpeft": ROOT / "fastpeft", "fastpeft.kernels": ROOT / "kernels"}  # noqa: RUF012
+    mode = "installed"
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name not in cls.FOLDERS:
             return None
-        init = ROOT / "kernels" / "__init__.py"
-        if init.exists():
-            return importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(init.parent)]
-        return spec
+        folder = cls.FOLDERS[name]
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
 
 
 def ensure_importable() -> str:
-    """Returns "installed" or "tree". In "tree" mode there is no compiled fastpeft._C: the cpp backend is absent.
+    """Returns "installed", or "tree": the packages of this checkout, with the fastpeft._C that was built in place.
 
     The finder goes last, so an installed package's own mapping of fastpeft.kernels wins.
     """
-    if _KernelsFinder not in sys.meta_path:
-        sys.meta_path.append(_KernelsFinder)
-    if importlib.util.find_spec("fastpeft") is not None:
-        return "installed"
-    sys.path.insert(0, str(ROOT))
-    return "tree"
+    if _Finder not in sys.meta_path:
+        if importlib.util.find_spec("fastpeft") is None:
+            _Finder.mode = "tree"
+        sys.meta_path.append(_Finder)
+    return _Finder.mode
+
+
+def lacking(device: str) -> str | None:
+    """What the CUDA kernels of csrc/ require and do not have here; None where they serve, and on a CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    from fastpeft import dispatch
+
+    try:
+        return dispatch.unmet("dequantize_4bit", "cuda", "cuda", torch.bfloat16)
+    except (AttributeError, RuntimeError) as error:
+        return f"an extension of these sources ({str(error)[:120]})"
+
+
+def stamp(device: str) -> dict:
+    """What a result of an earlier run has to share with this one to stand for it."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {"sources": source_hash(), "device": name, "lacking": lacking(device)}
 
 
 def source_hash() -> str:

@@ -135,7 +135,11 @@ def kept_result(device: str, tiny: bool) -> dict:
     }  # fmt: skip
     out: dict = {"case": f"q/k/v {case.name} p=0.1", "x_bytes": 2 * x.numel(), "s_bytes": 3 * 2 * case.M * case.R}
     for name, make in makers.items():
-        layers = [make(w) for w in weights]
+        try:
+            layers = [make(w) for w in weights]
+        except ImportError as missing:
+            out[name] = f"absent: {missing}"
+            continue
         own = [parameter for layer in layers for parameter in layer.parameters()]
         total = kept_bytes(lambda layers=layers: [layer(x) for layer in layers], own)
         out[name] = {"bytes": total, "per_element_of_x": total / x.numel()}

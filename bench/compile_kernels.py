@@ -88,11 +88,11 @@ def linear_fused(op, x_dtype, R, a_dtype):
     op.lora_linear_fused_dx(dy, w, s, a, 0.1, seed)
 
 
-def packed_weight(block_size, double):
-    """(packed, scales) of an [N, K] weight."""
-    blocks = N * K // block_size
+def packed_weight(block_size, double, n=N * K):
+    """(packed, scales) of a weight of n values."""
+    blocks = -(-n // block_size)
     absmax = [meta((blocks,), torch.uint8), meta((256,), FP32), meta((-(-blocks // 256),), FP32), meta((), FP32)]
-    return meta((N * K // 2,), torch.uint8), absmax if double else [meta((blocks,), FP32)]
+    return meta(((n + 1) // 2,), torch.uint8), absmax if double else [meta((blocks,), FP32)]
 
 
 # Formats of a 4-bit weight: what transformers quantises to, the other table, and blocks longer than a tile.

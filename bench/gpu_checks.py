@@ -22,6 +22,9 @@ from fastpeft import dispatch  # noqa: E402
 from fastpeft.testing import EPS, error  # noqa: E402
 
 SCALE = 2.0
+WORKERS = 12
+RANK_SHAPE = (300, 512, 768)
+SHAPES = ((1, 4096, 4096), (1, 33, 57), (129, 1001, 777), (16384, 4096, 1024), (2048, 14336, 64), (64, 255, 4097))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _compare(ctx: Ctx, M: int, K: int, N: int, R: int, dtype: torch.dtype, p: fl
 
 def check_ranks(ctx: Ctx, ranks: tuple[int, ...]) -> str:
     """These ranks (a dry run: the first), both strategies, with and without dropout."""
-    M, K, N = (17, 64, 64) if ctx.tiny else (300, 512, 768)
+    M, K, N = (17, 64, 64) if ctx.tiny else RANK_SHAPE
     dropouts: tuple[float, ...] = (0.0, 0.1)
     if ctx.tiny:
         ranks, dropouts = ranks[:1], dropouts[1:]
@@ -94,9 +97,7 @@ def check_ranks(ctx: Ctx, ranks: tuple[int, ...]) -> str:
 
 def check_shapes(ctx: Ctx, dtype: torch.dtype) -> str:
     """Odd K and N, one row, many rows."""
-    shapes = [(1, 4096, 4096), (1, 33, 57), (129, 1001, 777), (16384, 4096, 1024), (2048, 14336, 64), (64, 255, 4097)]
-    if ctx.tiny:
-        shapes = [(1, 40, 24), (5, 33, 57)]
+    shapes = ((1, 40, 24), (5, 33, 57)) if ctx.tiny else SHAPES
     if dtype == torch.bfloat16:
         dtype = ctx.dtype
     shares = [_compare(ctx, *shape, 16, dtype, 0.1, "auto") for shape in shapes]
@@ -201,9 +202,11 @@ def check_compile(ctx: Ctx) -> str:
 
 def check_peft(ctx: Ctx) -> str:
     """A small Llama with PEFT adapters: accelerated, its loss and gradients stay; restored, it is PEFT's again."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    try:
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as missing:
+        return f"left out: {missing}"
     import fastpeft
 
     width = 32 if ctx.tiny else 256
@@ -232,21 +235,22 @@ def check_peft(ctx: Ctx) -> str:
     return f"loss {loss:.4f} (PEFT {before:.4f}), gradient cosine {cosine:.5f}, {len(report.accelerated)} layers"
 
 
-# Split so that workers share the compiling, which is nearly all of the time; the longest first.
+# Split so that workers share the compiling, which is nearly all of the time: bench/gpu_budget.py has the figures. The
+# longest first, and before these what no one has run on a GPU.
 CHECKS: dict[str, Callable[[Ctx], str]] = {
-    "ranks 1-8": partial(check_ranks, ranks=(1, 2, 3, 8)),
-    "ranks 16-64": partial(check_ranks, ranks=(16, 24, 32, 64)),
-    "ranks 100-256": partial(check_ranks, ranks=(100, 128, 256)),
+    **gpu_checks_fourbit.CHECKS,
     "shapes bf16": partial(check_shapes, dtype=torch.bfloat16),
     "shapes fp16": partial(check_shapes, dtype=torch.float16),
+    "ranks 16-64": partial(check_ranks, ranks=(16, 24, 32, 64)),
     "shapes fp32": partial(check_shapes, dtype=torch.float32),
-    "dropout bits": check_dropout_bits,
-    "deterministic": check_deterministic,
-    "autograd": check_autograd,
-    "CUDA graph": check_graph,
-    "torch.compile": check_compile,
+    "ranks 100-256": partial(check_ranks, ranks=(100, 128, 256)),
+    "ranks 1-8": partial(check_ranks, ranks=(1, 2, 3, 8)),
     "PEFT": check_peft,
-    **gpu_checks_fourbit.CHECKS,
+    "torch.compile": check_compile,
+    "dropout bits": check_dropout_bits,
+    "autograd": check_autograd,
+    "deterministic": check_deterministic,
+    "CUDA graph": check_graph,
     **gpu_checks_twins.CHECKS,
 }
 
@@ -262,16 +266,25 @@ def run_check(ctx: Ctx, name: str) -> tuple[bool, str]:
     return passed, f"{detail} ({time.monotonic() - started:.0f} s)"
 
 
+def _share_cores(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
 def run_checks(ctx: Ctx, budget_s: float) -> Iterator[tuple[str, bool, str]]:
     """(name, passed, detail) of every check; one that fails, crashes or hangs does not stop the others.
 
-    On a GPU four processes at a time. A check not done within the budget is a failure; what it compiled is cached.
+    On a GPU up to WORKERS processes at a time. A check not done within the budget is a failure; what it compiled is
+    cached.
     """
     if ctx.device == "cpu":
         yield from ((name, *run_check(ctx, name)) for name in CHECKS)
         return
     deadline = time.monotonic() + budget_s
-    with multiprocessing.get_context("spawn").Pool(min(4, os.cpu_count() or 1), maxtasksperchild=1) as pool:
+    cores = os.cpu_count() or 1
+    workers = min(WORKERS, cores)
+    context = multiprocessing.get_context("spawn")
+    # A process for each check: one that takes the CUDA context with it fails alone.
+    with context.Pool(workers, _share_cores, (max(1, cores // workers),), maxtasksperchild=1) as pool:
         pending = {name: pool.apply_async(run_check, (ctx, name)) for name in CHECKS}
         for name, result in pending.items():
             try:

@@ -1,8 +1,12 @@
 """What a GPU has to prove about 4-bit weights: the bytes are the reference's, the products within its error budget.
 
-Every backend that serves on the device is checked, "cuda" where the extension has its kernels; the reference runs on
-the CPU. A check returns one line, or raises.
+Every backend that serves on the device is checked, "cuda" where the extension has its kernels. Bytes are compared with
+those of the reference on the CPU, products with the reference on the device, where it takes milliseconds. A check
+returns one line, or raises.
 """
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +16,47 @@ from fastpeft.ops.weight4bit import Weight4bit
 from fastpeft.testing import EPS, error
 
 SCALE = 0.5
+FORMATS = (("nf4", 64, True), ("fp4", 128, False), ("nf4", 32, True))
+# M, N, K, R by tile of the kernels for few rows (16 rows, 32 or 64) and beyond; blocks and bytes straddle rows of w.
+FEW = ((1, 1000, 1024, 16), (7, 1000, 1024, 16), (16, 1000, 1024, 16), (9, 514, 2048, 0), (5, 77, 301, 3))
+SOME = ((33, 1000, 1024, 16), (64, 1000, 1024, 16), (40, 96, 4096, 64), (24, 4097, 544, 8))
+MANY = ((65, 1000, 1024, 16), (300, 1000, 1024, 16), (200, 77, 301, 3), (2048, 4096, 4096, 16))
+BYTES_SHAPES = ((7, 33), (4096, 1024), (1000, 1001))
+BYTES_FORMATS = (("nf4", 64), ("fp4", 64), ("nf4", 32), ("nf4", 128), ("fp4", 4096))
+
+
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    p: float
+    quant_type: str
+    block_size: int
+    double: bool
+
+
+def linear_cases(backend: str, shapes: tuple, half: torch.dtype) -> list[Case]:
+    """Products to check.
+
+    Triton compiles anew for each format, dtype, p and kind of M, about 1 s a kernel: a format has one dtype and one p
+    there, and a shape two formats, so that every kernel meets every kind of M. nvcc's kernels are compiled: all formats
+    in both 16-bit dtypes, without dropout, which is not theirs, and in fp32 what the backend hands on.
+    """
+    cases = []
+    for i, (M, N, K, R) in enumerate(shapes):
+        if backend == "triton":
+            kinds = [(FORMATS[0], half, 0.1), (FORMATS[1], half, 0.0), (FORMATS[2], torch.float32, 0.0)]
+            kinds = [kinds[0], kinds[1 + i % 2]]
+        else:
+            dtypes = (half, torch.float16) if R else (half, torch.float16, torch.float32)
+            kinds = [(each, dtype, 0.0) for each in FORMATS for dtype in dtypes]
+        if M * N * K > 1 << 30:
+            kinds = kinds[:1]
+        cases += [Case(M, N, K, R, dtype, p if R else 0.0, *each) for each, dtype, p in kinds]
+    return cases
 
 
 def backends(ctx, op: str) -> list[str]:
@@ -19,6 +64,13 @@ def backends(ctx, op: str) -> list[str]:
     able = [name for name in ("cuda", "triton") if dispatch.unmet(op, name, ctx.device, ctx.dtype) is None]
     assert able, f"no backend serves {op} on {ctx.device}"
     return able
+
+
+def _without(ctx, backend: str) -> str:
+    """A line for a dry run. AssertionError on a GPU, where nothing else would prove this backend."""
+    missing = dispatch.unmet("linear4bit_fwd", backend, ctx.device, ctx.dtype)
+    assert ctx.device == "cpu", f"{backend} requires {missing}"
+    return f"left out: {backend} requires {missing}"
 
 
 def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,8 +85,7 @@ def _equal(ours: Tensor, want: Tensor, what: str) -> None:
 
 def check_bytes(ctx) -> str:
     """quantize_4bit, quantize_absmax and dequantize_4bit, bit for bit, for every format and dtype."""
-    shapes = [(7, 33)] if ctx.tiny else [(7, 33), (4096, 1024), (1000, 1001)]
-    formats = [("nf4", 64), ("fp4", 64)] + ([] if ctx.tiny else [("nf4", 32), ("nf4", 128), ("fp4", 4096)])
+    shapes, formats = (BYTES_SHAPES[:1], BYTES_FORMATS[:2]) if ctx.tiny else (BYTES_SHAPES, BYTES_FORMATS)
     dtypes = (torch.float16,) if ctx.tiny else (torch.float32, torch.bfloat16, torch.float16)
     values = 0
     for shape in shapes:
@@ -57,10 +108,11 @@ def check_bytes(ctx) -> str:
                     _equal(codes, want.scales[0], f"{backend} codes {what}")
                     _equal(scale, want.scales[2], f"{backend} scale {what}")
                 there = want.to(ctx.device)
-                for backend in backends(ctx, "dequantize_4bit"):
-                    for dtype in dtypes:
+                for dtype in dtypes:
+                    exact = ops.dequantize_4bit(want, dtype, backend="eager")
+                    for backend in backends(ctx, "dequantize_4bit"):
                         out = ops.dequantize_4bit(there, dtype, backend=backend)
-                        _equal(out, ops.dequantize_4bit(want, dtype, backend="eager"), f"{backend} {dtype} {what}")
+                        _equal(out, exact, f"{backend} {dtype} {what}")
                         values += out.numel()
     return f"{values:,} values equal bit for bit, {' and '.join(backends(ctx, 'dequantize_4bit'))}"
 
@@ -91,20 +143,23 @@ def _step(weight: Weight4bit, t: dict, p: float, backend: str, device: str) -> d
     return {name: v.cpu() for name, v in zip(("y", "dx", "da", "db", "dbias"), (y, *grads), strict=True)}
 
 
-def _compare(ctx, M: int, N: int, K: int, R: int, dtype: torch.dtype, p: float, weight: Weight4bit) -> float:
-    """Worst share of the error budget that a backend uses. AssertionError beyond 1."""
+def _compare(ctx, case: Case, backend: str) -> float:
+    """Worst share of the error budget. AssertionError beyond 1."""
+    M, N, K, R, dtype, p = case.M, case.N, case.K, case.R, case.dtype, case.p
+    w = (_random(N, K, seed=N + K) / K**0.5).to(ctx.device)
+    weight = ops.quantize_4bit(w, case.quant_type, case.block_size, case.double, backend="eager")
     t = {"x": _random(M, K, seed=2, dtype=dtype), "dy": _random(M, N, seed=3, dtype=dtype),
          "bias": _random(N, seed=4, dtype=dtype), "a": None, "b": None, "lora_bias": None,
          "seed": torch.tensor([2**40 + R])}  # fmt: skip
     if R:
         a, b = _random(R, K, seed=5) / K**0.5, _random(N, R, seed=6) / R**0.5
         t |= {"a": a.to(dtype), "b": b.to(dtype), "lora_bias": _random(N, seed=7, dtype=dtype)}
-    where = "cpu" if M * N * K < 1 << 28 else ctx.device
-    peer = _step(weight, t, p, "eager", where)
+    peer = _step(weight, t, p, "eager", ctx.device)
     # Exact operands: the weight as it is rounded to the tested dtype, everything then in fp64.
-    w = ops.dequantize_4bit(weight, dtype, backend="eager").to(where, torch.float64)
-    wide = {n: v if v is None or n == "seed" else v.to(where, torch.float64) for n, v in t.items()}
-    x, dy, seed = wide["x"], wide["dy"], wide["seed"].to(where) if p else None
+    w = ops.dequantize_4bit(weight, dtype, backend="eager").double()
+    there = {n: v if v is None else v.to(ctx.device) for n, v in t.items()}
+    wide = {n: v if v is None or n == "seed" else v.double() for n, v in there.items()}
+    x, dy, seed = wide["x"], wide["dy"], wide["seed"] if p else None
     if R:
         fwd, bwd = (dispatch.load(op, "eager") for op in ("lora_linear_fwd", "lora_linear_bwd"))
         y, s = fwd(x, w, wide["a"], wide["b"], wide["bias"], wide["lora_bias"], SCALE, p, seed, "auto")
@@ -112,62 +167,45 @@ def _compare(ctx, M: int, N: int, K: int, R: int, dtype: torch.dtype, p: float, 
         gold = dict(zip(peer, (y, *grads), strict=True))
     else:
         gold = {"y": x @ w.t() + wide["bias"], "dx": dy @ w, "dbias": dy.sum(0)}
-    worst = 0.0
-    for backend in backends(ctx, "linear4bit_fwd"):
-        ours = _step(weight, t, p, backend, ctx.device)
-        for name, exact in gold.items():
-            exact = exact.cpu()
-            budget = 2 * (error(peer[name], exact) + EPS[dtype] * float(exact.abs().max()))
-            share = error(ours[name], exact) / budget
-            where_ = f"{backend} M={M} N={N} K={K} R={R} {dtype} p={p} {weight.quant_type} {weight.block_size}"
-            assert share <= 1, f"{name}: {share:.2f} of the error budget, {where_}"
-            worst = max(worst, share)
+    ours, worst = _step(weight, t, p, backend, ctx.device), 0.0
+    for name, exact in gold.items():
+        exact = exact.cpu()
+        budget = 2 * (error(peer[name], exact) + EPS[dtype] * float(exact.abs().max()))
+        share = error(ours[name], exact) / budget
+        assert share <= 1, f"{name}: {share:.2f} of the error budget, {backend} {case}"
+        worst = max(worst, share)
     return worst
 
 
-def check_linear(ctx) -> str:
-    """Few and many rows, with and without an adapter, rows that blocks and bytes straddle."""
+def check_linear(ctx, backend: str, shapes: tuple) -> str:
+    """With and without an adapter."""
+    if backend not in backends(ctx, "linear4bit_fwd"):
+        return _without(ctx, backend)
     if ctx.tiny:
-        shapes = [(3, 24, 64, 4), (70, 24, 45, 0)]
-    else:
-        shapes = [(M, 1000, 1024, 16) for M in (1, 7, 16, 33, 64, 65, 300)]
-        shapes += [(9, 514, 2048, 0), (40, 96, 4096, 64), (24, 4097, 544, 8), (5, 77, 301, 3), (200, 77, 301, 3)]
-        shapes += [(2048, 4096, 4096, 16)]
-    shares = []
-    for M, N, K, R in shapes:
-        # The largest: NF4 doubly quantised in the working dtype alone.
-        small = M * N * K < 1 << 28
-        formats = [("nf4", 64, True), ("fp4", 128, False), ("nf4", 32, True)]
-        for quant_type, block_size, double in formats[: (3 if M <= 64 else 2) if small else 1]:
-            w = _random(N, K, seed=N + K) / K**0.5
-            weight = ops.quantize_4bit(w, quant_type, block_size, double, backend="eager")
-            for dtype in (ctx.dtype, torch.float32)[: 2 if small and not ctx.tiny else 1]:
-                for p in (0.0, 0.1) if R and not ctx.tiny else (0.1 if R else 0.0,):
-                    shares.append(_compare(ctx, M, N, K, R, dtype, p, weight))
-    able = " and ".join(backends(ctx, "linear4bit_fwd"))
-    return f"{len(shares)} cases, {able}, worst {max(shares):.0%} of the error budget"
+        shapes = {FEW: ((3, 24, 64, 4),), SOME: ((17, 24, 32, 0),), MANY: ((70, 24, 45, 4),)}[shapes]
+    shares = [_compare(ctx, case, backend) for case in linear_cases(backend, shapes, ctx.dtype)]
+    return f"{len(shares)} cases, worst {max(shares):.0%} of the error budget"
 
 
 def check_mid(ctx) -> str:
     """The CUDA kernel of up to 512 rows wherever it serves, chosen or not."""
     if "cuda" not in backends(ctx, "linear4bit_fwd"):
-        return "left out: needs the CUDA kernels"
+        return _without(ctx, "cuda")
     from fastpeft.kernels import _common, _fourbit_cost
     from fastpeft.kernels._cost import dtype_name
 
     shapes = [(65, 1000, 1024, 16), (128, 513, 4096, 0), (129, 261, 192, 5), (300, 4096, 512, 64), (512, 96, 8192, 8)]
     shares = []
-    for M, N, K, R in shapes:
-        w = _random(N, K, seed=N + K) / K**0.5
-        weight = ops.quantize_4bit(w, "nf4", 64, M % 2 == 1, backend="eager")
+    for i, (M, N, K, R) in enumerate(shapes):
+        case = Case(M, N, K, R, (torch.bfloat16, torch.float16)[i // 2 % 2], 0.0, "nf4", 64, i % 2 == 0)
         arch = _common.arch_of(torch.empty(0, device=ctx.device))
-        key = (f"sm{arch}", dtype_name(ctx.dtype), N, K)
+        key = (f"sm{arch}", dtype_name(case.dtype), N, K)
         before = dict(_fourbit_cost.LARGEST_MID)
         _fourbit_cost.LARGEST_MID[key] = 512
         _fourbit_cost.choose_mid.cache_clear()
         try:
-            assert _fourbit_cost.choose_mid(M, N, K, ctx.dtype, 64, arch)
-            shares.append(_compare(ctx, M, N, K, R, ctx.dtype, 0.0, weight))
+            assert _fourbit_cost.choose_mid(M, N, K, case.dtype, 64, arch)
+            shares.append(_compare(ctx, case, "cuda"))
         finally:
             _fourbit_cost.LARGEST_MID.clear()
             _fourbit_cost.LARGEST_MID.update(before)
@@ -215,8 +253,11 @@ def check_graph(ctx) -> str:
 
 
 CHECKS = {
-    "4-bit linear": check_linear,
+    "4-bit linear cuda": partial(check_linear, backend="cuda", shapes=FEW + SOME + MANY),
     "4-bit mid": check_mid,
+    "4-bit 1-16 rows triton": partial(check_linear, backend="triton", shapes=FEW),
+    "4-bit 24-64 rows triton": partial(check_linear, backend="triton", shapes=SOME),
+    "4-bit many rows triton": partial(check_linear, backend="triton", shapes=MANY),
     "4-bit bytes": check_bytes,
     "4-bit deterministic": check_deterministic,
     "4-bit graph": check_graph,

@@ -123,20 +123,21 @@ def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def run(device: str, tiny: bool, budget_s: float, progress: Callable[[str], None] = print) -> dict:
-    """Every case not done yet, until the budget is spent; the results, written after each case."""
+def run(
+    device: str, tiny: bool, budget_s: float, progress: Callable[[str], None] = print, fresh: bool = False
+) -> dict:
+    """Every case not done yet (fresh: every case), until the budget is spent; the results, written after each case."""
     import time
 
+    deadline = time.monotonic() + budget_s
     path = _tree.RESULTS / f"{OP}_{device}{'_tiny' if tiny else ''}.json"
-    environment = _tree.environment(device)
-    stamp = {"sources": _tree.source_hash(), "device": environment.get("gpu") or environment["cpu"]}
+    environment, stamp = _tree.environment(device), _tree.stamp(device)
     data = {"op": OP, "stamp": stamp, "environment": environment, "cases": {}, "left_out": []}
-    if path.exists():
+    if path.exists() and not fresh:
         loaded = json.loads(path.read_text())
         data["cases"] = loaded["cases"] if loaded.get("stamp") == stamp else {}
     data["roof"] = measure(device, tiny)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    deadline = time.monotonic() + budget_s
     for case in cases(tiny):
         left = deadline - time.monotonic()
         if case.name in data["cases"]:

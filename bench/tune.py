@@ -118,12 +118,12 @@ class Tuner:
             major, minor = torch.cuda.get_device_capability()
             self.arch = 10 * major + minor
         self.state_path = _tree.RESULTS / ("tune_state_tiny.json" if tiny else "tune_state.json")
-        stamp = {"sources": _tree.source_hash(), "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+        stamp = _tree.stamp(device)
         self.state = {"stamp": stamp, "jobs": {}, "strategies": {}, "errors": []}
         if self.state_path.exists() and not fresh:
             loaded = json.loads(self.state_path.read_text())
             if loaded.get("stamp") == stamp:
-                self.state = loaded
+                self.state = loaded | {"errors": []}  # of this run alone: what failed before is tried again
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -175,7 +175,11 @@ class Tuner:
         space = module.tile_space(self.arch, dtype, R, mode)
         deadline = min(self.deadline, time.monotonic() + job_s)
 
+        job["failed"].pop(json.dumps(start, sort_keys=True), None)  # what failed once may be no fault of the tile
         best, best_s = start, self.time_tile(job, call, start)
+        if best_s == float("inf"):  # nothing to compare another tile's result with
+            self.state["errors"].append(f"{name}: the table's tile fails, {list(job['failed'].values())[-1]}")
+            return
         base_s, moved = best_s, True
         while moved and time.monotonic() < deadline:
             moved = False
@@ -191,8 +195,6 @@ class Tuner:
             job["winner"] = best
         job["done"] = not self.left() <= 0
         self.save()
-        if best_s == float("inf"):
-            self.state["errors"].append(f"{name}: no tile runs, {next(iter(job['failed'].values()))}")
         self.log(f"tune: {name}: {base_s * 1e6:.1f} -> {best_s * 1e6:.1f} us, {len(job['seconds'])} timed, "
                  f"{len(job['failed'])} failed")  # fmt: skip
 

@@ -1,0 +1,211 @@
+"""What `make gpu` builds, keeps and leaves out, and that its checks fit their stage: all that needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+pytest.importorskip("triton", reason="the driver's stages run Triton kernels")
+
+import _tree  # noqa: E402
+
+_tree.ensure_importable()
+import bench_lora_linear  # noqa: E402
+import gpu  # noqa: E402
+import gpu_budget  # noqa: E402
+import gpu_build  # noqa: E402
+import gpu_checks  # noqa: E402
+import gpu_checks_fourbit as fourbit  # noqa: E402
+import gpu_fourbit  # noqa: E402
+import tune  # noqa: E402
+
+ENVIRONMENT = {"gpu": "any", "torch": "2", "triton": "3", "peft": None, "commit": "c", "date": "d"}
+
+
+def test_checks_fit_their_stage():
+    """On a cold cache, by the measured compile times; what nvcc compiled is proven first, and no job outlasts the others."""
+    # In a process of its own: under the interpreter, which the tests run, kernels have no signature.
+    code = "import gpu_budget, json; print(json.dumps(gpu_budget.expected()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", env=os.environ | {"TRITON_INTERPRET": "0"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)
+    seconds = [each for _, each in checks.values()]
+    assert next(iter(checks)) == "4-bit linear cuda"
+    assert gpu_budget.makespan(seconds, gpu_checks.WORKERS) < 0.6 * gpu.STAGES["correctness"]
+    assert gpu_budget.makespan(seconds, gpu_checks.WORKERS * 2 // 3) < 0.8 * gpu.STAGES["correctness"]
+    assert max(seconds) < 80
+    assert checks["4-bit linear cuda"][0] and checks["4-bit bytes"][0]
+    assert gpu_budget.makespan([1, 2, 3], 2) == 2 * gpu_budget.STARTUP + 4
+
+
+def test_stages_fit_ten_minutes():
+    """The build's expected 45 s on 16 cores included; more of it leaves less to the last stage."""
+    assert 45 + sum(gpu.STAGES.values()) <= gpu.TOTAL <= 600 - gpu.GRACE
+
+
+def test_products_meet_every_format_and_row_count():
+    """For Triton every kernel with every tile of rows; for CUDA every format in both 16-bit dtypes."""
+    half = torch.bfloat16
+    for shapes in (fourbit.FEW, fourbit.SOME, fourbit.MANY):
+        triton = fourbit.linear_cases("triton", shapes, half)
+        assert {(c.quant_type, c.block_size, c.double) for c in triton} == set(fourbit.FORMATS)
+        assert {c.M for c in triton} == {shape[0] for shape in shapes}
+        assert {c.dtype for c in triton} == {half, torch.float32} and {c.p for c in triton} == {0.0, 0.1}
+    cuda = fourbit.linear_cases("cuda", fourbit.FEW + fourbit.MANY, half)
+    small = {(c.quant_type, c.dtype) for c in cuda if c.M <= 64}
+    assert {(name, dtype) for name in ("nf4", "fp4") for dtype in (half, torch.float16)} <= small
+
+
+def test_without_peft(monkeypatch):
+    """Its check is left out, and the other measurements of kept bytes stay."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert gpu_checks.check_peft(gpu_checks.Ctx("cpu", True)).startswith("left out: ")
+    kept = bench_lora_linear.kept_result("cpu", True)
+    assert kept["ours"]["bytes"] > 0
+    assert kept["PEFT"].startswith("absent: ") and kept["PEFT base dtype"].startswith("absent: ")
+
+
+def test_fresh_reaches_a_stage(monkeypatch):
+    commands = []
+
+    class Process:
+        pid, returncode = 0, 0
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def communicate(self, timeout=None):
+            return "", None
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    for fresh in (False, True):
+        gpu.run_stage("tune", "cpu", True, 1.0, fresh)
+    assert ["--fresh" in command for command in commands] == [False, True]
+
+
+def test_fresh_forgets_the_stages_that_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    state = gpu.State("cpu", True, [])
+    state.data["stages"] = {name: {"ok": True} for name in gpu.STAGES}
+    state.save()
+    again = gpu.State("cpu", True, ["bench"])
+    assert [name for name in gpu.STAGES if not again.passed(name)] == ["bench"]
+
+
+def test_tuning_errors_are_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    first = tune.Tuner("cpu", 1.0, tmp_path, tiny=True)
+    first.state["errors"].append("a GPU that someone else held")
+    first.state["jobs"]["any"] = {"done": True}
+    first.save()
+    second = tune.Tuner("cpu", 1.0, tmp_path, tiny=True)
+    assert second.state["errors"] == [] and second.state["jobs"] == {"any": {"done": True}}
+    assert tune.Tuner("cpu", 1.0, tmp_path, tiny=True, fresh=True).state["jobs"] == {}
+
+
+def test_a_tile_that_failed_once_is_tried_again(tmp_path, monkeypatch):
+    """The table's own: without its time nothing can be compared, so that the job says so and is not done."""
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    tuner = tune.Tuner("cpu", 60.0, tmp_path, tiny=True, log=lambda _: None)
+    calls = []
+
+    def prepare(module):
+        def call(tile):
+            calls.append(tile)
+            if len(calls) == 1:
+                raise RuntimeError("out of memory")
+            return torch.zeros(1)
+
+        return call
+
+    def tune_it():
+        tuner.tune_tiles("lora_shrink", "plain", 16, torch.float16, 10.0, prepare)
+        (job,) = tuner.state["jobs"].values()
+        return job["done"]
+
+    assert not tune_it() and "the table's tile fails, RuntimeError: out of memory" in tuner.state["errors"][0]
+    monkeypatch.setattr(tuner, "write_tile", lambda *_: None)
+    assert tune_it() and len(tuner.state["errors"]) == 1
+
+
+def test_fourbit_takes_up_cases_unless_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_fourbit, "measure", lambda *_: {})
+    monkeypatch.setattr(gpu_fourbit, "cases", lambda _: [])
+    path = tmp_path / "linear4bit_cpu_tiny.json"
+    path.write_text(json.dumps({"stamp": _tree.stamp("cpu"), "cases": {"any": {}}}))
+    assert gpu_fourbit.run("cpu", True, 1.0)["cases"] == {"any": {}}
+    assert gpu_fourbit.run("cpu", True, 1.0, fresh=True)["cases"] == {}
+
+
+@pytest.mark.parametrize("lacking", [None, "the compiled extension"])
+def test_a_run_without_cuda_kernels_fails(tmp_path, monkeypatch, capsys, lacking):
+    """Though every stage passes, and says so in its first lines."""
+    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(_tree, "stamp", lambda _: {})
+    monkeypatch.setattr(_tree, "environment", lambda _: dict(ENVIRONMENT))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_build, "build", lambda _: lacking)
+    monkeypatch.setattr(gpu, "run_stage", lambda *_: {"ok": True, "seconds": 1.0})
+    assert gpu.main(["--only", "bench"]) == (1 if lacking else 0)
+    summary = capsys.readouterr().out.split("== summary\n")[1].splitlines()
+    assert summary[1].startswith("FAIL extension: NO CUDA KERNEL" if lacking else "PASS bench")
+
+
+def test_a_missing_extension_is_built(monkeypatch, capsys):
+    """By this interpreter, for this GPU, once; where there is no nvcc it stays missing."""
+    built = []
+
+    class Process:
+        pid, returncode = 0, 0
+
+        def __init__(self, command, env, **_):
+            built.append((command[:2], env["TORCH_CUDA_ARCH_LIST"]))
+
+        def communicate(self, timeout=None):
+            return "", None
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(gpu_build, "_stale", lambda _: False)
+    monkeypatch.setattr(gpu_build, "lacking", lambda: None if built else "the compiled extension")
+    monkeypatch.setattr(gpu_build.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: None)
+    assert gpu_build.build((9, 0)) == "the compiled extension" and not built
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: "nvcc")
+    assert gpu_build.build((9, 0)) is None and built == [([sys.executable, "setup.py"], "9.0a")]
+    assert "== build: " in capsys.readouterr().out
+    assert gpu_build.build((8, 0)) is None and len(built) == 1
+
+
+def test_a_failed_build_is_lacking(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_build, "lacking", lambda: "the compiled extension")
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: "nvcc")
+    monkeypatch.setattr(gpu_build, "COMMAND", [sys.executable, "-c", "print('a.cu: error: x'); raise SystemExit(3)"])
+    assert gpu_build.build((9, 0)) == "a build that succeeds (a.cu: error: x)"
+    monkeypatch.setattr(gpu_build, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert "out of time" in gpu_build.build((9, 0), 0.5)
+
+
+@pytest.mark.parametrize("cuda, wanted", [("python3", "python3"), ("own", "own"), ("neither", "own")])
+def test_make_finds_the_interpreter(tmp_path, cuda, wanted):
+    """That of `make env`, or the machine's own where only its torch has CUDA."""
+    for name, path in (("own", tmp_path / "bin/python"), ("python3", tmp_path / "python3")):
+        path.parent.mkdir(exist_ok=True)
+        refuse = "" if name == cuda else 'case "$2" in *version.cuda*) exit 1;; esac'
+        path.write_text(f'#!/bin/sh\n{refuse}\ncase "$1" in bench/gpu.py) echo ran {name} $2;; esac\n')
+        path.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("PYTHON", None)
+    command = ["make", "-s", "-C", str(ROOT), "gpu", f"VENV={tmp_path}", "ARGS=--fresh"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.stdout.strip() == f"ran {wanted} --fresh", run.stderr
+    given = subprocess.run([*command, f"PYTHON={tmp_path}/none"], env=env, capture_output=True, text=True)
+    assert given.returncode and "PYTHON must be an interpreter with torch" in given.stderr
