@@ -139,7 +139,8 @@ def _strategy_4bit(backend: str, x: torch.Tensor, N: int, block_size: int, rank:
 def _call(op: str, backend: str, strategy: str, x: torch.Tensor, N: int, rank: int, p: float) -> Call:
     M, K = x.shape
     shape = (("M", M), ("K", K), ("N", N), ("rank", rank))
-    flop, elements = 2 * M * N * K + 2 * M * rank * (K + N), M * K + N * K + M * N
+    weight = N * K if op != "lora_adapter" else 0
+    flop, elements = 2 * M * weight + 2 * M * rank * (K + N), M * K + weight + M * N
     return Call(op, backend, strategy, shape, str(x.dtype).removeprefix("torch."), p, flop, elements)
 
 
@@ -149,12 +150,19 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     The state of torch's generators is put back. Any module will do, a whole model too; equal calls are counted once.
     """
     seen: Counter[Call] = Counter()
+    shrunk: list[tuple[Any, ...]] = []
 
     def note(op: str, backend: str, arguments: tuple[Any, ...]) -> None:
         if op == "lora_linear_fwd":
             x, w, a, _, _, _, _, p, _, _ = arguments
             strategy = _strategy(backend, x, w, a.shape[0], p)
             seen[_call("lora_linear", backend, strategy, x, w.shape[0], a.shape[0], p)] += 1
+        elif op == "lora_shrink":
+            shrunk[:] = [arguments]
+        elif op == "lora_expand" and shrunk:  # lora_adapter's two; the operators with a base product have theirs inside
+            x, a, p, _ = shrunk.pop()
+            strategy = "eager: the reference, op by op" if backend == "eager" else "adapter: its two products, no base"
+            seen[_call("lora_adapter", backend, strategy, x, arguments[1].shape[0], a.shape[0], p)] += 1
         elif op == "linear4bit_fwd":
             x, _, scales, quant_type, block_size, N, a, _, _, _, _, p, _ = arguments
             doubly = ", absmax in 8 bits" if len(scales) == 4 else ""

@@ -47,7 +47,7 @@ def test_gpus(monkeypatch, archs, capability, served):
 
 
 def test_every_gpu_counts(monkeypatch):
-    with pytest.raises(ImportError, match="GPU 1, of compute capability 7.5"):
+    with pytest.raises(ImportError, match=r"GPU 1, of compute capability 7\.5"):
         load(monkeypatch, capabilities=[(9, 0), (7, 5)])
 
 

@@ -29,6 +29,14 @@ def test_explain_counts_equal_calls_and_leaves_the_generator_alone():
     assert "lora_linear x 2: M=10, K=12, N=12, rank=3, float32, dropout 0.25" in str(explanation)
 
 
+@pytest.mark.parametrize("backend", ["eager", *backends("lora_shrink")])
+def test_explain_an_adapter_alone(backend):
+    layer = fastpeft.LoRALayer(12, 7, rank=3, dropout=0.0, backend=backend)
+    (call,) = fastpeft.explain(layer, normal(2, 5, 12)).calls
+    assert (call.op, call.backend, call.shape) == ("lora_adapter", backend, (("M", 10), ("K", 12), ("N", 7), ("rank", 3)))
+    assert (call.flop, call.elements) == (2 * 10 * 3 * 19, 10 * 12 + 10 * 7)
+
+
 def test_explain_low_precision_on_a_cpu():
     layer = fastpeft.LoRALinear.from_linear(torch.nn.Linear(12, 12).bfloat16(), rank=3, alpha=6, dropout=0.0)
     (call,) = fastpeft.explain(layer, normal(4, 12, dtype=torch.bfloat16)).calls

@@ -3,10 +3,10 @@
     y = (x Wᵀ + bias) in bitsandbytes' compute dtype + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), in x.dtype
 
 The bytes and their scales are read at every call, as views: a few microseconds, so that nothing can be stale and no
-memory is kept that its owner has given up. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that loses
-bits of the scales, and the repacked product has no gradient of x. So it is not called for the plain case, nor for the
-base alone (adapters disabled or merged), and for what is left to PEFT it is kept from repacking. A model that holds its
-layers has imported it; fastpeft does not.
+memory is kept that its owner has given up. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that
+loses bits of the scales, and the repacked product has no gradient of x. So it is not called for the plain case, nor for
+the base alone (adapters disabled or merged), and for what is left to PEFT it is kept from repacking. A model that holds
+its layers has imported it; fastpeft does not.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.autograd import forward_ad
 
 
 def autocast_dtype(x: torch.Tensor, device: str) -> torch.dtype | None:
@@ -31,6 +35,28 @@ def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch
     if len(shape) != 2:
         dx = dx.view(shape)
     return dx if dx.dtype == dtype else dx.to(dtype)
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """torch's once_differentiable with an error that says what can be done."""
+
+    def wrapped(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        if not torch.is_grad_enabled() or not dy.requires_grad:
+            return gradients
+        message = b"fastpeft: y must be differentiated once, got a second derivative: PEFT's own layers, which fastpeft.restore gives back, have one"  # fmt: skip # noqa: E501
+        fail = torch._C._functions.DelayedError(message, len(gradients))
+        views = [None if g is None else g.detach().requires_grad_() for g in gradients]
+        failing: tuple[Any, ...] = fail(*views)
+        return failing
+
+    return wrapped
+
+
+def forward_mode() -> bool:
+    """Inside forward-mode differentiation, which no_grad does not switch off: our Functions raise there."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def fold_scale(

@@ -106,7 +106,7 @@ class _Linear4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
+        # `once` only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
@@ -135,7 +135,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+_backward_once = _calls.once(_backward)
 
 # Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
 _apply = super(torch.autograd.Function, _Linear4bit).apply
@@ -214,7 +214,7 @@ def _run(
     a, b, lora_bias = adapter
     call = (scale, dropout, dtype, chosen, weight.quant_type, weight.block_size, N, K)
     args: Any = (x, a, b, bias, lora_bias, seed, call, weight.packed, *weight.scales)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not _calls.forward_mode():
         return _forward(*args)[0]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _Linear4bit.apply(*args)

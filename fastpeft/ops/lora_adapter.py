@@ -34,7 +34,7 @@ class _LoRAAdapter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_calls.once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b, s, seed = ctx.saved_tensors
         scale, p, dtype, backend, shape, x_dtype, bias_dtype = ctx.call
@@ -135,6 +135,6 @@ def lora_adapter(
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select("lora_shrink", backend, device.type, dtype, "lora_adapter")
     call = (x, lora_A, lora_B, lora_bias, scale, dropout, seed, dtype, chosen)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _calls.forward_mode():
         return _LoRAAdapter.apply(*call)
     return _forward(*call)[0]

@@ -96,7 +96,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
+        # `once` only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
@@ -125,7 +125,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+_backward_once = _calls.once(_backward)
 
 # Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
@@ -227,7 +227,7 @@ def lora_linear(
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype, "lora_linear")
     args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, (scale, dropout, dtype, chosen))
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not _calls.forward_mode():
         return _forward(*args)[0]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _LoRALinear.apply(*args)
