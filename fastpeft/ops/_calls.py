@@ -47,7 +47,7 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
             return gradients
         message = b"fastpeft: y must be differentiated once, got a second derivative: PEFT's own layers, which fastpeft.restore gives back, have one"  # fmt: skip # noqa: E501
         fail = torch._C._functions.DelayedError(message, len(gradients))
-        views = [None if g is None else g.detach().requires_grad_() for g in gradients]
+        views: list[Any] = [None if g is None else g.detach().requires_grad_() for g in gradients]
         failing: tuple[Any, ...] = fail(*views)
         return failing
 
