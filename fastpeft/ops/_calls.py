@@ -37,6 +37,12 @@ def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch
     return dx if dx.dtype == dtype else dx.to(dtype)
 
 
+_TWICE = (
+    b"fastpeft: y must be differentiated once, got a second derivative: PEFT's own layers have one, which "
+    b"fastpeft.restore gives back"
+)
+
+
 def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """torch's once_differentiable with an error that says what can be done."""
 
@@ -45,8 +51,7 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
             gradients = backward(ctx, dy)
         if not torch.is_grad_enabled() or not dy.requires_grad:
             return gradients
-        message = b"fastpeft: y must be differentiated once, got a second derivative: PEFT's own layers, which fastpeft.restore gives back, have one"  # fmt: skip # noqa: E501
-        fail = torch._C._functions.DelayedError(message, len(gradients))
+        fail = torch._C._functions.DelayedError(_TWICE, len(gradients))
         views: list[Any] = [None if g is None else g.detach().requires_grad_() for g in gradients]
         failing: tuple[Any, ...] = fail(*views)
         return failing
