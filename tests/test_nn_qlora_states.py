@@ -55,6 +55,26 @@ def test_meta_and_empty():
     assert torch.equal(empty(x), source(x))
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_meta_state_dict(double_quant):
+    """Its keys, shapes and dtypes without a value; what lies in the JSON bytes is never taken for one."""
+    source = trained(double_quant=double_quant)
+    module, real = copy.deepcopy(source).to("meta"), source.state_dict()
+    state, name = module.state_dict(), "weight.quant_state.bitsandbytes__nf4"
+    assert list(state) == list(real)
+    for key in state.keys() - {name}:
+        assert state[key].is_meta and (state[key].shape, state[key].dtype) == (real[key].shape, real[key].dtype)
+    assert set(module.load_state_dict({}, strict=False).missing_keys) == set(real)
+    module.load_state_dict(state, assign=True)
+    assert module.weight.is_meta and module.absmax.is_meta
+    if double_quant:
+        with pytest.raises(RuntimeError, match="nested_offset must be a number, got None"):
+            source.load_state_dict(real | {name: state[name]})
+    module.load_state_dict(real, assign=True)
+    x = torch.randn(3, 32)
+    assert torch.equal(module(x), source(x))
+
+
 def reloaded(module):
     file = io.BytesIO()
     torch.save(module, file)

@@ -142,7 +142,7 @@ class Quantized(Mergeable):
             error_msgs.append(f"{prefix}: {error}" if prefix else str(error))
             return
         if weight is None:
-            missing_keys.extend(dotted + name for name in self.weight_4bit().to_parts())
+            missing_keys.extend(dotted + name for name in self.weight_4bit().part_names())
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if weight is not None:
             self._hold(weight, bool(local_metadata.get("assign_to_params_buffers", False)))

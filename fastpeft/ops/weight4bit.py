@@ -18,6 +18,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 
 _OP = "Weight4bit"
+_STATE = "quant_state.bitsandbytes__"
 _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,7 +172,11 @@ class Weight4bit:
         return weight
 
     def to_parts(self) -> dict[str, torch.Tensor]:
-        """What bitsandbytes' Linear4bit adds to its state dict under "weight.": tensors, and the rest as JSON bytes."""
+        """What bitsandbytes' Linear4bit adds to its state dict under "weight.": tensors, and the rest as JSON bytes.
+
+        On meta the tensors are meta and the JSON bytes, which are real, have null for the offset of doubly quantised
+        scales: only ``from_parts`` of meta data reads them again.
+        """
         rest: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.block_size}
         rest |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
         parts = {"absmax": self.scales[0], "quant_map": self.quant_map()}
@@ -179,9 +184,15 @@ class Weight4bit:
             _, code, scale, offset = self.scales
             # A copy: safetensors refuses tensors that share memory, and layers may share this one.
             parts |= {"nested_absmax": scale, "nested_quant_map": code.clone()}
-            rest |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
+            rest |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+            # A meta tensor has no value to write: null, which no reader of real data takes for one.
+            rest["nested_offset"] = None if offset.is_meta else offset.item()
         text = torch.tensor(list(json.dumps(rest).encode()), dtype=torch.uint8)
-        return parts | {f"quant_state.bitsandbytes__{self.quant_type}": text}
+        return parts | {_STATE + self.quant_type: text}
+
+    def part_names(self) -> list[str]:
+        """The keys of ``to_parts``, in its order, without a tensor made or read."""
+        return _part_names(self.quant_type, self.double_quant)
 
     @classmethod
     def from_parts(cls, data: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> Weight4bit:
@@ -189,19 +200,20 @@ class Weight4bit:
 
         Raises     ValueError, TypeError: a part that is missing, unknown or does not fit.
         """
-        states = [f"quant_state.bitsandbytes__{name}" for name in QUANT_TYPES]
+        states = [_STATE + name for name in QUANT_TYPES]
         named = [name for name in states if name in parts]
         _checks.require(len(named) == 1, _OP, "parts", f"hold one of {' and '.join(states)}", sorted(parts))
         rest = _read_json(parts[named[0]])
         double = "nested_offset" in rest
-        expected = {"absmax", "quant_map", named[0]} | ({"nested_absmax", "nested_quant_map"} if double else set())
-        _checks.require(parts.keys() == expected, _OP, "parts", f"be {sorted(expected)}", sorted(parts))
+        expected = sorted(_part_names(named[0].removeprefix(_STATE), double))
+        _checks.require(sorted(parts) == expected, _OP, "parts", f"be {expected}", sorted(parts))
         _checks.one_of(_OP, "dtype", rest["dtype"], tuple(_DTYPES))
         scales = [parts["absmax"]]
         if double:
             size = rest.get("nested_blocksize")
             _checks.require(size == NESTED_BLOCK, _OP, "nested_blocksize", f"be {NESTED_BLOCK}", size)
-            offset = torch.tensor(float(rest["nested_offset"]), dtype=torch.float32, device=data.device)
+            value = math.nan if data.is_meta else _offset(rest["nested_offset"])
+            offset = torch.tensor(value, dtype=torch.float32, device=data.device)
             scales += [parts["nested_quant_map"], parts["nested_absmax"], offset]
         weight = cls(
             _bytes(data),
@@ -214,8 +226,14 @@ class Weight4bit:
         weight.check(argument="parts")
         table, found = weight.quant_map(), parts["quant_map"]
         same = found.is_meta or (found.shape == table.shape and torch.allclose(found.to(table), table, atol=1e-6))
-        _checks.require(same, _OP, "quant_map", f"be the table of {weight.quant_type}", found.tolist())
+        if not same:
+            _checks.require(False, _OP, "quant_map", f"be the table of {weight.quant_type}", found.tolist())
         return weight
+
+
+def _part_names(quant_type: str, double_quant: bool) -> list[str]:
+    nested = ["nested_absmax", "nested_quant_map"] if double_quant else []
+    return ["absmax", "quant_map", *nested, _STATE + quant_type]
 
 
 def _bytes(data: torch.Tensor) -> torch.Tensor:
@@ -224,6 +242,15 @@ def _bytes(data: torch.Tensor) -> torch.Tensor:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORAGE)
     _checks.require_dtype(data.dtype in _STORAGE, _OP, "data", f"be stored as {names}", data.dtype)
     return data.detach().reshape(-1).view(torch.uint8)
+
+
+def _offset(value: object) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _checks.require_dtype(number, _OP, "nested_offset", "be a number", repr(value))
+    assert isinstance(value, (int, float))
+    # It is added to every absmax: one that is not finite in fp32 makes the whole weight so.
+    _checks.require(abs(value) <= torch.finfo(torch.float32).max, _OP, "nested_offset", "be finite in fp32", value)
+    return float(value)
 
 
 def _read_json(text: torch.Tensor) -> dict[str, Any]:
