@@ -1,5 +1,6 @@
 """fastpeft.ops.lora_linear: what is wrong with a call, in words."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,47 @@ def good():
 def test_bad_input(change, error, text):
     with pytest.raises(error, match=f"^lora_linear: {text}"):
         ops.lora_linear(**(good() | change))
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "got"),
+    [
+        (torch.ones(2), ValueError, r"shape \[2\]"),
+        (torch.ones(1), ValueError, r"shape \[1\]"),
+        (torch.ones(5, 1), ValueError, r"shape \[5, 1\]"),
+        (torch.tensor(True), TypeError, "torch.bool"),
+        (torch.tensor(1j), TypeError, "torch.complex64"),
+        ("2", TypeError, "str"),
+        (None, TypeError, "NoneType"),
+        (True, TypeError, "bool"),
+        ([2.0], TypeError, "list"),
+    ],
+)
+def test_bad_scale(scale, error, got):
+    call = good()
+    x, weight, *adapter = call.values()
+    calls = {
+        "lora_linear": lambda: ops.lora_linear(**call, scale=scale),
+        "linear4bit_lora": lambda: ops.linear4bit_lora(x, ops.quantize_4bit(weight), *adapter, scale=scale),
+        "lora_adapter": lambda: ops.lora_adapter(x, *adapter, scale=scale),
+    }
+    for op, run in calls.items():
+        with pytest.raises(error, match=f"^{op}: scale must be a real number or a 0-d tensor of one, got {got}$"):
+            run()
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2), np.int64(2), torch.tensor(2.0), torch.tensor(2)], ids=repr)
+def test_numbers_that_are_no_float(scale):
+    call = good()
+    torch.testing.assert_close(ops.lora_linear(**call, scale=scale), ops.lora_linear(**call, scale=2.0))
+
+
+def test_compiled_numbers():
+    """Traced with the value fixed, and with it left open from the second one on."""
+    call = good()
+    compiled = torch.compile(lambda scale: ops.lora_linear(**call, scale=scale), fullgraph=True, backend="aot_eager")
+    for scale in (2.0, 3.0, 0.5, 2, 3, 4, torch.tensor(2.0)):
+        torch.testing.assert_close(compiled(scale), ops.lora_linear(**call, scale=scale))
 
 
 def test_backend_that_cannot_serve(monkeypatch):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastpeft.ops import _checks
+
 
 def autocast_dtype(x: torch.Tensor, device: str) -> torch.dtype | None:
     """The dtype that autocast asks for, or None where it is off; fp64 stays, as torch.amp leaves it alone too."""
@@ -65,9 +67,12 @@ def forward_mode() -> bool:
 
 
 def fold_scale(
-    scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
+    op: str, scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
     """A 0-d tensor goes into the small factor, which keeps the value on the device: no host sync."""
+    if type(scale) is float:
+        return scale, lora_B, lora_bias
+    _checks.scale(op, scale)
     if isinstance(scale, torch.Tensor):
         return 1.0, lora_B * scale, None if lora_bias is None else lora_bias * scale
     return float(scale), lora_B, lora_bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,6 +84,18 @@ def probability(op: str, argument: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         require_dtype(False, op, argument, "be a float", type(value).__name__)
     require(0.0 <= value < 1.0, op, argument, "be in [0, 1)", value)
+
+
+def scale(op: str, value: object) -> None:
+    """One factor for the whole update: more elements would broadcast, over the rank or the rows of B."""
+    rule = "be a real number or a 0-d tensor of one"
+    if isinstance(value, torch.Tensor):
+        require(value.dim() == 0, op, "scale", rule, f"shape {list(value.shape)}")
+        require_dtype(value.dtype != torch.bool and not value.is_complex(), op, "scale", rule, value.dtype)
+    else:
+        # Real has numpy's numbers; a SymFloat is one that is traced with its value left open.
+        known = isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+        require_dtype(known, op, "scale", rule, type(value).__name__)
 
 
 def seed(op: str, value: torch.Tensor | None, p: float) -> None:

@@ -289,5 +289,5 @@ def linear4bit_lora(
         fine = False
     if not fine:
         _check(op, x, weight, bias, (lora_A, lora_B, lora_bias), dropout)
-    scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
+    scale, lora_B, lora_bias = _calls.fold_scale(op, scale, lora_B, lora_bias)
     return _run(op, x, weight, (lora_A, lora_B, lora_bias), bias, scale, dropout, backend)

@@ -131,7 +131,7 @@ def lora_adapter(
     if not fine:
         _check(x, lora_A, lora_B, lora_bias, dropout)
     dtype = _calls.autocast_dtype(x, device.type) or x.dtype
-    scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
+    scale, lora_B, lora_bias = _calls.fold_scale("lora_adapter", scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select("lora_shrink", backend, device.type, dtype, "lora_adapter")
     call = (x, lora_A, lora_B, lora_bias, scale, dropout, seed, dtype, chosen)

@@ -223,7 +223,7 @@ def lora_linear(
     if cast is None and weight.dtype != dtype:
         _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
         _checks.require_dtype(False, "lora_linear", "weight", f"have the dtype of x, {dtype}", weight.dtype)
-    scale, lora_B, lora_bias = _calls.fold_scale(scale, lora_B, lora_bias)
+    scale, lora_B, lora_bias = _calls.fold_scale("lora_linear", scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype, "lora_linear")
     args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, (scale, dropout, dtype, chosen))
