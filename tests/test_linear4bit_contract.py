@@ -158,6 +158,7 @@ def broken(**change):
         ({"x": torch.ones(4, 7)}, ValueError, r"weight must have shape \[out_features, in_features\] = \[any, 7\], got \[5, 6\]"),
         ({"x": torch.ones(4, 6, device="meta")}, ValueError, "weight must be on the device of x, meta, got cpu"),
         ({"weight": torch.ones(5, 6)}, TypeError, "weight must be a Weight4bit, got Tensor"),
+        (broken(block_size=64.0), TypeError, "weight.block_size must be an int, got 64.0"),
         (broken(shape=torch.Size((30,))), ValueError, r"weight must have shape .* got \[30\]"),
         (broken(packed=torch.zeros(14, dtype=torch.uint8)), ValueError, r"weight.packed must have shape \[15\], got \[14\]"),
         (broken(scales=[torch.ones(2)]), ValueError, r"weight.absmax must have shape \[1\], got \[2\]"),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -177,6 +178,8 @@ def test_copies(clone):
         ({"w": torch.tensor([1.0, float("-inf")])}, ValueError, "w must be finite, got inf or nan"),
         ({"quant_type": "int4"}, ValueError, "quant_type must be one of nf4, fp4, got 'int4'"),
         ({"block_size": 48}, ValueError, "block_size must be one of 32, 64, .*, 4096, got 48"),
+        ({"block_size": 64.0}, TypeError, "block_size must be an int, got 64.0"),
+        ({"block_size": True}, TypeError, "block_size must be an int, got True"),
         ({"backend": "gpu"}, ValueError, "backend must be one of cpp, cuda, triton, eager or None, got 'gpu'"),
     ],
 )  # fmt: skip
@@ -188,6 +191,13 @@ def test_bad_input(change, error, text):
 
 def without(parts, name):
     return {key: value for key, value in parts.items() if key != name}
+
+
+def reworded(parts, key="quant_state.bitsandbytes__nf4", **change):
+    """``parts`` with other JSON bytes, under ``key``."""
+    rest = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist())) | change
+    text = torch.tensor(list(json.dumps(rest).encode()), dtype=torch.uint8)
+    return without(parts, "quant_state.bitsandbytes__nf4") | {key: text}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +212,7 @@ def without(parts, name):
         (lambda data, parts: (data, parts | {"nested_absmax": torch.ones(2)}), r"parts.scale must have shape \[1\], got \[2\]"),
         (lambda data, parts: (data, parts | {"quant_map": torch.zeros(16)}), "quant_map must be the table of nf4"),
         (lambda data, parts: (data, parts | {"quant_state.bitsandbytes__nf4": data[:9]}), "quant_state must be JSON bytes"),
+        (lambda data, parts: (data, reworded(parts, blocksize=64.0)), "parts.block_size must be an int, got 64.0"),
         (lambda data, parts: (data.to(torch.int64), parts), "data must be stored as uint8, bfloat16, float16, float32, got torch.int64"),
     ],
 )  # fmt: skip

@@ -39,6 +39,12 @@ def one_of(op: str, argument: str, value: object, choices: tuple[object, ...]) -
     require(value in choices, op, argument, f"be one of {', '.join(map(str, choices))}", repr(value))
 
 
+def size_of(op: str, argument: str, value: object, choices: tuple[int, ...]) -> None:
+    """One of ``choices``, and not only equal to it: 64.0 fits no operator's schema."""
+    require_dtype(type(value) is int, op, argument, "be an int", repr(value))
+    one_of(op, argument, value, choices)
+
+
 def matrix(op: str, argument: str, value: torch.Tensor, shape: tuple[int | None, int | None], names: str) -> None:
     """A float tensor of two dimensions; None in ``shape`` leaves that one free."""
     tensor(op, argument, value)

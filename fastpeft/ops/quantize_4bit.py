@@ -58,7 +58,7 @@ def _check(w: torch.Tensor, quant_type: str, block_size: int) -> None:
     _checks.floats(_OP, "w", w.dtype)
     _checks.require(w.numel() >= 1, _OP, "w", "have at least one element", list(w.shape))
     _checks.one_of(_OP, "quant_type", quant_type, QUANT_TYPES)
-    _checks.one_of(_OP, "block_size", block_size, BLOCK_SIZES)
+    _checks.size_of(_OP, "block_size", block_size, BLOCK_SIZES)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ class Weight4bit:
 
     def sound(self) -> bool:
         """What ``check`` asks, without words: one cheap conjunction on the way of every call."""
-        if self.quant_type not in QUANT_TYPES or self.block_size not in BLOCK_SIZES:
+        if self.quant_type not in QUANT_TYPES or type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             return False
         packed, scales, n = self.packed, self.scales, math.prod(self.shape)
         blocks, device, absmax, nested = -(-n // self.block_size), packed.device, scales[0], len(scales) == 4
@@ -88,14 +88,16 @@ class Weight4bit:
             and absmax.is_contiguous()
             and (
                 len(scales) == 1
-                or (nested
-                and scales[1].shape == (256,)
-                and scales[2].shape == (-(-blocks // NESTED_BLOCK),)
-                and scales[3].dim() == 0
-                and scales[1].dtype is scales[2].dtype is scales[3].dtype is torch.float32
-                and scales[1].device == scales[2].device == scales[3].device == device
-                and scales[1].is_contiguous()
-                and scales[2].is_contiguous())
+                or (
+                    nested
+                    and scales[1].shape == (256,)
+                    and scales[2].shape == (-(-blocks // NESTED_BLOCK),)
+                    and scales[3].dim() == 0
+                    and scales[1].dtype is scales[2].dtype is scales[3].dtype is torch.float32
+                    and scales[1].device == scales[2].device == scales[3].device == device
+                    and scales[1].is_contiguous()
+                    and scales[2].is_contiguous()
+                )
             )
         )
 
@@ -106,7 +108,7 @@ class Weight4bit:
         """
         n = torch.Size(self.shape).numel()
         _checks.one_of(op, f"{argument}.quant_type", self.quant_type, QUANT_TYPES)
-        _checks.one_of(op, f"{argument}.block_size", self.block_size, BLOCK_SIZES)
+        _checks.size_of(op, f"{argument}.block_size", self.block_size, BLOCK_SIZES)
         blocks = -(-n // self.block_size)
         _checks.require(
             len(self.scales) in (1, 4), op, f"{argument}.scales", "have 1 tensor or 4", f"{len(self.scales)} of them"
