@@ -168,6 +168,17 @@ def test_copies(clone):
     assert q.to("cpu").packed is q.packed and q.to("meta").packed.is_meta
 
 
+@pytest.mark.parametrize("target", [torch.float16, torch.ones(1, dtype=torch.float16), None, True], ids=repr)
+def test_to_takes_a_device_only(target):
+    with pytest.raises(TypeError, match=r"^Weight4bit: device must be a device, got "):
+        ops.quantize_4bit(weight((4, 24))).to(target)
+
+
+def test_repr_is_a_line():
+    text = "shape=[4, 24], dtype=torch.float32, quant_type=nf4, block_size=64, double_quant=True, device=cpu"
+    assert repr(ops.quantize_4bit(weight((4, 24)))) == f"Weight4bit({text})"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

@@ -23,7 +23,7 @@ _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Weight4bit:
     """A weight of n elements in 4 bits each.
 
@@ -55,6 +55,11 @@ class Weight4bit:
     def nbytes(self) -> int:
         return self.packed.nbytes + sum(scale.nbytes for scale in self.scales)
 
+    def __repr__(self) -> str:
+        parts = {"shape": list(self.shape), "dtype": self.dtype, "quant_type": self.quant_type}
+        parts |= {"block_size": self.block_size, "double_quant": self.double_quant, "device": self.device}
+        return f"{_OP}({', '.join(f'{name}={value}' for name, value in parts.items())})"
+
     def absmax(self) -> torch.Tensor:
         """fp32 [nblocks], dequantised where it is quantised itself."""
         if not self.double_quant:
@@ -66,7 +71,10 @@ class Weight4bit:
         """The same weight with ``change`` of every tensor, which keeps dtype and shape."""
         return replace(self, packed=change(self.packed), scales=[change(scale) for scale in self.scales])
 
-    def to(self, device: torch.device | str) -> Weight4bit:
+    def to(self, device: torch.device | str | int) -> Weight4bit:
+        """On ``device``; a dtype is refused, in which the bytes and their scales would mean nothing."""
+        known = isinstance(device, (torch.device, str, int)) and not isinstance(device, bool)
+        _checks.require_dtype(known, _OP, "device", "be a device", repr(device))
         return self.map(lambda tensor: tensor.to(device))
 
     def clone(self) -> Weight4bit:
