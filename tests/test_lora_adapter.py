@@ -193,6 +193,7 @@ def test_compile_dropout():
     [
         ({"lora_A": torch.zeros(4, 31)}, ValueError, r"lora_adapter: lora_A must have shape \[rank, in_features\]"),
         ({"lora_B": torch.zeros(24, 5)}, ValueError, "lora_adapter: lora_B must have shape"),
+        ({"lora_bias": torch.zeros(24, dtype=torch.int64)}, TypeError, "lora_adapter: lora_bias must be a floating point"),
         ({"lora_bias": torch.zeros(23)}, ValueError, "lora_adapter: lora_bias must have shape"),
         ({"dropout": 1.0}, ValueError, r"lora_adapter: dropout must be in \[0, 1\), got 1.0"),
         ({"backend": "fast"}, ValueError, "lora_adapter: backend must be one of"),

@@ -192,7 +192,7 @@ def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> boo
         and x.dtype in _checks.FLOATS
         and weight.sound()
         and weight.packed.device == x.device
-        and (bias is None or (bias.shape == (N,) and bias.device == x.device))
+        and (bias is None or (bias.shape == (N,) and bias.device == x.device and bias.is_floating_point()))
     )
 
 
@@ -278,7 +278,10 @@ def linear4bit_lora(
             _fits(x, weight, bias)
             and lora_A.shape == (rank, K)
             and lora_B.shape == (N, rank)
-            and (lora_bias is None or (lora_bias.shape == (N,) and lora_bias.device == device))
+            and (
+                lora_bias is None
+                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
+            )
             and 0.0 <= dropout < 1.0
             and rank > 0
             and lora_A.device == device == lora_B.device

@@ -117,11 +117,13 @@ def lora_adapter(
         N, rank = lora_B.shape
         fine = (
             lora_A.shape == (rank, x.shape[-1])
-            and (lora_bias is None or lora_bias.shape == (N,))
             and 0.0 <= dropout < 1.0
             and rank > 0
             and lora_A.device == device == lora_B.device
-            and (lora_bias is None or lora_bias.device == device)
+            and (
+                lora_bias is None
+                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
+            )
             and x.dtype in _checks.FLOATS
             and lora_A.is_floating_point()
             and lora_B.is_floating_point()

@@ -206,8 +206,11 @@ def lora_linear(
             weight.shape == (N, K)
             and lora_A.shape == (rank, K)
             and lora_B.shape == (N, rank)
-            and (bias is None or (bias.shape == (N,) and bias.device == device))
-            and (lora_bias is None or (lora_bias.shape == (N,) and lora_bias.device == device))
+            and (bias is None or (bias.shape == (N,) and bias.device == device and bias.is_floating_point()))
+            and (
+                lora_bias is None
+                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
+            )
             and 0.0 <= dropout < 1.0
             and rank > 0
             and weight.device == device == lora_A.device == lora_B.device
