@@ -86,6 +86,7 @@ def test_compile(backend):
     ("change", "error", "text"),
     [
         ({"q": torch.ones(4)}, TypeError, "q must be a Weight4bit, got Tensor"),
+        ({"q": Weight4bit(torch.zeros(4, dtype=torch.uint8), [torch.ones(1)], torch.Size((-2, -4)), torch.float32, "nf4", 64)}, ValueError, r"q.shape must hold no negative size, got \[-2, -4\]"),
         ({"q": Weight4bit(torch.zeros(4, dtype=torch.uint8), [torch.ones(1)], torch.Size((9,)), torch.float32, "nf4", 64)}, ValueError, r"q.packed must have shape \[5\], got \[4\]"),
         ({"dtype": torch.int8}, TypeError, "dtype must be float32, bfloat16, float16 or float64, got torch.int8"),
         ({"out": torch.ones(5, 8)}, ValueError, r"out must have shape \[4, 8\], got \[5, 8\]"),

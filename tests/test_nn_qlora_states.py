@@ -159,6 +159,11 @@ def test_bitsandbytes_both_ways(storage, quant_type, double_quant):
         (lambda s: s | {"weight.SCB": s["weight"]}, "parts must be .*SCB"),
         (lambda s: trained(K=24, N=32).state_dict(), r"weight must have shape \[24, 32\], got \[32, 24\]"),
         (lambda s: s | {"lora_A": torch.ones(5, 32)}, r"lora_A must have shape \[4, 32\], got \[5, 32\]"),
+        (lambda s: s | {"lora_A": [1, 2]}, "QLoRALinear: lora_A must be a tensor, got list"),
+        (lambda s: s | {"lora_bias": None}, "QLoRALinear: lora_bias must be a tensor, got NoneType"),
+        (lambda s: s | {"weight": [1]}, "QLoRALinear: weight must be a tensor, got list"),
+        (lambda s: {"weight": None}, "QLoRALinear: weight must be a tensor, got NoneType"),
+        (lambda s: s | {"weight.quant_map": None}, "Weight4bit: quant_map must be a tensor, got NoneType"),
         (lambda s: s | {"weight.absmax": s["weight.absmax"].float()}, "parts.absmax must be torch.uint8"),
     ],
 )

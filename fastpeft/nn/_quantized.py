@@ -128,12 +128,15 @@ class Quantized(Mergeable):
         rest = {key: value for key, value in state_dict.items() if not key.startswith(dotted)}
         data, weight = rest.pop(prefix + "weight", None), None
         try:
+            if prefix + "weight" in state_dict:
+                _checks.tensor(self._op, "weight", data)
             if data is not None or parts:
                 weight = self._read(data, parts)
                 rest[prefix + "weight"] = weight.packed
             for name, parameter in self._parameters.items():
-                value = rest.get(prefix + name)
-                if value is not None and parameter is not None:
+                if prefix + name in rest and parameter is not None:
+                    value = rest[prefix + name]
+                    _checks.tensor(self._op, name, value)
                     shape = list(parameter.shape)
                     _checks.require(
                         value.shape == parameter.shape, self._op, name, f"have shape {shape}", list(value.shape)

@@ -114,7 +114,8 @@ class Weight4bit:
 
         Raises     ValueError, TypeError.
         """
-        n = torch.Size(self.shape).numel()
+        shape, n = list(self.shape), torch.Size(self.shape).numel()
+        _checks.require(min(shape, default=0) >= 0, op, f"{argument}.shape", "hold no negative size", shape)
         _checks.one_of(op, f"{argument}.quant_type", self.quant_type, QUANT_TYPES)
         _checks.size_of(op, f"{argument}.block_size", self.block_size, BLOCK_SIZES)
         blocks = -(-n // self.block_size)
@@ -128,9 +129,9 @@ class Weight4bit:
             _, code, scale, offset = self.scales
             parts += [("code", code, f32, (256,)), ("scale", scale, f32, (-(-blocks // NESTED_BLOCK),))]
             parts += [("offset", offset, f32, ())]
-        for name, tensor, dtype, shape in [("packed", self.packed, u8, ((n + 1) // 2,)), *parts]:
+        for name, tensor, dtype, sizes in [("packed", self.packed, u8, ((n + 1) // 2,)), *parts]:
             _checks.tensor(op, f"{argument}.{name}", tensor)
-            _checks.require(tensor.shape == shape, op, f"{argument}.{name}", f"have shape {list(shape)}",
+            _checks.require(tensor.shape == sizes, op, f"{argument}.{name}", f"have shape {list(sizes)}",
                             list(tensor.shape))  # fmt: skip
             _checks.require_dtype(tensor.dtype == dtype, op, f"{argument}.{name}", f"be {dtype}", tensor.dtype)
             _checks.require(tensor.is_contiguous(), op, f"{argument}.{name}", "be contiguous", tensor.stride())
@@ -177,6 +178,7 @@ class Weight4bit:
             # bitsandbytes reads it from JSON in torch's default dtype of that moment.
             offset = state.offset.to(state.absmax.device, torch.float32).reshape(())
             scales = [state.absmax, nested.code, nested.absmax, offset]
+        _checks.tensor(_OP, "data", data)
         weight = cls(_bytes(data), scales, state.shape, state.dtype, state.quant_type, state.blocksize)
         weight.check(argument="state")
         return weight
@@ -210,12 +212,19 @@ class Weight4bit:
 
         Raises     ValueError, TypeError: a part that is missing, unknown or does not fit.
         """
+        _checks.tensor(_OP, "data", data)
+        for name, part in parts.items():
+            _checks.tensor(_OP, name, part)
         states = [_STATE + name for name in QUANT_TYPES]
         named = [name for name in states if name in parts]
         _checks.require(len(named) == 1, _OP, "parts", f"hold one of {' and '.join(states)}", sorted(parts))
         rest = _read_json(parts[named[0]])
+        quant_type = named[0].removeprefix(_STATE)
+        # The name is what bitsandbytes finds the bytes by, and quant_type in them what it reads.
+        _checks.require(rest["quant_type"] == quant_type, _OP, f"quant_type in {named[0]}", f"be {quant_type}",
+                        rest["quant_type"])  # fmt: skip
         double = "nested_offset" in rest
-        expected = sorted(_part_names(named[0].removeprefix(_STATE), double))
+        expected = sorted(_part_names(quant_type, double))
         _checks.require(sorted(parts) == expected, _OP, "parts", f"be {expected}", sorted(parts))
         _checks.one_of(_OP, "dtype", rest["dtype"], tuple(_DTYPES))
         scales = [parts["absmax"]]
@@ -230,7 +239,7 @@ class Weight4bit:
             scales,
             torch.Size(rest["shape"]),
             _DTYPES[rest["dtype"]],
-            rest["quant_type"],
+            quant_type,
             rest["blocksize"],
         )
         weight.check(argument="parts")
@@ -248,7 +257,6 @@ def _part_names(quant_type: str, double_quant: bool) -> list[str]:
 
 def _bytes(data: torch.Tensor) -> torch.Tensor:
     """The bytes of ``data`` in one dimension: a view, also of a float dtype that they are stored under."""
-    _checks.tensor(_OP, "data", data)
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORAGE)
     _checks.require_dtype(data.dtype in _STORAGE, _OP, "data", f"be stored as {names}", data.dtype)
     return data.detach().reshape(-1).view(torch.uint8)
