@@ -115,7 +115,7 @@ def test_merge(dtype, double_quant, base_bias):
     assert report.relative_error_of_update == pytest.approx(share, rel=1e-3)
     expected = nn.functional.linear(x, module.dequantize(dtype), module.bias)
     torch.testing.assert_close(module(x), expected, rtol=1e-2, atol=1e-2)
-    assert same(module.state_dict(), state)
+    assert list(module.state_dict()) == list(state) and same(module.state_dict(), state)
     assert module.dequantize().dtype == dtype
     unmerged = module.unmerge()
     assert unmerged.max_abs_error == unmerged.relative_error_of_update == 0

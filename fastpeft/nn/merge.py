@@ -226,9 +226,11 @@ class Mergeable(LoRAModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if undo is not None:
             destination[prefix + "weight"] = undo.weight
-            destination.pop(prefix + "bias", None)
+            # In place, where there was one: the order of the keys is that of the unmerged module.
             if undo.had_bias:
                 destination[prefix + "bias"] = undo.bias
+            else:
+                destination.pop(prefix + "bias", None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if self.merged:
