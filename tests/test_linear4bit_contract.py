@@ -1,5 +1,7 @@
 """linear4bit and linear4bit_lora: what is kept, checkpoints, autocast, graphs, registration, errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -121,6 +123,22 @@ def test_registration(backend, double_quant):
     torch.library.opcheck(fwd, (x, *weight, 5, None, None, normal(5), None, 1.0, 0.0, None, backend), test_utils=checks)
     args = (normal(4, 5), x, *weight, 6, None, None, empty, 1.0, 0.0, None, True, False, False, True, backend)
     torch.library.opcheck(bwd, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("backend", EVERY)
+def test_packed_of_two_dimensions(backend, double_quant):
+    """bitsandbytes' shape, which QLoRALinear keeps: the same bits as from one dimension, forward and dx."""
+    flat = quantized(24, 64, double_quant=double_quant)
+    column = replace(flat, packed=flat.packed.view(-1, 1))
+    assert torch.equal(*(ops.dequantize_4bit(q, backend=backend) for q in (flat, column)))
+    for M in (1, 5, 80):
+        x, results = normal(M, 64), []
+        for q in (flat, column):
+            leaf = x.clone().requires_grad_()
+            y = ops.linear4bit(leaf, q, backend=backend)
+            results.append(torch.cat([y, *torch.autograd.grad(y.sum(), leaf)], 1))
+        assert torch.equal(*results)
 
 
 def test_meta():

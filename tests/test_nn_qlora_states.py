@@ -175,6 +175,36 @@ def test_bad_state_dict_changes_nothing(change, text):
     assert same(module.state_dict(), before)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_weight_has_the_shape_of_its_files(merged, assign):
+    """A loader that compares the Parameter with the file finds one shape; a flat weight loads too."""
+    module, x = trained().eval(), torch.randn(3, 32)
+    y, state = module(x), copy.deepcopy(module.state_dict())
+    assert module.weight.shape == state["weight"].shape == (384, 1)
+    assert all(state[name].shape == parameter.shape for name, parameter in module.named_parameters())
+    for weight in (state["weight"], state["weight"].view(-1)):
+        other = trained(seed=1).eval()
+        if merged:
+            other.merge()
+        other.load_state_dict(state | {"weight": weight}, assign=assign)
+        assert other.weight.shape == (384, 1) and torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_accelerate_offloads(to, double_quant, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    module = nn.Sequential(trained(double_quant=double_quant), nn.ReLU()).eval()
+    x = torch.randn(3, 32)
+    y, device = module(x), torch.device("cpu")
+    if to == "cpu":
+        module = accelerate.cpu_offload(module, device)
+    else:
+        module = accelerate.disk_offload(module, tmp_path, device)
+    assert module[0].weight.is_meta and torch.equal(module(x), y)
+
+
 def test_adapter_alone():
     module, other = trained(), trained(seed=1)
     weight = fixed(other)

@@ -19,7 +19,7 @@ _Self = TypeVar("_Self", bound="Quantized")
 
 
 class Quantized(Mergeable):
-    """A LoRA module over a base ``weight`` of packed bytes, with its scales as buffers."""
+    """A LoRA module over a base ``weight`` of packed bytes [n/2, 1], as in its files, with its scales as buffers."""
 
     quant_type: str
     block_size: int
@@ -80,7 +80,7 @@ class Quantized(Mergeable):
         return self.weight_4bit().map(lambda tensor: tensor.detach().clone())
 
     def _write_weight(self, weight: Weight4bit) -> None:
-        self.weight.copy_(weight.packed)
+        self.weight.copy_(weight.packed.view_as(self.weight))
         self._hold(weight, assign=False)
 
     def _base_dtype(self) -> torch.dtype:
@@ -110,7 +110,8 @@ class Quantized(Mergeable):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.weight_4bit() if self._undo is None else self._undo.weight
-        destination[prefix + "weight"] = weight.packed.detach().unsqueeze(1)
+        if self._undo is not None:
+            destination[prefix + "weight"] = weight.packed
         destination.update({f"{prefix}weight.{name}": part for name, part in weight.to_parts().items()})
 
     def _load_from_state_dict(
@@ -132,7 +133,7 @@ class Quantized(Mergeable):
                 _checks.tensor(self._op, "weight", data)
             if data is not None or parts:
                 weight = self._read(data, parts)
-                rest[prefix + "weight"] = weight.packed
+                rest[prefix + "weight"] = weight.packed.view_as(self.weight)
             for name, parameter in self._parameters.items():
                 if prefix + name in rest and parameter is not None:
                     value = rest[prefix + name]

@@ -109,7 +109,7 @@ class QLoRALinear(FromSizes, Quantized):
         quantized = quantize_4bit(original_layer.weight.detach(), quant_type, block_size, double_quant)
         super().__init__()
         self.compute_dtype = compute_dtype
-        self.register_parameter("weight", nn.Parameter(quantized.packed, requires_grad=False))
+        self.register_parameter("weight", nn.Parameter(quantized.packed.view(-1, 1), requires_grad=False))
         self.register_parameter("bias", original_layer.bias)
         self._hold(quantized)
         self._adapt(config, self.weight.device, dtype)

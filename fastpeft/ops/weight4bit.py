@@ -27,7 +27,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Weight4bit:
     """A weight of n elements in 4 bits each.
 
-    packed      uint8 [⌈n/2⌉], two elements of the row-major weight to a byte, the first in the high nibble
+    packed      uint8 [⌈n/2⌉], or [⌈n/2⌉, 1] as bitsandbytes has it: two elements of the row-major weight to a byte, the
+                first in the high nibble
     scales      [absmax]: fp32 [nblocks], or doubly quantised [codes, code, scale, offset]: uint8 [nblocks], fp32 [256],
                 fp32 [⌈nblocks/256⌉], fp32 []
     shape       of the weight
@@ -87,7 +88,7 @@ class Weight4bit:
         packed, scales, n = self.packed, self.scales, math.prod(self.shape)
         blocks, device, absmax, nested = -(-n // self.block_size), packed.device, scales[0], len(scales) == 4
         return (
-            packed.shape == ((n + 1) // 2,)
+            packed.numel() == (n + 1) // 2
             and packed.dtype is torch.uint8
             and packed.is_contiguous()
             and absmax.shape == (blocks,)
@@ -131,7 +132,9 @@ class Weight4bit:
             parts += [("offset", offset, f32, ())]
         for name, tensor, dtype, sizes in [("packed", self.packed, u8, ((n + 1) // 2,)), *parts]:
             _checks.tensor(op, f"{argument}.{name}", tensor)
-            _checks.require(tensor.shape == sizes, op, f"{argument}.{name}", f"have shape {list(sizes)}",
+            # The bytes are read as they lie, whatever dimensions they are given.
+            fits = tensor.numel() == sizes[0] if name == "packed" else tensor.shape == sizes
+            _checks.require(fits, op, f"{argument}.{name}", f"have shape {list(sizes)}",
                             list(tensor.shape))  # fmt: skip
             _checks.require_dtype(tensor.dtype == dtype, op, f"{argument}.{name}", f"be {dtype}", tensor.dtype)
             _checks.require(tensor.is_contiguous(), op, f"{argument}.{name}", "be contiguous", tensor.stride())
@@ -155,10 +158,10 @@ class Weight4bit:
         known = {"shape": torch.Size(self.shape), "blocksize": self.block_size, "dtype": self.dtype}
         known |= {"quant_type": self.quant_type, "code": self.quant_map()}
         if not self.double_quant:
-            return self.packed.unsqueeze(1), QuantState(self.scales[0], **known)
+            return self.packed.view(-1, 1), QuantState(self.scales[0], **known)
         codes, code, scale, offset = self.scales
         nested = QuantState(scale, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32)
-        return self.packed.unsqueeze(1), QuantState(codes, offset=offset, state2=nested, **known)
+        return self.packed.view(-1, 1), QuantState(codes, offset=offset, state2=nested, **known)
 
     @classmethod
     def from_quant_state(cls, data: torch.Tensor, state: Any) -> Weight4bit:

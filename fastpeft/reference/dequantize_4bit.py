@@ -20,7 +20,7 @@ def weight_of(
     packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, n: int
 ) -> torch.Tensor:
     """The n values in fp32."""
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:n]
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:n]
     absmax = absmax_of(scales).repeat_interleave(block_size)[:n]
     return code(quant_type, packed.device)[nibbles.long()] * absmax
 
@@ -28,5 +28,5 @@ def weight_of(
 def dequantize_4bit(
     packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, out: torch.Tensor
 ) -> None:
-    """packed uint8 [⌈n/2⌉] -> out of n elements, any float dtype, contiguous."""
+    """packed uint8 [⌈n/2⌉] or [⌈n/2⌉, 1] -> out of n elements, any float dtype, contiguous."""
     out.copy_(weight_of(packed, scales, quant_type, block_size, out.numel()).view(out.shape))
