@@ -205,6 +205,26 @@ def test_accelerate_offloads(to, double_quant, tmp_path):
     assert module[0].weight.is_meta and torch.equal(module(x), y)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("quant_type, double_quant", [("nf4", True), ("fp4", False)])
+def test_distributed_state_dict(quant_type, double_quant, merged):
+    """torch.distributed.checkpoint.state_dict, which looks up every dotted key as attributes; no process group."""
+    states = pytest.importorskip("torch.distributed.checkpoint.state_dict", reason="torch without torch.distributed")
+    options = {"quant_type": quant_type, "double_quant": double_quant}
+    module, other = (nn.Sequential(nn.Sequential(trained(seed=seed, **options))).eval() for seed in (0, 1))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    x = torch.randn(3, 32)
+    module(x).sum().backward(), optimizer.step()
+    y = module(x)
+    if merged:
+        module[0][0].merge()
+    state, optimizer_state = states.get_state_dict(module, optimizer)
+    assert list(state) == list(module.state_dict()) and same(state, module.state_dict())
+    assert set(optimizer_state["state"]) == {f"0.0.lora_{name}" for name in ("A", "B", "bias")}
+    report = states.set_model_state_dict(other, state)
+    assert not report.missing_keys and not report.unexpected_keys and torch.equal(other(x), y)
+
+
 def test_adapter_alone():
     module, other = trained(), trained(seed=1)
     weight = fixed(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -113,6 +114,22 @@ class Quantized(Mergeable):
         if self._undo is not None:
             destination[prefix + "weight"] = weight.packed
         destination.update({f"{prefix}weight.{name}": part for name, part in weight.to_parts().items()})
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint.state_dict is to go for ``weight``.
+
+        It follows every key attribute by attribute, and no Parameter has an absmax; it takes nothing of what it finds.
+        """
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> SimpleNamespace:
+        """An attribute for every key that begins with ``weight``."""
+        weight = SimpleNamespace(quant_state=SimpleNamespace())
+        for name in self.weight_4bit().part_names():
+            *path, last = name.split(".")
+            setattr(weight.quant_state if path else weight, last, None)
+        return SimpleNamespace(weight=weight)
 
     def _load_from_state_dict(
         self,
