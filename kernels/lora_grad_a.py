@@ -190,6 +190,8 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
     if 0 in (M, K, R):
         return da.zero_(), dx.zero_()
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0]))
+    if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
+        x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
     together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R
     if need_da:
         _launch(x, ds, a, da, dx, p, seed, together, True, tile)
