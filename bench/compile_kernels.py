@@ -192,8 +192,8 @@ def collect(arch, only):
     for op, case in CASES.items():
         if only and op not in only:
             continue
-        if op == "lora_linear_fused" and arch < 90:
-            print(f"sm_{arch}: lora_linear_fused skipped, the architecture has no TMA")
+        if op == "lora_linear_fused" and not modules[op].fused_serves(arch):
+            print(f"sm_{arch}: lora_linear_fused skipped, as it needs {modules[op].FUSED_NEEDS}")
             continue
         for x_dtype, a_dtype, ranks in DTYPES:
             if op == "lora_linear_fused" and x_dtype == FP32:

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the Triton backend is not installed")
 
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 
-MODULES = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "linear4bit_small")
+MODULES = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "linear4bit_small")  # fmt: skip
 
 
 def meta(*shape, dtype=torch.bfloat16):
