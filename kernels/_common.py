@@ -115,6 +115,14 @@ def dense(*vectors):
     return (vector if vector is None else vector.contiguous() for vector in vectors)
 
 
+def narrow(factor):
+    """An adapter's factor as the kernels take it: fp64, whose staged tiles would exceed shared memory, as fp32."""
+    if factor.dtype != torch.float64:
+        return factor
+    record("cast", 0, 8 * factor.numel(), 4 * factor.numel())
+    return factor.float()
+
+
 def dropout_args(p):
     """(threshold, 1 / keep): p rounded to 1/65536, and the factor of exactly that probability."""
     threshold = min(max(round(p * 65536), 0), 65535)

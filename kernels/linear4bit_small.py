@@ -21,6 +21,7 @@ from fastpeft.kernels._common import (
     dtype_key,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -178,7 +179,7 @@ def linear4bit_small(x, packed, scales, quant_type, block_size, N, s, b, bias, l
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    bias, lora_bias = dense(bias, lora_bias)
+    b, (bias, lora_bias) = b if b is None else narrow(b), dense(bias, lora_bias)
     tile, columns, span, splits = _plan(x, "fwd", M, N, K, block_size, tile)
     out = split_output(y, splits)
     item = x.element_size()

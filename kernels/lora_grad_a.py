@@ -23,6 +23,7 @@ from fastpeft.kernels._common import (
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -185,6 +186,9 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
     at p = 0.
     """
     M, (R, K) = ds.shape[0], a.shape
+    if a.dtype == torch.float64:
+        da, dx = lora_grad_a(x, ds, narrow(a), p, seed, need_dx, need_da, tile=tile)
+        return da.double(), dx
     da = torch.empty((R, K) if need_da else 0, device=x.device, dtype=a.dtype)
     dx = torch.empty((M, K) if need_dx else 0, device=x.device, dtype=x.dtype)
     if 0 in (M, K, R):

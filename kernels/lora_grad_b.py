@@ -18,6 +18,7 @@ from fastpeft.kernels._common import (
     arch_of,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -203,6 +204,9 @@ def lora_grad_b(dy, s, b, scale, need_db, need_bias, *, tile=None):
         zeros = (dy.new_zeros((M, R)), b.new_zeros((N, R) if need_db else 0))
         dbias = torch.zeros(N if need_bias else 0, device=dy.device, dtype=torch.float32)
         return *zeros, dbias if R else dbias.copy_(dy.sum(0, dtype=torch.float32)) if need_bias else dbias
+    if b.dtype == torch.float64:
+        ds, db, dbias = lora_grad_b(dy, s, narrow(b), scale, need_db, need_bias, tile=tile)
+        return ds, db.double(), dbias
     if R <= ONE_PASS_RANK and (need_db or need_bias):
         return _columns(dy, s, b, scale, True, need_db, need_bias, tile)
     ds = _rows(dy, b, scale, tile)

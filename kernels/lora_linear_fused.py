@@ -20,6 +20,7 @@ from fastpeft.kernels._common import (
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     sm_count,
@@ -201,7 +202,7 @@ def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    bias, lora_bias = dense(bias, lora_bias)
+    b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, "fwd"))
     item = x.element_size()
     thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)
@@ -226,6 +227,7 @@ def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
     dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     if dx.numel() == 0:
         return dx
+    a = narrow(a)
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "dx"))

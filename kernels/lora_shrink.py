@@ -21,6 +21,7 @@ from fastpeft.kernels._common import (
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -145,6 +146,7 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     s = torch.empty((M, R), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
         return s
+    a = narrow(a)
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)]))

@@ -7,7 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
+from fastpeft.kernels.linear4bit_small import linear4bit_small
 from fastpeft.kernels.lora_grad_a import lora_grad_a
+
+from cases import unless_served
+from fastpeft import dispatch, ops
 
 MODULES = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "linear4bit_small")  # fmt: skip
 
@@ -40,3 +44,36 @@ def test_rows_far_apart(launched, rows, stride, copied):
     _, _, args = launched[0]
     assert args["stride_xm"] == args["x_ptr"].stride(0) == (64 if copied else stride)
     lora_grad_a(x.new_empty(0), meta(rows, 4), meta(4, 64), 0.0, None, True, False)
+
+
+@pytest.mark.parametrize("R", [16, 64])
+def test_fp64_adapters(launched, R):
+    """Their tiles of eight bytes an element would exceed shared memory: kernels meet fp32, gradients keep the dtype."""
+    M, K, N = 64, 512, 256
+    x, dy, s, w = meta(M, K), meta(M, N), meta(M, R), meta(N, K)
+    a, b = meta(R, K, dtype=torch.float64), meta(N, R, dtype=torch.float64)
+    run = lambda op, *args: dispatch.load(op, "triton")(*args)  # noqa: E731
+    run("lora_shrink", x, a, 0.0, None)
+    run("lora_expand", s, b, None, None, 1.0)
+    run("lora_expand_add", dy, s, b, 1.0)
+    run("lora_linear_fused_fwd", x, w, s, b, None, None, 1.0)
+    run("lora_linear_fused_dx", dy, w, s, a, 0.0, None)
+    packed = (meta(N * K // 2, dtype=torch.uint8), [meta(N * K // 64, dtype=torch.float32)], "nf4", 64)
+    linear4bit_small(x, *packed, N, s, b, None, None, 1.0)
+    linear4bit_small(x, *packed, N, None, None, None, None, 1.0)
+    da, _ = run("lora_grad_a", x, s, a, 0.0, None, True, True)
+    ds, db, _ = run("lora_grad_b", dy, s, b, 1.0, True, True)
+    assert (da.dtype, db.dtype, ds.dtype) == (torch.float64, torch.float64, torch.bfloat16)
+    assert len(launched) > 8
+    for kernel, _, args in launched:
+        given = {name for name, value in args.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float64}
+        assert not given, kernel
+
+
+@pytest.mark.parametrize("op", [pytest.param("lora_grad_a", marks=unless_served("lora_grad_a", "triton", torch.float16))])
+def test_fp64_gradients(op):
+    """The values, not only the dtype."""
+    x, ds, a = torch.randn(9, 40).half(), torch.randn(9, 3).half(), torch.randn(3, 40, dtype=torch.float64)
+    ours, peer = (ops.lora_grad_a(x, ds, each, backend="triton") for each in (a, a.float()))
+    assert torch.equal(ours[0], peer[0].double())
+    assert torch.equal(ours[1], peer[1])
