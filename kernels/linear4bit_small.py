@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
+    TARGET_PROGRAMS,
     arch_of,
     dense,
     dtype_key,
@@ -168,7 +169,8 @@ def _plan(like, mode, M, N, K, block_size, tile):
     out_cols, depth, names = (N, K, ("BLOCK_N", "BLOCK_K")) if mode == "fwd" else (K, N, ("BLOCK_K", "BLOCK_N"))
     tile["GROUP"] = min(group_of(K, block_size), tile["BLOCK_K"])
     columns = -(-out_cols // tile[names[0]])
-    span, splits = span_of(depth, columns, tile[names[1]], 512)
+    # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split weighs more than idle SMs.
+    span, splits = span_of(depth, columns, tile[names[1]], 512, TARGET_PROGRAMS + 1 - columns)
     return tile, columns, span, splits
 
 

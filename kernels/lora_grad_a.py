@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
+    TARGET_PROGRAMS,
     arch_of,
     drop,
     dropout_args,
@@ -160,7 +161,9 @@ def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, tile):
     # A block of 32 ranks compiles to spills where the next, which wgmma serves on sm_90, does not.
     block_r = rank_block(64 if 16 < R < 64 else R, (MAX_BLOCK_R if need_da else ONE_PASS_RANK)[dtype_key(x.dtype)])
     groups = -(-K // GROUP)
-    span, splits = span_of(M, 2 * groups, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    # Partial sums grow with the rank, and above 16 a program has twice the warps: half as many are wanted.
+    programs = TARGET_PROGRAMS if R <= 16 else TARGET_PROGRAMS // 2
+    span, splits = span_of(M, groups, tile["BLOCK_M"], 4 * tile["BLOCK_M"], programs)
     out = split_output(da, splits) if need_da else da
     item, chunks = x.element_size(), -(-R // block_r)
     record(

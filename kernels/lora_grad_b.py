@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
+    TARGET_PROGRAMS,
     arch_of,
     launch,
     lookup_tile,
@@ -139,7 +140,7 @@ def _rows(dy, b, scale, tile):
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "rows"))
     block_r = rank_block(R, MAX_BLOCK_R["rows"])
     tiles_m = -(-M // tile["BLOCK_M"])
-    span, splits = span_of(N, 2 * tiles_m, 256, 1024)
+    span, splits = span_of(N, tiles_m, 256, 1024, TARGET_PROGRAMS // 2)  # as lora_shrink
     out = split_output(ds, splits)
     item, chunks = dy.element_size(), -(-R // block_r)
     record(

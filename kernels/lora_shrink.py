@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
+    TARGET_PROGRAMS,
     arch_of,
     drop,
     dropout_args,
@@ -153,8 +154,8 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])
-    # Half the usual number of programs is wanted: the partial sums cost a second launch.
-    span, splits = span_of(K, 2 * tiles_m, GROUP, 1024)
+    # One program an SM is wanted, not two: where none is split, a second launch is saved.
+    span, splits = span_of(K, tiles_m, GROUP, 1024, TARGET_PROGRAMS // 2)
     out = split_output(s, splits)
     record(
         "lora_shrink", 2 * M * K * R, (chunks * M * K) * x.element_size() + R * K * a.element_size(),

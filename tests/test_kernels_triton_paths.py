@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
+from fastpeft.kernels import _common
 from fastpeft.kernels.linear4bit_small import linear4bit_small
 from fastpeft.kernels.lora_grad_a import lora_grad_a
+from fastpeft.kernels.lora_shrink import lora_shrink
 
 from cases import unless_served
 from fastpeft import dispatch, ops
@@ -44,6 +46,30 @@ def test_rows_far_apart(launched, rows, stride, copied):
     _, _, args = launched[0]
     assert args["stride_xm"] == args["x_ptr"].stride(0) == (64 if copied else stride)
     lora_grad_a(x.new_empty(0), meta(rows, 4), meta(4, 64), 0.0, None, True, False)
+
+
+@pytest.mark.parametrize("K", [4096, 5120, 8192, 11008, 14336, 18944, 65536])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_programs_of_grad_a(launched, K, p):
+    """About two programs on each of an H100's 132 SMs, or at rank 64 one of twice the warps, for little scratch."""
+    M, seed = 8192, meta(1, dtype=torch.int64)
+    for R, least, share in ((16, 250, 1 / 16), (64, 125, 1 / 8)):
+        launched.clear()
+        with _common.count_launches() as counted:
+            lora_grad_a(meta(M, K), meta(M, R), meta(R, K), p, seed, False, True)
+        groups, splits = launched[0][1]
+        assert groups * splits >= least
+        assert counted[0].scratch_bytes == 4 * R * K * splits * (splits > 1)
+        assert counted[0].scratch_bytes <= share * counted[0].read_bytes
+
+
+@pytest.mark.parametrize("M", [1, 2048, 4096, 4160, 5000, 8000, 8192, 8256])
+def test_programs_of_shrink(launched, M):
+    """About one on each SM where the columns allow; 4,160 to 8,064 rows had half of that."""
+    lora_shrink(meta(M, 4096), meta(16, 4096), 0.0, None)
+    tiles, splits = launched[0][1]
+    assert tiles * splits >= 125 or splits == 4096 // 1024
+    assert splits == 1 or tiles < 128
 
 
 @pytest.mark.parametrize("R", [16, 64])
