@@ -100,6 +100,19 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
     return tiles[best, key, mode, next((r for r in ranks if r >= R), ranks[-1])]
 
 
+def ragged(*lengths):
+    """Whether rows of these lengths or strides are read an element at a time: Triton asks of a number if 16 divides it.
+
+    Each element then has an address in a register of its own, and a table's tile spills (0.5 to 2 KB a thread on sm_90).
+    """
+    return any(length % 16 for length in lengths)
+
+
+def capped(tile, **most):
+    """The tile with no side longer than given."""
+    return {**tile, **{side: min(tile[side], length) for side, length in most.items()}}
+
+
 def tile_product(**choices):
     """Every combination of the listed choices, as tile dicts."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]

@@ -18,6 +18,7 @@ from fastpeft.kernels._common import (
     GROUP,
     TARGET_PROGRAMS,
     arch_of,
+    capped,
     drop,
     dropout_args,
     dtype_key,
@@ -25,6 +26,7 @@ from fastpeft.kernels._common import (
     launch,
     lookup_tile,
     narrow,
+    ragged,
     rank_block,
     record,
     reduce_splits,
@@ -196,7 +198,12 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
     dx = torch.empty((M, K) if need_dx else 0, device=x.device, dtype=x.dtype)
     if 0 in (M, K, R):
         return da.zero_(), dx.zero_()
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0]))
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0])
+        if ragged(K, x.stride(0) if need_da else K):
+            most = 16 if R <= 16 or x.dtype == torch.float32 else 32
+            tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
+    tile = dict(tile)
     if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
         x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
     together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R

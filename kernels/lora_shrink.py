@@ -16,6 +16,7 @@ from fastpeft.kernels._common import (
     GROUP,
     TARGET_PROGRAMS,
     arch_of,
+    capped,
     drop,
     dropout_args,
     dtype_key,
@@ -23,6 +24,7 @@ from fastpeft.kernels._common import (
     launch,
     lookup_tile,
     narrow,
+    ragged,
     rank_block,
     record,
     reduce_splits,
@@ -150,7 +152,10 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     a = narrow(a)
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)]))
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)])
+        if ragged(K, x.stride(0)):
+            tile = capped(tile, BLOCK_M=32, BLOCK_K=GROUP if dropout else 64)
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the Triton backend is not installed")
 
 from fastpeft.kernels import _common
 from fastpeft.kernels.linear4bit_small import linear4bit_small
+from fastpeft.kernels.lora_expand import lora_expand_add
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 from fastpeft.kernels.lora_shrink import lora_shrink
 
@@ -103,3 +104,22 @@ def test_fp64_gradients(op):
     ours, peer = (ops.lora_grad_a(x, ds, each, backend="triton") for each in (a, a.float()))
     assert torch.equal(ours[0], peer[0].double())
     assert torch.equal(ours[1], peer[1])
+
+
+@pytest.mark.parametrize(("R", "rows"), [(16, 16), (64, 32)])
+@pytest.mark.parametrize(("K", "stride", "small"), [(512, 512, False), (513, 513, True), (512, 520, True), (504, 504, True)])
+def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
+    """An address a register spills the table's tiles; bench/compile_kernels.py proves that the smaller ones do not."""
+    x = torch.empty_strided((128, K), (stride, 1), dtype=torch.bfloat16, device="meta")
+    lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True)
+    lora_expand_add(x, meta(128, R), meta(K, R), 1.0)
+    lora_shrink(x, meta(R, K), 0.0, None)
+    tiles = {kernel: args for kernel, _, args in launched if "reduce" not in kernel}
+    sides = [tiles["_lora_grad_a_kernel"]["BLOCK_M"], tiles["_lora_expand_kernel"]["BLOCK_N"], tiles["_lora_shrink_kernel"]["BLOCK_K"]]
+    assert sides == ([rows, 128, 64] if small else [64, 256, 128])
+    both = [args["NEED_DX"] and args["NEED_DA"] for kernel, _, args in launched if kernel == "_lora_grad_a_kernel"]
+    assert both == ([False, False] if small else [True])
+    launched.clear()
+    given = {"BLOCK_M": 64, "ONE_PASS": True, "num_warps": 4, "num_stages": 2}
+    lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True, tile=given)
+    assert launched[0][2]["BLOCK_M"] == 64
