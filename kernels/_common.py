@@ -101,9 +101,9 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
 
 
 def ragged(*lengths):
-    """Whether rows of these lengths or strides are read an element at a time: Triton asks of a number if 16 divides it.
+    """Whether rows of these lengths or strides are read an element at a time: Triton only asks if 16 divides a number.
 
-    Each element then has an address in a register of its own, and a table's tile spills (0.5 to 2 KB a thread on sm_90).
+    Each element then has an address of its own in registers, and a table's tile spills (0.5 to 2 KB a thread, sm_90).
     """
     return any(length % 16 for length in lengths)
 
