@@ -31,8 +31,9 @@ def launched(monkeypatch):
     def launch(kernel, grid, like, args, tile):
         seen.append((kernel.__name__, grid, dict(zip(kernel.arg_names, args, strict=False)) | tile))
 
-    for name in MODULES:
-        monkeypatch.setattr(importlib.import_module(f"fastpeft.kernels.{name}"), "launch", launch)
+    # All are imported before one is changed: a later import would take the changed function of _common and keep it.
+    for module in [importlib.import_module(f"fastpeft.kernels.{name}") for name in MODULES]:
+        monkeypatch.setattr(module, "launch", launch)
     return seen
 
 
