@@ -99,6 +99,22 @@ def packed_weight(block_size, double, n=N * K):
 FORMATS = (("nf4", 64, True), ("fp4", 64, False), ("nf4", 32, False), ("nf4", 4096, True))
 
 
+def ragged(modules, only):
+    """Rows that 16 does not divide, which take smaller tiles of the three passes."""
+    M, K, N = 8191, 4097, 4095
+    seed = meta((1,), torch.int64)
+    for x_dtype, R in ((BF16, 16), (BF16, 64), (FP32, 16)):
+        x, s, a, b = meta((M, K), x_dtype), meta((M, R), x_dtype), meta((R, K), FP32), meta((N, R), FP32)
+        for p in (0.0, 0.1):
+            if "lora_shrink" in only:
+                modules["lora_shrink"].lora_shrink(x, a, p, seed)
+            if "lora_grad_a" in only:
+                modules["lora_grad_a"].lora_grad_a(x, s, a, p, seed, True, True)
+        if "lora_expand" in only:
+            modules["lora_expand"].lora_expand(s, b, meta((N,), x_dtype), meta((N,), FP32), SCALE)
+            modules["lora_expand"].lora_expand_add(meta((M, N), x_dtype), s, b, SCALE)
+
+
 def quantize_4bit(op, x_dtype, R, a_dtype):
     for quant_type, block_size, _ in FORMATS:
         op.quantize_4bit(meta((N, K), x_dtype), quant_type, block_size)
@@ -192,14 +208,15 @@ def collect(arch, only):
     for op, case in CASES.items():
         if only and op not in only:
             continue
-        if op == "lora_linear_fused" and arch < 90:
-            print(f"sm_{arch}: lora_linear_fused skipped, the architecture has no TMA")
+        if op == "lora_linear_fused" and not modules[op].fused_serves(arch):
+            print(f"sm_{arch}: lora_linear_fused skipped, as it needs {modules[op].FUSED_NEEDS}")
             continue
         for x_dtype, a_dtype, ranks in DTYPES:
             if op == "lora_linear_fused" and x_dtype == FP32:
                 continue
             for R in ranks[:1] if op in RANKLESS else ranks:
                 case(modules[op], x_dtype, R, a_dtype)
+    ragged(modules, only or CASES)
     tables = {name: module.TILES for name, module in modules.items() if name in CASES and (not only or name in only)}
     return list(jobs.values()), met, tables
 

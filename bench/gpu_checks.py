@@ -38,7 +38,7 @@ class Ctx:
         return torch.float16 if self.device == "cpu" else torch.bfloat16
 
     def strategies(self) -> tuple[str, ...]:
-        if self.device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        if self.device == "cuda" and dispatch.unmet("lora_linear_fused_fwd", "triton", "cuda", torch.bfloat16):
             return ("accumulate",)
         return ("accumulate", "fused")
 

@@ -273,7 +273,9 @@ class Tuner:
                 share = self.left() / max(1, (len(ranks) - i) * len(JOBS) - n)
                 self.tune_tiles(op, mode, R, dtype, share, lambda module, job=job, t=t: partial(job, module, t))
         self.deadline = end
-        if 90 <= self.arch < 120:  # elsewhere there is nothing to choose
+        from fastpeft.kernels import _cost
+
+        if _cost.fused_serves(self.arch):  # elsewhere there is nothing to choose
             for M, N, K, R, p in strategies:
                 self.tune_strategy(M, N, K, R, p, dtype)
         self.save()

@@ -97,7 +97,20 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
         return f"triton ({_import_error('triton')})"
     if device != "cuda" and not _interpreted():
         return "tensors on a CUDA device, or TRITON_INTERPRET=1"
+    if op in _FUSED and device == "cuda":
+        cost = importlib.import_module("fastpeft.kernels._cost")
+        found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        # Of several GPUs one suffices: `fuse_unmet` asks the one that the tensors are on.
+        if found and not any(map(cost.fused_serves, found)):
+            return f"a GPU of {cost.FUSED_NEEDS}"
     return None
+
+
+def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, object] | None:
+    """(argument, rule, value) of what keeps Triton's fused GEMM from x, which is called ``name``, and w; or None."""
+    unmet: tuple[str, str, object] | None
+    unmet = importlib.import_module("fastpeft.kernels.lora_linear_fused").fuse_unmet(x, w, name)
+    return unmet
 
 
 @cache

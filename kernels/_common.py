@@ -100,6 +100,19 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
     return tiles[best, key, mode, next((r for r in ranks if r >= R), ranks[-1])]
 
 
+def ragged(*lengths):
+    """Whether rows of these lengths or strides are read an element at a time: Triton only asks if 16 divides a number.
+
+    Each element then has an address of its own in registers, and a table's tile spills (0.5 to 2 KB a thread, sm_90).
+    """
+    return any(length % 16 for length in lengths)
+
+
+def capped(tile, **most):
+    """The tile with no side longer than given."""
+    return {**tile, **{side: min(tile[side], length) for side, length in most.items()}}
+
+
 def tile_product(**choices):
     """Every combination of the listed choices, as tile dicts."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
@@ -115,18 +128,26 @@ def dense(*vectors):
     return (vector if vector is None else vector.contiguous() for vector in vectors)
 
 
+def narrow(factor):
+    """An adapter's factor as the kernels take it: fp64, whose staged tiles would exceed shared memory, as fp32."""
+    if factor.dtype != torch.float64:
+        return factor
+    record("cast", 0, 8 * factor.numel(), 4 * factor.numel())
+    return factor.float()
+
+
 def dropout_args(p):
     """(threshold, 1 / keep): p rounded to 1/65536, and the factor of exactly that probability."""
     threshold = min(max(round(p * 65536), 0), 65535)
     return threshold, 65536 / (65536 - threshold)
 
 
-def span_of(total, other_tiles, quantum, least):
+def span_of(total, other_tiles, quantum, least, programs=TARGET_PROGRAMS):
     """(span, splits): the length of a reduction that one program takes, a multiple of `quantum` and at least `least`.
 
-    Splits until the grid has TARGET_PROGRAMS programs, at most MAX_SPLITS ways; depends on shapes only.
+    Splits until the grid has `programs` programs, at most MAX_SPLITS ways; depends on shapes only.
     """
-    wanted = min(MAX_SPLITS, max(1, TARGET_PROGRAMS // max(1, other_tiles)))
+    wanted = min(MAX_SPLITS, max(1, -(-programs // max(1, other_tiles))))
     span = max(-(-total // wanted), least)
     span = -(-span // quantum) * quantum
     return span, max(1, -(-total // span))

@@ -33,6 +33,13 @@ _DTYPES = {
 }  # fmt: skip
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
+FUSED_NEEDS = "compute capability 9.0 to 11.x (TMA, and a tile of more shared memory than the 99 KB of 12.x)"
+
+
+def fused_serves(cc) -> bool:
+    """Whether GPUs of a compute capability, 90 or (9, 0), run the fused GEMM; the only test of `FUSED_NEEDS`."""
+    return 90 <= (cc if isinstance(cc, int) else 10 * cc[0] + cc[1]) < 120
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -216,10 +223,10 @@ def strategy_key(M: int, N: int, K: int, R: int, p: float, dtype, cc) -> tuple[s
 def choose_strategy(M: int, N: int, K: int, R: int, p: float, dtype, arch_cc) -> str:
     """Strategy for this shape, "accumulate" or "fused": the tuned table first, else the prediction. Cached.
 
-    dtype  torch.dtype or its name;  arch_cc  90 or (9, 0).  Parts without TMA (below 9.0) and fp32 always accumulate.
+    dtype  torch.dtype or its name;  arch_cc  90 or (9, 0).  Parts that `fused_serves` refuses, and fp32, accumulate.
     """
     cc = arch_cc if isinstance(arch_cc, int) else 10 * arch_cc[0] + arch_cc[1]
-    if cc < 90 or dtype_name(dtype) == "fp32" or 0 in (M, N, K, R):
+    if not fused_serves(cc) or dtype_name(dtype) == "fp32" or 0 in (M, N, K, R):
         return "accumulate"
     tuned = TABLE.get(strategy_key(M, N, K, R, p, dtype, cc))
     if tuned is not None:

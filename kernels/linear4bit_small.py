@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
+    TARGET_PROGRAMS,
     arch_of,
     dense,
     dtype_key,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -167,7 +169,8 @@ def _plan(like, mode, M, N, K, block_size, tile):
     out_cols, depth, names = (N, K, ("BLOCK_N", "BLOCK_K")) if mode == "fwd" else (K, N, ("BLOCK_K", "BLOCK_N"))
     tile["GROUP"] = min(group_of(K, block_size), tile["BLOCK_K"])
     columns = -(-out_cols // tile[names[0]])
-    span, splits = span_of(depth, columns, tile[names[1]], 512)
+    # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split weighs more than idle SMs.
+    span, splits = span_of(depth, columns, tile[names[1]], 512, TARGET_PROGRAMS + 1 - columns)
     return tile, columns, span, splits
 
 
@@ -178,7 +181,7 @@ def linear4bit_small(x, packed, scales, quant_type, block_size, N, s, b, bias, l
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    bias, lora_bias = dense(bias, lora_bias)
+    b, (bias, lora_bias) = b if b is None else narrow(b), dense(bias, lora_bias)
     tile, columns, span, splits = _plan(x, "fwd", M, N, K, block_size, tile)
     out = split_output(y, splits)
     item = x.element_size()

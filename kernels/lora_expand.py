@@ -11,7 +11,18 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 import torch
 import triton
 import triton.language as tl
-from fastpeft.kernels._common import arch_of, dense, launch, lookup_tile, rank_block, record, tile_product
+from fastpeft.kernels._common import (
+    arch_of,
+    capped,
+    dense,
+    launch,
+    lookup_tile,
+    narrow,
+    ragged,
+    rank_block,
+    record,
+    tile_product,
+)  # fmt: skip
 
 MODES = ("plain",)
 MAX_BLOCK_R = 64
@@ -68,8 +79,10 @@ def _launch(name, y, s, b, bias, lora_bias, scale, add, tile):
     (M, N), R = y.shape, s.shape[1]
     if M == 0 or N == 0:
         return
-    bias, lora_bias = dense(bias, lora_bias)
-    tile = dict(tile or lookup_tile(TILES, arch_of(y), y.dtype, R))
+    b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(y), y.dtype, R)
+        tile = capped(tile, BLOCK_M=32, BLOCK_N=128) if ragged(N, y.stride(0)) else tile
     thin = [t for t in (bias, lora_bias) if t is not None]
     item = y.element_size()
     read = (M * R + add * M * N) * item + N * R * b.element_size() + sum(N * t.element_size() for t in thin)

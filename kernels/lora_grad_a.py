@@ -16,13 +16,17 @@ import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
+    TARGET_PROGRAMS,
     arch_of,
+    capped,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
+    ragged,
     rank_block,
     record,
     reduce_splits,
@@ -159,7 +163,9 @@ def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, tile):
     # A block of 32 ranks compiles to spills where the next, which wgmma serves on sm_90, does not.
     block_r = rank_block(64 if 16 < R < 64 else R, (MAX_BLOCK_R if need_da else ONE_PASS_RANK)[dtype_key(x.dtype)])
     groups = -(-K // GROUP)
-    span, splits = span_of(M, 2 * groups, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    # Partial sums grow with the rank, and above 16 a program has twice the warps: half as many are wanted.
+    programs = TARGET_PROGRAMS if R <= 16 else TARGET_PROGRAMS // 2
+    span, splits = span_of(M, groups, tile["BLOCK_M"], 4 * tile["BLOCK_M"], programs)
     out = split_output(da, splits) if need_da else da
     item, chunks = x.element_size(), -(-R // block_r)
     record(
@@ -185,11 +191,21 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
     at p = 0.
     """
     M, (R, K) = ds.shape[0], a.shape
+    if a.dtype == torch.float64:
+        da, dx = lora_grad_a(x, ds, narrow(a), p, seed, need_dx, need_da, tile=tile)
+        return da.double(), dx
     da = torch.empty((R, K) if need_da else 0, device=x.device, dtype=a.dtype)
     dx = torch.empty((M, K) if need_dx else 0, device=x.device, dtype=x.dtype)
     if 0 in (M, K, R):
         return da.zero_(), dx.zero_()
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0]))
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0])
+        if ragged(K, x.stride(0) if need_da else K):
+            most = 16 if R <= 16 or x.dtype == torch.float32 else 32
+            tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
+    tile = dict(tile)
+    if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
+        x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
     together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R
     if need_da:
         _launch(x, ds, a, da, dx, p, seed, together, True, tile)

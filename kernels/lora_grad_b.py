@@ -15,9 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
+    TARGET_PROGRAMS,
     arch_of,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     reduce_splits,
@@ -138,7 +140,7 @@ def _rows(dy, b, scale, tile):
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "rows"))
     block_r = rank_block(R, MAX_BLOCK_R["rows"])
     tiles_m = -(-M // tile["BLOCK_M"])
-    span, splits = span_of(N, 2 * tiles_m, 256, 1024)
+    span, splits = span_of(N, tiles_m, 256, 1024, TARGET_PROGRAMS // 2)  # as lora_shrink
     out = split_output(ds, splits)
     item, chunks = dy.element_size(), -(-R // block_r)
     record(
@@ -203,6 +205,9 @@ def lora_grad_b(dy, s, b, scale, need_db, need_bias, *, tile=None):
         zeros = (dy.new_zeros((M, R)), b.new_zeros((N, R) if need_db else 0))
         dbias = torch.zeros(N if need_bias else 0, device=dy.device, dtype=torch.float32)
         return *zeros, dbias if R else dbias.copy_(dy.sum(0, dtype=torch.float32)) if need_bias else dbias
+    if b.dtype == torch.float64:
+        ds, db, dbias = lora_grad_b(dy, s, narrow(b), scale, need_db, need_bias, tile=tile)
+        return ds, db.double(), dbias
     if R <= ONE_PASS_RANK and (need_db or need_bias):
         return _columns(dy, s, b, scale, True, need_db, need_bias, tile)
     ds = _rows(dy, b, scale, tile)

@@ -20,11 +20,13 @@ from fastpeft.kernels._common import (
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
     rank_block,
     record,
     sm_count,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._cost import FUSED_NEEDS, fused_serves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MODES = ("fwd", "dx")
@@ -52,29 +54,36 @@ def _row_stride(t):
     return t.stride(0) if t.shape[0] > 1 else t.shape[1]
 
 
-def can_fuse(x, w):
-    """Why the fused GEMM cannot serve x [M, K] (or dy [M, N]) with w [N, K]; an empty string when it can.
+def fuse_unmet(x, w, name="x"):
+    """(argument, rule, value) of what keeps the fused GEMM from x [M, K] (or dy [M, N]) with w [N, K]; None if it serves.
 
-    x and w are read by TMA: 16-byte aligned base and row stride, contiguous rows; the output's rows likewise.
+    x, which an error calls `name`, and w are read by TMA: 16-byte aligned base and row stride, contiguous rows; the
+    output's rows likewise.
     """
     arch = arch_of(x)
-    if not 90 <= arch < 120:
-        return f"needs compute capability 9.0 to 11.x (TMA, 227 KB shared memory), got {arch // 10}.{arch % 10}"
+    if not fused_serves(arch):
+        return name, f"be on a GPU of {FUSED_NEEDS}", f"{arch // 10}.{arch % 10}"
     if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs fp16 or bf16, got {x.dtype}"
+        return name, "be fp16 or bf16", x.dtype
     if w.dtype != x.dtype:
-        return f"needs w in the dtype of x, {x.dtype}, got {w.dtype}"
-    for name, length in (("N", w.shape[0]), ("K", w.shape[1])):
+        return "w", f"have the dtype of {name}, {x.dtype}", w.dtype
+    for side, length in (("N", w.shape[0]), ("K", w.shape[1])):
         if length % 8 or length == 0:
-            return f"needs {name} to be a positive multiple of 8 (16-byte rows for TMA), got {length}"
-    for name, t in (("x", x), ("w", w)):
+            return "w", f"have a positive multiple of 8 (16-byte rows for TMA) as {side}", length
+    for argument, t in ((name, x), ("w", w)):
         if t.stride(1) != 1:
-            return f"needs {name} with contiguous rows, got strides {tuple(t.stride())}"
+            return argument, "have contiguous rows", f"strides {tuple(t.stride())}"
         if _row_stride(t) % 8 or _row_stride(t) < t.shape[1]:
-            return f"needs the row stride of {name} to be a multiple of 8 and at least its row, got {t.stride(0)}"
+            return argument, "have a row stride that is a multiple of 8 and at least its row", t.stride(0)
         if not t.is_meta and t.data_ptr() % 16:
-            return f"needs {name} to start at a multiple of 16 bytes, got address {t.data_ptr():#x}"
-    return ""
+            return argument, "start at a multiple of 16 bytes", f"address {t.data_ptr():#x}"
+    return None
+
+
+def can_fuse(x, w):
+    """`fuse_unmet` in words; an empty string where it serves."""
+    unmet = fuse_unmet(x, w)
+    return "needs {} to {}, got {}".format(*unmet) if unmet else ""
 
 
 @triton.jit
@@ -181,19 +190,19 @@ def _lora_linear_fused_dx_kernel(
 
 
 def _descriptors(left, w, out, tile, transposed):
-    """TMA descriptors of the GEMM's tiles."""
+    """TMA descriptors of the GEMM's tiles; they assert what `fuse_unmet` words, for a graph that met no such check."""
     m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     blocks = ((left, [m, k]), (w, [n, k] if transposed else [k, n]), (out, [m, n // 2 if tile["HALVES"] else n]))
-    return tuple(TensorDescriptor(t, list(t.shape), [_row_stride(t), 1], block) for t, block in blocks)
+    return tuple(TensorDescriptor(t, list(t.shape), [_row_stride(t), t.stride(1)], block) for t, block in blocks)
 
 
 def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
-    """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w as `can_fuse` asks, b any float dtype and strides."""
+    """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w as `fuse_unmet` asks, b any float dtype and strides."""
     (M, K), (N, R) = x.shape, b.shape
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    bias, lora_bias = dense(bias, lora_bias)
+    b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
     tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, "fwd"))
     item = x.element_size()
     thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)
@@ -213,11 +222,12 @@ def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
 
 
 def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
-    """dx [M, K] = dy w + mask ∘ (ds a) / keep; dy and w as `can_fuse` asks, a any float dtype and strides."""
+    """dx [M, K] = dy w + mask ∘ (ds a) / keep; dy and w as `fuse_unmet` asks, a any float dtype and strides."""
     (M, N), (R, K) = dy.shape, a.shape
     dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     if dx.numel() == 0:
         return dx
+    a = narrow(a)
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "dx"))

@@ -14,13 +14,17 @@ import triton
 import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
+    TARGET_PROGRAMS,
     arch_of,
+    capped,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
     launch,
     lookup_tile,
+    narrow,
+    ragged,
     rank_block,
     record,
     reduce_splits,
@@ -145,14 +149,18 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     s = torch.empty((M, R), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
         return s
+    a = narrow(a)
     threshold, factor = dropout_args(p)
     dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)]))
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)])
+        if ragged(K, x.stride(0)):
+            tile = capped(tile, BLOCK_M=32, BLOCK_K=GROUP if dropout else 64)
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])
-    # Half the usual number of programs is wanted: the partial sums cost a second launch.
-    span, splits = span_of(K, 2 * tiles_m, GROUP, 1024)
+    # One program an SM is wanted, not two: where none is split, a second launch is saved.
+    span, splits = span_of(K, tiles_m, GROUP, 1024, TARGET_PROGRAMS // 2)
     out = split_output(s, splits)
     record(
         "lora_shrink", 2 * M * K * R, (chunks * M * K) * x.element_size() + R * K * a.element_size(),

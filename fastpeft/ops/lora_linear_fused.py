@@ -44,6 +44,18 @@ _library.register(
 )
 
 
+def _select(op: str, backend: str | None, name: str, x: torch.Tensor, w: torch.Tensor, width: int) -> str:
+    """The backend that will serve; Triton's is told from its operands, which it takes only as the copy engine does."""
+    chosen = dispatch.select(op, backend, x.device.type, x.dtype)
+    # A traced tensor has no address; and of an empty output, `width` wide, nothing is computed.
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if chosen == "triton" and not traced and x.shape[0] and width:
+        unmet = dispatch.fuse_unmet(x, w, name)
+        if unmet is not None:
+            _checks.require(False, op, *unmet)
+    return chosen
+
+
 def lora_linear_fused_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -57,7 +69,8 @@ def lora_linear_fused_fwd(
 ) -> torch.Tensor:
     """``y = x wᵀ + bias + scale · (s bᵀ + lora_bias)`` in one GEMM; no autograd.
 
-    x [M, K], w [N, K], s [M, R] of one dtype (fp32 | bf16 | fp16); b [N, R], bias [N], lora_bias [N] in any float dtype
+    x [M, K], w [N, K], s [M, R] of one dtype (fp32 | bf16 | fp16); b [N, R], bias [N], lora_bias [N] in any float type.
+    For the Triton backend N, K and the row strides of x and w are multiples of 8, their rows contiguous.
     Returns    y [M, N] in x.dtype, summed in fp32
     Cost       2MN(K + R) FLOP; reads x, w, writes y once
     Raises     ValueError: shape, backend, or alignment that the GPU's copy engine needs.  TypeError: dtype.
@@ -72,8 +85,8 @@ def lora_linear_fused_fwd(
     for name, value in (("w", w), ("s", s)):
         _checks.require_dtype(value.dtype == x.dtype, op, name, f"have the dtype of x, {x.dtype}", value.dtype)
     _checks.same_device(op, x.device, w=w, s=s, b=b, bias=bias, lora_bias=lora_bias)
-    chosen = dispatch.select(op, backend, x.device.type, x.dtype)
-    return _library.call(op, chosen, x, w, s, b, bias, lora_bias, scale)
+    chosen = _select(op, backend, "x", x, w, w.shape[0])
+    return _library.call(op, chosen, x, w, s.contiguous(), b, bias, lora_bias, scale)
 
 
 def lora_linear_fused_dx(
@@ -88,7 +101,8 @@ def lora_linear_fused_dx(
 ) -> torch.Tensor:
     """``dx = dy w + mask ∘ (ds a) / keep`` in one GEMM; no autograd.
 
-    dy [M, N], w [N, K], ds [M, R] of one dtype (fp32 | bf16 | fp16); a [R, K] any float dtype; p, seed of lora_shrink
+    dy [M, N], w [N, K], ds [M, R] of one dtype (fp32 | bf16 | fp16); a [R, K] any float dtype; p, seed of lora_shrink.
+    For the Triton backend dy and w are laid out as x and w are for ``lora_linear_fused_fwd``
     Returns    dx [M, K] in dy.dtype, summed in fp32
     Cost       2MK(N + R) FLOP; reads dy, w, writes dx once
     Raises     ValueError: shape, p, backend, or alignment that the GPU's copy engine needs.  TypeError: dtype.
@@ -103,5 +117,5 @@ def lora_linear_fused_dx(
     _checks.same_device(op, dy.device, w=w, ds=ds, a=a)
     _checks.probability(op, "p", p)
     _checks.seed(op, seed, p)
-    chosen = dispatch.select(op, backend, dy.device.type, dy.dtype)
-    return _library.call(op, chosen, dy, w, ds, a, p, seed if p else None)
+    chosen = _select(op, backend, "dy", dy, w, w.shape[1])
+    return _library.call(op, chosen, dy, w, ds.contiguous(), a, p, seed if p else None)
