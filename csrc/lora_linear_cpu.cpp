@@ -12,14 +12,14 @@ namespace {
 // Which low-precision GEMMs this torch has at the speed of its processor; set once on import.
 std::atomic<bool> native_bf16{false}, native_f16{false};
 
-// The base product with x in fp32, panel by panel of W: torch's own bf16 and fp16 products on a processor without such
-// instructions run at 1 to 12 GFLOP/s, the fp32 one at its peak. y fp32 [M, N] += x wᵀ.
-constexpr int64_t kUpcastRows = 512;
-
 // Whether the vendor GEMM goes first, and the adapter adds to it. In bf16 that is the faster order (lora_adapter.h); in fp32 the
 // exact one for few rows or columns, where the vendor adds every single term of a dot product to what y holds already.
 constexpr int64_t kFew = 16;
 bool is_base_first(Type type, int64_t rows, int64_t columns) { return native(type) && (type != Type::f32 || std::min(rows, columns) < kFew); }
+
+// The base product with x in fp32, panel by panel of W: torch's own bf16 and fp16 products on a processor without such
+// instructions run at 1 to 12 GFLOP/s, the fp32 one at its peak. y fp32 [M, N] += x wᵀ.
+constexpr int64_t kUpcastRows = 512;
 
 template <class F>
 void upcast_panels(const Tensor& w, F f) {

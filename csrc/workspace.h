@@ -1,7 +1,7 @@
 // Memory that operators on the CPU need for the length of a call.
 //
-// Large buffers are kept for the next call: the kernel takes about as long to hand out a fresh page as its 4 KiB take to be
-// decoded, and malloc gives back to it what is large. They are bytes, of no dtype and no shape, for whichever thread asks.
+// Large buffers are kept for the next call: the operating system takes about as long to hand out a fresh page as its 4 KiB
+// take to be decoded, and malloc gives back to it what is large. They are bytes, of no dtype and no shape, for whichever thread asks.
 #pragma once
 #include <cstddef>
 

@@ -142,12 +142,12 @@ def dropout_args(p):
     return threshold, 65536 / (65536 - threshold)
 
 
-def span_of(total, other_tiles, quantum, least, programs=TARGET_PROGRAMS):
+def span_of(total, wanted, quantum, least):
     """(span, splits): the length of a reduction that one program takes, a multiple of `quantum` and at least `least`.
 
-    Splits until the grid has `programs` programs, at most MAX_SPLITS ways; depends on shapes only.
+    Splits it `wanted` ways where that leaves spans long enough, at most MAX_SPLITS; depends on shapes only.
     """
-    wanted = min(MAX_SPLITS, max(1, -(-programs // max(1, other_tiles))))
+    wanted = min(MAX_SPLITS, max(1, wanted))
     span = max(-(-total // wanted), least)
     span = -(-span // quantum) * quantum
     return span, max(1, -(-total // span))

@@ -170,7 +170,7 @@ def _plan(like, mode, M, N, K, block_size, tile):
     tile["GROUP"] = min(group_of(K, block_size), tile["BLOCK_K"])
     columns = -(-out_cols // tile[names[0]])
     # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split weighs more than idle SMs.
-    span, splits = span_of(depth, columns, tile[names[1]], 512, TARGET_PROGRAMS + 1 - columns)
+    span, splits = span_of(depth, TARGET_PROGRAMS // columns, tile[names[1]], 512)
     return tile, columns, span, splits
 
 

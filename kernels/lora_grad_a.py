@@ -165,7 +165,7 @@ def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, tile):
     groups = -(-K // GROUP)
     # Partial sums grow with the rank, and above 16 a program has twice the warps: half as many are wanted.
     programs = TARGET_PROGRAMS if R <= 16 else TARGET_PROGRAMS // 2
-    span, splits = span_of(M, groups, tile["BLOCK_M"], 4 * tile["BLOCK_M"], programs)
+    span, splits = span_of(M, triton.cdiv(programs, groups), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
     out = split_output(da, splits) if need_da else da
     item, chunks = x.element_size(), -(-R // block_r)
     record(

@@ -140,7 +140,7 @@ def _rows(dy, b, scale, tile):
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "rows"))
     block_r = rank_block(R, MAX_BLOCK_R["rows"])
     tiles_m = -(-M // tile["BLOCK_M"])
-    span, splits = span_of(N, tiles_m, 256, 1024, TARGET_PROGRAMS // 2)  # as lora_shrink
+    span, splits = span_of(N, triton.cdiv(TARGET_PROGRAMS // 2, tiles_m), 256, 1024)  # as lora_shrink
     out = split_output(ds, splits)
     item, chunks = dy.element_size(), -(-R // block_r)
     record(
@@ -164,7 +164,7 @@ def _columns(dy, s, b, scale, need_ds, need_db, need_bias, tile):
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R))
     block_r = rank_block(R, MAX_BLOCK_R["plain"])
     tiles_n = -(-N // tile["BLOCK_N"])
-    span, splits = span_of(M, tiles_n, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    span, splits = span_of(M, triton.cdiv(TARGET_PROGRAMS, tiles_n), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
     none = dy.new_empty(0)
     ds = dy.new_empty((M, R)) if need_ds else none
     db = b.new_empty((N, R)) if need_db else b.new_empty(0)

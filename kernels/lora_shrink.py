@@ -160,7 +160,7 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     chunks = -(-R // block_r)
     tiles_m = -(-M // tile["BLOCK_M"])
     # One program an SM is wanted, not two: where none is split, a second launch is saved.
-    span, splits = span_of(K, tiles_m, GROUP, 1024, TARGET_PROGRAMS // 2)
+    span, splits = span_of(K, triton.cdiv(TARGET_PROGRAMS // 2, tiles_m), GROUP, 1024)
     out = split_output(s, splits)
     record(
         "lora_shrink", 2 * M * K * R, (chunks * M * K) * x.element_size() + R * K * a.element_size(),

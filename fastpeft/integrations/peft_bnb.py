@@ -142,9 +142,7 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
         or type(x) not in layers.PLAIN
         or x.dtype not in layers.DTYPES
         or x.is_nested
-        or layers.hooked(base)
-        or layers.globally_hooked()
-        or layers.transformed()
+        or layers.observed(base)
     ):
         return None
     operands = _operands(base, x, x.dtype)

@@ -55,6 +55,11 @@ def globally_hooked() -> bool:
     return bool(_global_hooks or _global_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
 
 
+def observed(base: Any) -> bool:
+    """Whether hooks of ``base`` or of every module, or a `transformed` call, have to see the modules called."""
+    return hooked(base) or globally_hooked() or transformed()
+
+
 def transformed() -> bool:
     """Inside torch.jit.trace, torch.func or forward-mode differentiation, which do not know our operator."""
     return not _compiling() and bool(_tracing() or _transform() or forward_ad._current_level >= 0)
@@ -181,7 +186,7 @@ def _several(layer: Any, x: torch.Tensor, active: list[str]) -> torch.Tensor | N
     """
     modules = layer._modules
     base = modules["base_layer"]
-    if hooked(base) or globally_hooked() or transformed():
+    if observed(base):
         return None
     a_parts: list[torch.Tensor] = []
     b_parts: list[torch.Tensor] = []

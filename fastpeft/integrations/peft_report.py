@@ -109,16 +109,22 @@ def _active(layer: Any) -> list[str]:
     return [name for name in ([active] if isinstance(active, str) else active) if name in layer.lora_A]
 
 
+def _served_alone(layer: Any) -> bool:
+    """Whether a call is one of the base, which is ours too over 4 bits: no adapter has a say in it."""
+    return _over_4bit(layer) and peft_bnb.is_alone(layer)
+
+
 def _state(layer: Any) -> str | None:
     """What in the layer's present state sends a call to PEFT's forward."""
-    alone = _over_4bit(layer) and peft_bnb.is_alone(layer)
-    if layer._disable_adapters and not alone:
-        return "adapters are disabled"
-    if layer.merged_adapters and not alone:
-        return "adapters are merged into the base weight"
-    names = [] if alone else _active(layer)
-    if not names and not alone:
-        return "no active adapter"
+    names = []
+    if not _served_alone(layer):
+        names = _active(layer)
+        if layer._disable_adapters:
+            return "adapters are disabled"
+        if layer.merged_adapters:
+            return "adapters are merged into the base weight"
+        if not names:
+            return "no active adapter"
     parts: dict[str, Any] = {"base_layer": layer.base_layer}
     dropouts: dict[str, Any] = {}
     for name in names:
@@ -161,8 +167,7 @@ def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     quantised = _over_4bit(layer)
     if not quantised and x.dtype is not w.dtype and not torch.is_autocast_enabled(x.device.type):
         return "the input and the base weight have different dtypes"
-    alone = quantised and peft_bnb.is_alone(layer)
-    adapter = x.dtype if alone else layer.lora_A[_active(layer)[0]].weight.dtype
+    adapter = x.dtype if _served_alone(layer) else layer.lora_A[_active(layer)[0]].weight.dtype
     if x.dtype is not adapter and not layer.cast_input_dtype_enabled:
         return "the input and the adapter have different dtypes and casting the input is disabled"
     if x.device != w.device:
