@@ -12,6 +12,7 @@ Dettmers et al. 2023, arXiv:2305.14314, eq. 6.
 
 import triton
 import triton.language as tl
+
 from fastpeft.kernels._common import arch_of, launch, lookup_tile, record, tile_product
 from fastpeft.kernels._fourbit import block_absmax, decode, packed_flags, scale_args, scale_bytes
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
 from fastpeft.kernels._common import arch_of, record
 from fastpeft.kernels._fourbit_cost import choose_augmented, choose_small
 from fastpeft.kernels.dequantize_4bit import dequantize_4bit

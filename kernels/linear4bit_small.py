@@ -15,6 +15,7 @@ Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
 import torch
 import triton
 import triton.language as tl
+
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
     arch_of,

@@ -14,6 +14,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 import torch
 import triton
 import triton.language as tl
+
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
     arch_of,

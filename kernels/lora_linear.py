@@ -10,6 +10,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
 import torch
+
 from fastpeft.kernels._common import arch_of, record
 from fastpeft.kernels._cost import choose_strategy
 from fastpeft.kernels.lora_expand import lora_expand

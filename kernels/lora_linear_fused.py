@@ -13,6 +13,8 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from fastpeft.kernels._common import (
     arch_of,
     dense,
@@ -27,7 +29,6 @@ from fastpeft.kernels._common import (
     tile_product,
 )  # fmt: skip
 from fastpeft.kernels._cost import FUSED_NEEDS, fused_serves
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 MODES = ("fwd", "dx")
 MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3.6)

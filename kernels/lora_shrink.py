@@ -12,6 +12,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Philox-4x32: Salmon et al. 2011, 
 import torch
 import triton
 import triton.language as tl
+
 from fastpeft.kernels._common import (
     GROUP,
     TARGET_PROGRAMS,

@@ -16,6 +16,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from fastpeft.kernels._common import arch_of, launch, lookup_tile, record, tile_product
 from fastpeft.kernels._fourbit import CODES, NESTED_BLOCK
 

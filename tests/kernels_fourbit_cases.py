@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
 from fastpeft.kernels import _common
-
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import quantize_4bit as eager_quantize
 

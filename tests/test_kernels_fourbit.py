@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fastpeft.kernels import linear4bit, linear4bit_small
 
+from fastpeft.kernels import linear4bit, linear4bit_small
 from fastpeft.reference import linear4bit as eager
 from fastpeft.reference.lora_linear import lora_linear_bwd, lora_linear_fwd
 from fastpeft.testing import assert_all_within_budget, assert_within_budget

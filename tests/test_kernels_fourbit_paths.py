@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+
+from fastpeft import _info
 from fastpeft.kernels import _common, _fourbit_cost, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
 from fastpeft.kernels._cost import H100
-
-from fastpeft import _info
 from fastpeft.reference import dequantize_4bit as eager_dequantize
 from fastpeft.reference import linear4bit as eager
 from kernels_fourbit_cases import MARKS, Case, dequantized, weight

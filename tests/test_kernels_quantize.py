@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from fastpeft.kernels import dequantize_4bit as dequantize
 from fastpeft.kernels import quantize_4bit as quantize
-
 from fastpeft.reference import quantize_4bit as eager_quantize
 from kernels_fourbit_cases import CODE, MARKS, dequantized, scales_of
 

@@ -7,14 +7,13 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
+from cases import unless_served
+from fastpeft import dispatch, ops
 from fastpeft.kernels import _common
 from fastpeft.kernels.linear4bit_small import linear4bit_small
 from fastpeft.kernels.lora_expand import lora_expand_add
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 from fastpeft.kernels.lora_shrink import lora_shrink
-
-from cases import unless_served
-from fastpeft import dispatch, ops
 
 MODULES = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "linear4bit_small")  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastpeft.nn.lora_layer import LoRAModule
+from fastpeft.nn.factors.base import LoRAModule
 from fastpeft.ops import _checks
 
 # Rows at a time: the wide copies are made of a slice, not of the whole weight.
@@ -53,9 +53,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def added(
     op: str, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, MergeReport]:
-    """weight [N, K] + scale · b a, rounded once, and the report; ``weight`` is not written.
+    """weight [N, ...] + scale · b a, rounded once, and the report; ``weight`` is not written.
 
-    a [R, K], b [N, R], any float dtype and strides.  Raises ValueError: a sum that is not finite in weight.dtype.
+    a [R, K], b [N, R], any float dtype and strides, K the elements of weight[0], whatever their shape.
+    Raises ValueError: a sum that is not finite in weight.dtype.
     """
     dtype = wide(weight.dtype)
     a = a.to(dtype)
@@ -65,7 +66,7 @@ def added(
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        update = (b[rows].to(dtype) @ a) * scale
+        update = ((b[rows].to(dtype) @ a) * scale).view(weight[rows].shape)
         exact = weight[rows].to(dtype) + update
         out[rows] = exact
         error = out[rows].to(dtype) - exact
@@ -88,15 +89,11 @@ def added_bias(bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scale:
 
 
 class Mergeable(LoRAModule):
-    """A LoRA module over a base ``weight`` [N, K] and ``bias`` [N] or None that its update can be added into."""
+    """A LoRA module over a base ``weight`` [N, ...] and ``bias`` [N] or None that its update can be added into."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     _undo: Undo | None = None
-
-    @property
-    def _op(self) -> str:
-        return type(self).__name__
 
     @property
     def merged(self) -> bool:
@@ -110,21 +107,35 @@ class Mergeable(LoRAModule):
     def _require_unmerged(self, doing: str) -> None:
         _checks.require(not self.merged, self._op, "state", f"be unmerged for {doing}()", "a merged module")
 
-    @torch.no_grad()
+    def _require_plain(self, doing: str) -> None:
+        """That the base is a Parameter of this module: what is written into a computed weight is computed over."""
+        for name in ("weight", "bias"):
+            rule = f"be a plain Parameter for {doing}()"
+            computed = f"one that is computed at every call (a parametrization, weight_norm, prune) on {self._op}"
+            _checks.require(name in self._parameters, self._op, name, rule, computed)
+
     def merge(self, keep_backup: bool = True) -> MergeReport:
         """W ← W + scaling · B A and bias ← bias + scaling · lora_bias, in place, in the dtype of each.
 
         keep_backup    keep the base's bits for ``unmerge``, at the price of a second copy of W; else of A and B only
         Returns    what the rounding to W's dtype loses of the update: see MergeReport
-        Raises     ValueError: merged already, disabled, or a sum that overflows; nothing has been changed then.
+        Raises     ValueError: merged already, disabled, a weight that torch computes (parametrizations, prune,
+                   weight_norm), an update that is not one matrix, or a sum that overflows; nothing has been changed
+                   then.
 
         Until ``unmerge`` the module is the plain layer: no dropout, and A and B get no gradient. ``train()``,
         ``disable()`` and ``load_state_dict`` unmerge first. A weight tied to another module changes there as well.
         """
+        return self._merge((), keep_backup)
+
+    @torch.no_grad()
+    def _merge(self, condition: tuple[Any, ...], keep_backup: bool) -> MergeReport:
+        """``merge`` with what forward takes beside x, for factors whose update depends on it."""
         self._require_unmerged("merge")
         _checks.require(self._enabled, self._op, "state", "be enabled for merge()", "a disabled module")
+        self._require_plain("merge")
         bias = self.bias
-        a, b = self.factors()
+        a, b = self._pair(*condition)
         scale = float(self.scaling)
         merged, report = self._added(a, b, scale)
         if keep_backup:
@@ -145,6 +156,7 @@ class Mergeable(LoRAModule):
         Raises     ValueError: not merged.
         """
         _checks.require(self.merged, self._op, "state", "be merged for unmerge()", "an unmerged module")
+        self._require_plain("unmerge")
         undo = self._undo
         assert undo is not None
         if undo.weight is not None:
@@ -190,7 +202,7 @@ class Mergeable(LoRAModule):
         """``weight`` [N, K] is the base as it is now, merged or not; it is copied."""
         bias = None if self.bias is None else self.bias.detach().to(torch.promote_types(self.bias.dtype, weight.dtype))
         if self._enabled and not self.merged:
-            a, b = self.factors()
+            a, b = self._pair()
             scale = float(self.scaling)
             weight = added(self._op, weight, a, b, scale)[0]
             bias = added_bias(bias, self.lora_bias, scale)

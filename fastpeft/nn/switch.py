@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastpeft.nn.lora_layer import LoRAModule
+from fastpeft.nn.factors.base import LoRAModule
 from fastpeft.nn.merge import Mergeable
 from fastpeft.ops import _checks
 

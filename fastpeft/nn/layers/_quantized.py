@@ -53,7 +53,6 @@ class Quantized(Mergeable):
         """The base weight [N, K] in ``dtype``, default that of the original; with the update where it is merged."""
         return dequantize_4bit(self.weight_4bit(), dtype)
 
-    @torch.no_grad()
     def merge(self, keep_backup: bool = True) -> MergeReport:
         """W ← W + scaling · B A, quantised anew, and bias ← bias + scaling · lora_bias; the rest as in LoRALinear.
 
@@ -62,8 +61,11 @@ class Quantized(Mergeable):
                    most updates. ``to_linear`` merges without that loss.
         Raises     ValueError: merged already, disabled, or a sum that is not finite; nothing has been changed then.
         """
+        return self._merge((), keep_backup)
+
+    def _merge(self, condition: tuple[Any, ...], keep_backup: bool) -> MergeReport:
         _checks.require(keep_backup, self._op, "keep_backup", "be True over a base of 4 bits", keep_backup)
-        return super().merge(True)
+        return super()._merge(condition, True)
 
     def _added(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[Weight4bit, MergeReport]:
         exact = self.dequantize(torch.float32)

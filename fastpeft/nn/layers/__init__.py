@@ -1,0 +1,7 @@
+"""Layers: each owns a base, its product, its merge and its files. No variant's name may enter here."""
+
+from fastpeft.nn.layers.lora_layer import LoRALayer
+from fastpeft.nn.layers.lora_linear import LoRALinear
+from fastpeft.nn.layers.qlora_linear import QLoRALinear
+
+__all__ = ["LoRALayer", "LoRALinear", "QLoRALinear"]
