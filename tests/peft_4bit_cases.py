@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
-from fastpeft.integrations import accelerate, peft_bnb
+from fastpeft.integrations import accelerate
+from fastpeft.integrations.peft import linear4bit
 from peft_cases import RecoveredDropout, budget, doubled, run
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -71,7 +72,7 @@ def exact(model):
     """The same model in fp64 over what the bytes mean."""
     for layer in layers(model):
         base = layer.base_layer
-        weight = bnb.functional.dequantize_4bit(base.weight.data, peft_bnb.state_of(base)).double()
+        weight = bnb.functional.dequantize_4bit(base.weight.data, linear4bit.state_of(base)).double()
         linear = nn.Linear(base.in_features, base.out_features, base.bias is not None)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if base.bias is not None:
@@ -84,16 +85,16 @@ def counted(patch):
     """How often the operators are called; a product and a sum in different dtypes count as one."""
     calls = []
     for name in ("linear4bit_lora", "lora_adapter"):
-        operator = getattr(peft_bnb, name)
-        patch.setattr(peft_bnb, name, lambda *a, operator=operator, **k: calls.append(operator) or operator(*a, **k))
-    alone = peft_bnb.base_alone
+        operator = getattr(linear4bit, name)
+        patch.setattr(linear4bit, name, lambda *a, operator=operator, **k: calls.append(operator) or operator(*a, **k))
+    alone = linear4bit.base_alone
 
     def counting(*arguments):
         y = alone(*arguments)
         calls.extend([] if y is None else [alone])
         return y
 
-    patch.setattr(peft_bnb, "base_alone", counting)
+    patch.setattr(linear4bit, "base_alone", counting)
     return calls
 
 

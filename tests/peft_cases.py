@@ -17,7 +17,8 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.integrations import accelerate, peft_layers
+from fastpeft.integrations import accelerate
+from fastpeft.integrations.peft import linear
 from fastpeft.ops._calls import draw_seed
 from fastpeft.reference._dropout import keep_factor, keep_mask
 
@@ -188,19 +189,19 @@ def compare(
             state(each)
     gold.double()
     calls = 0
-    operator = peft_layers.lora_linear
+    operator = linear.lora_linear
 
     def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return operator(*args, **kwargs)
 
-    peft_layers.lora_linear = counting
+    linear.lora_linear = counting
     try:
         with context():
             found = run(ours, inputs, call, 3)
     finally:
-        peft_layers.lora_linear = operator
+        linear.lora_linear = operator
     assert calls == fast if fast is not None else calls > 0, f"{calls} calls of the operator, expected {fast}"
     with context():
         expected = run(peer, inputs, call, 3)

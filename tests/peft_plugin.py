@@ -37,12 +37,12 @@ def _stand_in(name: str, attribute: str) -> None:
 def _accelerate_what_peft_makes() -> None:
     from peft.tuners.lora import layer as peft_layer
 
-    from fastpeft.integrations import accelerate, peft_layers
-    from fastpeft.integrations.peft import reason
+    from fastpeft.integrations import accelerate
+    from fastpeft.integrations.peft import linear, reason
 
     made = peft_layer.Linear.__init__
-    operator = peft_layers.lora_linear
-    forward = peft_layers.Accelerated.forward
+    operator = linear.lora_linear
+    forward = linear.AcceleratedLinear.forward
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
@@ -64,8 +64,8 @@ def _accelerate_what_peft_makes() -> None:
         return y
 
     peft_layer.Linear.__init__ = init
-    peft_layers.lora_linear = counting_operator
-    peft_layers.Accelerated.forward = counting_forward  # type: ignore[method-assign]
+    linear.lora_linear = counting_operator
+    linear.AcceleratedLinear.forward = counting_forward  # type: ignore[method-assign]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

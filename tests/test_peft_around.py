@@ -13,8 +13,9 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 
-from fastpeft.integrations import accelerate, peft_layers, restore  # noqa: E402
-from fastpeft.integrations.peft import reason  # noqa: E402
+from fastpeft.integrations import accelerate, restore  # noqa: E402
+from fastpeft.integrations.peft import linear, reason  # noqa: E402
+from fastpeft.integrations.peft.kind import Accelerated  # noqa: E402
 from peft_cases import Toy, accelerated, batch, compare, lora_layers, run, toy  # noqa: E402
 
 
@@ -183,7 +184,7 @@ def test_restored():
     accelerate(model)
     assert restore(model) == 3
     torch.testing.assert_close(model(batch()["x"]), wanted, rtol=0, atol=0)
-    assert not any(isinstance(module, peft_layers.Accelerated) for module in model.modules())
+    assert not any(isinstance(module, Accelerated) for module in model.modules())
 
 
 def test_fsdp2(tmp_path):
@@ -204,10 +205,10 @@ def test_fsdp2(tmp_path):
             fully_shard(model, mesh=mesh)
             assert "sharded" in reason(lora_layers(model)[0])
             calls = []
-            operator = peft_layers.lora_linear
+            operator = linear.lora_linear
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    peft_layers, "lora_linear", lambda *a, op=operator, c=calls, **k: c.append(1) or op(*a, **k)
+                    linear, "lora_linear", lambda *a, op=operator, c=calls, **k: c.append(1) or op(*a, **k)
                 )
                 found = run(model, {"x": torch.ones(3, 20)}, None, 3)
             assert len(calls) == 3, "FSDP2 gathers plain tensors for the call"
@@ -218,7 +219,7 @@ def test_fsdp2(tmp_path):
             kinds = [type(layer).__name__ for layer in lora_layers(model)]
             assert restore(model) == 3
             assert [type(layer).__name__ for layer in lora_layers(model)] == kinds
-            assert not any(isinstance(layer, peft_layers.Accelerated) for layer in lora_layers(model))
+            assert not any(isinstance(layer, Accelerated) for layer in lora_layers(model))
             run(model, {"x": torch.ones(3, 20)}, None, 3)
     finally:
         distributed.destroy_process_group()

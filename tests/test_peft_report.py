@@ -14,8 +14,10 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft import IA3Config, LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 
-from fastpeft.integrations import Report, accelerate, peft_layers, peft_report, restore  # noqa: E402
-from fastpeft.integrations.peft import reason  # noqa: E402
+from fastpeft.integrations import Report, accelerate, restore  # noqa: E402
+from fastpeft.integrations.peft import kind as classes  # noqa: E402
+from fastpeft.integrations.peft import linear, reason  # noqa: E402
+from fastpeft.integrations.peft.kinds import KINDS  # noqa: E402
 from peft_cases import TARGETS, Toy, lora_layers, toy  # noqa: E402
 
 
@@ -52,7 +54,7 @@ def test_idempotent():
     assert first.accelerated == second.accelerated == names(model)
     kinds = {type(layer) for layer in lora_layers(model)}
     accelerate(toy())
-    assert kinds == {peft_layers.accelerated(PeftLinear)}, "one class per source class"
+    assert kinds == {classes.accelerated(linear.AcceleratedLinear, PeftLinear)}, "one class per source class"
     assert (restore(model), restore(model)) == (3, 0)
 
 
@@ -85,7 +87,7 @@ def test_new_layers_need_another_call():
     model = get_peft_model(Toy(), LoraConfig(target_modules=["lin0"]))
     accelerate(model)
     model.add_adapter("late", LoraConfig(target_modules=["lin0", "conv"]))
-    assert [isinstance(layer, peft_layers.Accelerated) for layer in lora_layers(model)] == [True, False]
+    assert [isinstance(layer, classes.Accelerated) for layer in lora_layers(model)] == [True, False]
     report = accelerate(model)
     assert report.changed == 1 and len(report.accelerated) == 1
     # "late" is not active yet, and the other layer has nothing else.
@@ -132,16 +134,16 @@ def test_restore_leaves_no_trace():
 
 def test_half_patched_is_put_back(monkeypatch):
     model = toy()
-    original = peft_layers.accelerated
+    original = classes.accelerated
     made = []
 
-    def failing(kind):
+    def failing(mixin, kind):
         made.append(kind)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return original(kind)
+        return original(mixin, kind)
 
-    monkeypatch.setattr(peft_layers, "accelerated", failing)
+    monkeypatch.setattr(classes, "accelerated", failing)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model)
     assert len(made) == 3 and {type(layer) for layer in lora_layers(model)} == {PeftLinear}
@@ -271,4 +273,4 @@ def test_untested_peft_is_left_alone(monkeypatch, version):
 def test_replaced_peft_forward_is_left_alone(monkeypatch):
     monkeypatch.setattr(PeftLinear, "forward", lambda self, x: x)
     assert "lora.Linear.forward has been replaced" in accelerate(toy()).skipped["base_model.model.lin0"]
-    assert peft_report.lora_linear_class() is PeftLinear
+    assert KINDS[0].peft_class() is PeftLinear

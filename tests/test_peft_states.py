@@ -14,7 +14,7 @@ from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale  # n
 from peft.utils import hotswap  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from fastpeft.integrations import peft_layers  # noqa: E402
+from fastpeft.integrations.peft import linear  # noqa: E402
 from peft_cases import TARGETS, Toy, accelerated, batch, compare, lora_layers, toy  # noqa: E402
 
 
@@ -122,14 +122,14 @@ def test_state(name):
 @pytest.mark.parametrize("wrong", ["lora_A", "lora_B", "x"])
 def test_wrong_gradients_are_noticed(monkeypatch, wrong):
     # PEFT's own suite lets gradients pass that are half as large again.
-    operator = peft_layers.lora_linear
+    operator = linear.lora_linear
 
     def off_by_a_thousandth(x, w, a, b, *biases, **kwargs):
         tensors = {"x": x, "lora_A": a, "lora_B": b}
         tensors[wrong] = tensors[wrong] + 1e-3 * (tensors[wrong] - tensors[wrong].detach())
         return operator(tensors["x"], w, tensors["lora_A"], tensors["lora_B"], *biases, **kwargs)
 
-    monkeypatch.setattr(peft_layers, "lora_linear", off_by_a_thousandth)
+    monkeypatch.setattr(linear, "lora_linear", off_by_a_thousandth)
     with pytest.raises(AssertionError, match="error"):
         compare(toy(), batch(), fast=3)
 

@@ -1,6 +1,5 @@
-"""Other people's models: put our operators in, take them out."""
+"""Other people's models: put our operators in, take them out. One folder a library; nothing else may enter."""
 
-from fastpeft.integrations.peft import accelerate, restore
-from fastpeft.integrations.peft_report import Report
+from fastpeft.integrations.peft import Report, accelerate, reason, restore
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["Report", "accelerate", "reason", "restore"]

@@ -1,9 +1,4 @@
-"""``accelerate`` gives the linear LoRA layers of a PEFT model our operators, in place; ``restore`` takes them out.
-
-Only the class of a layer changes, to one built from the layer's own (`peft_layers`, `peft_bnb`): parameters, buffers,
-keys, attributes, saved files, ``isinstance`` and every method stay PEFT's. fastpeft imports neither PEFT nor
-bitsandbytes: a model that holds their layers has.
-"""
+"""``accelerate`` and ``restore``: the class of each layer that a kind knows, changed and changed back."""
 
 from __future__ import annotations
 
@@ -11,10 +6,11 @@ import sys
 
 from torch.nn import Module
 
-from fastpeft.integrations import peft_layers as layers
-from fastpeft.integrations.peft_report import Report, is_peft_layer, peft_module, reason, unfit
+from fastpeft.integrations.peft import kind as classes
+from fastpeft.integrations.peft.kinds import KINDS, kind_of
+from fastpeft.integrations.peft.report import Report, reason, unfit
 
-__all__ = ["Report", "accelerate", "reason", "restore"]
+__all__ = ["accelerate", "restore"]
 
 
 def _check(op: str, model: object) -> None:
@@ -34,24 +30,25 @@ def accelerate(model: Module) -> Report:
     """
     _check("accelerate", model)
     report = Report()
-    if peft_module("peft.tuners.lora.layer") is None:
+    if sys.modules.get("peft.tuners.lora.layer") is None:
         report.note = "no PEFT layers (peft is not imported)"
         return report
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None:
-        layers.TRANSPOSED[conv1d] = True
+    for kind in KINDS:
+        kind.register()
     before: list[tuple[Module, type]] = []
     try:
         for name, module in model.named_modules():
-            if not is_peft_layer(module):
+            if not classes.is_peft_layer(module):
                 continue
             why = unfit(module)
             if why is not None:
                 report.skipped[name] = why
                 continue
-            if not isinstance(module, layers.Accelerated):
+            if not isinstance(module, classes.Accelerated):
+                found = kind_of(module)
+                assert found is not None
                 before.append((module, type(module)))
-                module.__class__ = layers.accelerated(type(module))
+                module.__class__ = classes.accelerated(found.mixin, type(module))
             why = reason(module)
             if why is None:
                 report.accelerated.append(name)
@@ -59,8 +56,8 @@ def accelerate(model: Module) -> Report:
                 report.skipped[name] = why
                 report.waiting.append(name)
     except BaseException:
-        for module, kind in before:
-            module.__class__ = kind
+        for module, own in before:
+            module.__class__ = own
         raise
     report.changed = len(before)
     report.note = "no PEFT layers"
@@ -74,7 +71,7 @@ def restore(model: Module) -> int:
     Raises     TypeError: not a module
     """
     _check("restore", model)
-    changed = [module for module in model.modules() if isinstance(module, layers.Accelerated)]
+    changed = [module for module in model.modules() if isinstance(module, classes.Accelerated)]
     for module in changed:
-        module.__class__ = layers.source(type(module))
+        module.__class__ = classes.source(type(module))
     return len(changed)

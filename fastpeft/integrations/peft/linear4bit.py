@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
-from fastpeft.integrations import peft_layers as layers
+from fastpeft.integrations.peft.kind import imported
+from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
+from fastpeft.integrations.peft.plain import DTYPES, PLAIN, observed
 from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
 from fastpeft.ops.weight4bit import NESTED_BLOCK
 
@@ -26,32 +28,26 @@ TESTED = (Version("0.49"), Version("0.51"))
 
 # The layers of bitsandbytes that are one product with a weight of 4 bits -> whether their bias takes the dtype of the
 # input, as before 0.50, and not that of the product; and the types of that weight: its own, and what FSDP makes of it.
-# Exact types; `_register` adds to both.
+# Exact types; `Linear4bitKind.register` adds to both.
 BASES: dict[type, bool] = {}
-WEIGHTS: set[type] = set(layers.PLAIN)
+WEIGHTS: set[type] = set(PLAIN)
 
 _compiling = torch.compiler.is_compiling
 _plain_torch = torch._C.DisableTorchFunctionSubclass
 
 
-def linear4bit_class() -> Any:
-    return getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
-
-
 def _version() -> Version | None:
     try:
-        return Version(getattr(sys.modules.get("bitsandbytes"), "__version__", "unknown"))
+        return Version(imported("bitsandbytes", "__version__") or "unknown")
     except InvalidVersion:
         return None
 
 
-def _register() -> None:
-    """Learn the classes of PEFT and of bitsandbytes, which somebody has imported."""
+def _bases() -> dict[type, bool]:
+    """What ``BASES`` has to hold, of the bitsandbytes that is imported."""
     modules: Any = sys.modules["bitsandbytes.nn.modules"]
     early = (_version() or TESTED[1]) < Version("0.50")
-    layers.MIXINS[linear4bit_class()] = Accelerated4bit
-    BASES.update(dict.fromkeys((modules.Linear4bit, modules.LinearNF4, modules.LinearFP4), early))
-    WEIGHTS.add(modules.Params4bit)
+    return dict.fromkeys((modules.Linear4bit, modules.LinearNF4, modules.LinearFP4), early)
 
 
 def state_of(base: Any) -> Any:
@@ -88,7 +84,7 @@ def weight_4bit(base: Any) -> Weight4bit | None:
 def _unserved(x: torch.Tensor, adapter: torch.dtype, compute: torch.dtype | None) -> str | None:
     """Why PEFT's dtypes for this call are not ours to reproduce."""
     dtype, device = x.dtype, x.device.type
-    if compute is not None and compute not in layers.DTYPES:
+    if compute is not None and compute not in DTYPES:
         return f"the compute dtype of base_layer is {compute}"
     if torch.is_autocast_enabled(device):
         amp = torch.get_autocast_dtype(device)
@@ -118,7 +114,7 @@ def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4
         weight is None
         or weight.shape[1] != x.shape[-1]
         or weight.packed.device != x.device
-        or (bias is not None and type(bias) not in layers.PLAIN)
+        or (bias is not None and type(bias) not in PLAIN)
         or _unserved(x, adapter, base.compute_dtype) is not None
     ):
         return None
@@ -139,10 +135,10 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
     base = layer._modules["base_layer"]
     if (
         not is_alone(layer)
-        or type(x) not in layers.PLAIN
-        or x.dtype not in layers.DTYPES
+        or type(x) not in PLAIN
+        or x.dtype not in DTYPES
         or x.is_nested
-        or layers.observed(base)
+        or observed(base)
     ):
         return None
     operands = _operands(base, x, x.dtype)
@@ -153,7 +149,7 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
     return linear4bit(x if amp else x.to(compute), weight, bias).to(x.dtype)
 
 
-class Accelerated4bit(layers.Accelerated):
+class AcceleratedLinear4bit(AcceleratedLoRA):
     """Comes before PEFT's ``lora.Linear4bit``."""
 
     def _plain(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -187,47 +183,65 @@ class Accelerated4bit(layers.Accelerated):
         return y if y.dtype is dtype else y.to(dtype)
 
 
-def unfit(base: Any) -> str | None:
-    """What keeps a layer over ``base`` from being given our class at all."""
-    _register()
-    version = _version()
-    if version is None or not TESTED[0] <= version < TESTED[1]:
-        found = getattr(sys.modules["bitsandbytes"], "__version__", "unknown")
-        return f"bitsandbytes {found} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
-    kind: Any = sys.modules["bitsandbytes.nn.modules"].Linear4bit
-    if kind.forward.__module__ != kind.__module__:
-        return f"bitsandbytes' Linear4bit.forward has been replaced by {kind.forward.__module__}"
-    if type(base) not in BASES and not hasattr(base, "parametrizations"):
-        return f"base layer {type(base).__module__}.{type(base).__qualname__} is not bitsandbytes' Linear4bit"
-    return None
+class Linear4bitKind(LoRAKind):
+    mixin = AcceleratedLinear4bit
+
+    def peft_class(self) -> type | None:
+        found: type | None = imported("peft.tuners.lora.bnb", "Linear4bit")
+        return found
+
+    def register(self) -> None:
+        if self.peft_class() is not None:
+            BASES.update(_bases())
+            WEIGHTS.add(imported("bitsandbytes.nn.modules", "Params4bit"))
+
+    def alone(self, layer: Any) -> bool:
+        return is_alone(layer)
+
+    def adopt(self, layer: Any) -> str | None:
+        version, base = _version(), layer.base_layer
+        if version is None or not TESTED[0] <= version < TESTED[1]:
+            found = imported("bitsandbytes", "__version__") or "unknown"
+            return f"bitsandbytes {found} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
+        kind = imported("bitsandbytes.nn.modules", "Linear4bit")
+        if kind.forward.__module__ != kind.__module__:
+            return f"bitsandbytes' Linear4bit.forward has been replaced by {kind.forward.__module__}"
+        if type(base) not in _bases() and not hasattr(base, "parametrizations"):
+            return f"base layer {type(base).__module__}.{type(base).__qualname__} is not bitsandbytes' Linear4bit"
+        return None
+
+    def base_changed(self, base: Any) -> str | None:
+        if type(base) not in _bases():
+            return f"base layer {type(base).__name__} is not bitsandbytes' Linear4bit (parametrised?)"
+        return None
+
+    def base_unreadable(self, base: Any) -> str | None:
+        w, state, bias = base._parameters.get("weight"), state_of(base), base._parameters["bias"]
+        if w is None:
+            return "base_layer holds no parameter named weight"
+        if type(w) not in PLAIN and type(w) is not imported("bitsandbytes.nn.modules", "Params4bit"):
+            return f"the weight of base_layer is a {type(w).__name__}"
+        if bias is not None and type(bias) not in PLAIN:
+            return f"the bias of base_layer is a {type(bias).__name__}"
+        if state is None:
+            return "the weight of base_layer has not been quantised yet, or has lost its quant_state"
+        if getattr(state, "packing_format_for_cpu", False):
+            return (
+                "bitsandbytes has repacked the weight for inference on a CPU (a call in eval mode before accelerate): "
+                "gradients are wrong until it is unpacked, as state_dict() does"
+            )
+        if w.is_meta:
+            return "the weight of base_layer is on the meta device"
+        if weight_4bit(base) is None:
+            return "the quant_state of base_layer does not describe its weight (sharded?)"
+        return None
+
+    def base_uncallable(self, layer: Any, x: torch.Tensor, adapter: torch.dtype | None) -> str | None:
+        base = layer.base_layer
+        shape = list(state_of(base).shape)
+        if list(x.shape[-1:]) != shape[1:]:
+            return f"the input is {list(x.shape)} for a weight of {shape}"
+        return _unserved(x, adapter or x.dtype, base.compute_dtype)
 
 
-def unreadable(base: Any) -> str | None:
-    """Why `weight_4bit` leaves the weight of ``base`` to bitsandbytes."""
-    if type(base) not in BASES:
-        return f"base layer {type(base).__name__} is not bitsandbytes' Linear4bit (parametrised?)"
-    w, state, bias = base._parameters.get("weight"), state_of(base), base._parameters["bias"]
-    if type(w) not in WEIGHTS:
-        return f"the weight of base_layer is a {type(w).__name__}"
-    if bias is not None and type(bias) not in layers.PLAIN:
-        return f"the bias of base_layer is a {type(bias).__name__}"
-    if state is None:
-        return "the weight of base_layer has not been quantised yet, or has lost its quant_state"
-    if getattr(state, "packing_format_for_cpu", False):
-        return (
-            "bitsandbytes has repacked the weight for inference on a CPU (a call in eval mode before accelerate): "
-            "gradients are wrong until it is unpacked, as state_dict() does"
-        )
-    if w.is_meta:
-        return "the weight of base_layer is on the meta device"
-    if weight_4bit(base) is None:
-        return "the quant_state of base_layer does not describe its weight (sharded?)"
-    return None
-
-
-def uncallable(base: Any, x: torch.Tensor, adapter: torch.dtype) -> str | None:
-    """What in a call with ``x``, of a layer whose weight can be read, is bitsandbytes' own."""
-    shape = list(state_of(base).shape)
-    if list(x.shape[-1:]) != shape[1:]:
-        return f"the input is {list(x.shape)} for a weight of {shape}"
-    return _unserved(x, adapter, base.compute_dtype)
+KIND = Linear4bitKind()

@@ -1,0 +1,11 @@
+"""PEFT: ``accelerate`` gives the layers of a PEFT model our operators, in place; ``restore`` takes them out.
+
+Only the class of a layer changes, to one built from the layer's own (`kind`): parameters, buffers, keys, attributes,
+saved files, ``isinstance`` and every method stay PEFT's. fastpeft imports neither PEFT nor bitsandbytes: a model that
+holds their layers has. One file a kind of layer; `kinds` lists them, and everything else asks by a loop over the list.
+"""
+
+from fastpeft.integrations.peft.accelerate import accelerate, restore
+from fastpeft.integrations.peft.report import Report, reason
+
+__all__ = ["Report", "accelerate", "reason", "restore"]
