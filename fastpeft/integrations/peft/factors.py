@@ -65,7 +65,7 @@ def _adaptable(layer: Any, x: Any, a: Any, b: Any) -> bool:
 
 
 def modules_of(layer: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the modules that hold A and B, the dropouts) of these adapters, each under the words that a reason has for it."""
+    """(the modules that hold A and B, the dropouts) of these adapters, under the words of a reason."""
     parts: dict[str, Any] = {}
     dropouts: dict[str, Any] = {}
     for name in names:
@@ -107,8 +107,8 @@ def called(role: str, part: Any) -> str | None:
     return f"{role} has hooks" if hooked(part) else None
 
 
-def weight_unreadable(role: str, part: Any) -> str | None:
-    """What is wrong with the weight of a module that holds A, B or W, whatever the input."""
+def weight_elsewhere(role: str, part: Any) -> str | None:
+    """Who else has the weight of a module that holds A, B or W."""
     w = part._parameters.get("weight")
     if w is None:
         return f"{role} holds no parameter named weight"
@@ -116,6 +116,15 @@ def weight_unreadable(role: str, part: Any) -> str | None:
         return f"the weight of {role} is partitioned by DeepSpeed"
     if type(w).__name__ == "DTensor":
         return "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
+    return None
+
+
+def weight_unreadable(role: str, part: Any) -> str | None:
+    """What is wrong with the weight of a module that holds A, B or W, whatever the input."""
+    why = weight_elsewhere(role, part)
+    if why is not None:
+        return why
+    w = part._parameters["weight"]
     if type(w) not in PLAIN:
         return f"the weight of {role} is a {type(w).__name__}"
     if w.is_meta:

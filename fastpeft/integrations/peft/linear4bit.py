@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
+from fastpeft.integrations.peft.factors import weight_elsewhere
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
 from fastpeft.integrations.peft.plain import DTYPES, PLAIN, observed
@@ -216,9 +217,10 @@ class Linear4bitKind(LoRAKind):
         return None
 
     def base_unreadable(self, base: Any) -> str | None:
-        w, state, bias = base._parameters.get("weight"), state_of(base), base._parameters["bias"]
-        if w is None:
-            return "base_layer holds no parameter named weight"
+        why = weight_elsewhere("base_layer", base)
+        if why is not None:
+            return why
+        w, state, bias = base._parameters["weight"], state_of(base), base._parameters["bias"]
         if type(w) not in PLAIN and type(w) is not imported("bitsandbytes.nn.modules", "Params4bit"):
             return f"the weight of base_layer is a {type(w).__name__}"
         if bias is not None and type(bias) not in PLAIN:
