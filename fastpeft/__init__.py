@@ -4,12 +4,25 @@ from fastpeft import ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._version import __version__
 from fastpeft.integrations import Report, accelerate, restore
-from fastpeft.nn import LoRALayer, LoRALinear, QLoRALinear, disable_lora, enable_lora, lora_disabled
+from fastpeft.nn import (
+    AdaLoRALayer,
+    AdaLoRALinear,
+    LoRALayer,
+    LoRALinear,
+    QLoRALinear,
+    RankAllocator,
+    disable_lora,
+    enable_lora,
+    lora_disabled,
+)
 
 __all__ = [
+    "AdaLoRALayer",
+    "AdaLoRALinear",
     "LoRALayer",
     "LoRALinear",
     "QLoRALinear",
+    "RankAllocator",
     "Report",
     "__version__",
     "accelerate",

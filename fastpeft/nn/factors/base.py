@@ -5,7 +5,8 @@ Sparse, LoRALinear)``). Its state lies flat on the module, under the names that 
 state dicts, ``deepcopy``, pickles, ``.to()`` and sharding see parameters and buffers of the module and nothing else.
 What it may override, and nothing of a layer:
 
-    OWN, POSITIONS, RANKS, LAYOUT    its options, beside `AdapterOptions`
+    OWN, SIZES, POSITIONS, RANKS, LAYOUT    its options, beside `AdapterOptions`
+    _convention       the layout of a module made from sizes, where it depends on the options
     _configure        options in, Config out: checked before anything is built
     _adapt            makes parameters and buffers, without values
     _reset            gives them their first values; the update is zero then
@@ -35,6 +36,8 @@ class LoRAModule(nn.Module):
 
     OWN: ClassVar[tuple[str, ...]] = ()
     """Options of the factors beside `AdapterOptions`."""
+    SIZES: ClassVar[tuple[str, str]] = ("input_dimension", "output_dimension")
+    """What a LoRALayer's sizes by position mean."""
     POSITIONS: ClassVar[tuple[str, ...] | None] = None
     """Names by position after the sizes, where they are not those of the layer: the order of the document."""
     RANKS: ClassVar[tuple[str, ...]] = ("rank",)
@@ -50,6 +53,15 @@ class LoRAModule(nn.Module):
     @property
     def _op(self) -> str:
         return type(self).__name__
+
+    @classmethod
+    def _convention(cls, options: dict[str, Any], positions: int) -> str | None:
+        """The default layout of a module made from sizes; None leaves it to the layer.
+
+        options        all of them, sizes included, those given by position under their names
+        positions      how many were given by position
+        """
+        return cls.LAYOUT
 
     @classmethod
     def _configure(

@@ -63,7 +63,8 @@ class LoRALayer(LoRAModule):
 
         def __init__(self, *args: Any, **options: Any) -> None:
             op = type(self).__name__
-            by_position(op, args, options, (*_SIZES, *(self.POSITIONS or _POSITIONS)))
+            by_position(op, args, options, (*self.SIZES, *(self.POSITIONS or _POSITIONS)))
+            layout = self._convention(options, len(args))
             slides = options.get("in_features") is not None and options.get("out_features") is not None
             sizes = {name: options.pop(name, None) for name in (*_SIZES, *_SPELLINGS)}
             device, dtype = sizes.pop("device"), sizes.pop("dtype")
@@ -73,7 +74,7 @@ class LoRALayer(LoRAModule):
                               ("output_dimension", "output_dim", "out_features"))
             )  # fmt: skip
             K, N = size(op, "input_dimension", K), size(op, "output_dimension", N)
-            layout = self.LAYOUT or ("in_out" if slides else "out_in")
+            layout = layout or ("in_out" if slides else "out_in")
             config, own = self._configure(K, N, options, layout, False, *_SIZES, *_SPELLINGS)
             dtype = adapter_dtype(op, dtype)
             super().__init__()

@@ -72,19 +72,20 @@ class LoRALinear(Mergeable):
     def __init__(self, *args: Any, **options: Any) -> None:
         op = type(self).__name__
         adapting = constructor_form(op, args, options, (*_SIZES, *(self.POSITIONS or _POSITIONS)))
+        layout = self._convention(options, len(args)) or "in_out"
         if adapting:
             layer, K, N = options.pop("original_layer"), 0, 0
             require_linear(op, layer)
             N, K = layer.weight.shape
         else:
             K, N = (size(op, name, options.pop(name, None)) for name in _SIZES)
-        layout = "out_in" if adapting else self.LAYOUT or "in_out"
         kind: Any = options.pop("adapter_dtype", None)
         freeze, new = options.pop("freeze_base", True), {}
         flag(op, "freeze_base", freeze)
         if not adapting:
             new = {name: options.pop(name) for name in ("base_bias", "device", "dtype") if name in options}
-        config, own = self._configure(K, N, options, layout, True, *(_ADAPTING if adapting else _NEW))
+        known = _ADAPTING if adapting else _NEW
+        config, own = self._configure(K, N, options, "out_in" if adapting else layout, True, *known)
         if not adapting:
             layer = nn.Linear(K, N, new.get("base_bias", True), new.get("device"), new.get("dtype"))
         kind = adapter_dtype(op, kind, layer.weight)

@@ -55,6 +55,7 @@ class QLoRALinear(Quantized):
     def __init__(self, *args: Any, **options: Any) -> None:
         op = type(self).__name__
         adapting = constructor_form(op, args, options, (*_SIZES, *(self.POSITIONS or _POSITIONS)))
+        layout = self._convention(options, len(args)) or "in_out"
         if adapting:
             layer, K, N = options.pop("original_layer"), 0, 0
             require_linear(op, layer)
@@ -63,8 +64,7 @@ class QLoRALinear(Quantized):
             K, N = (size(op, name, options.pop(name, None)) for name in _SIZES)
         own_of_base = (*_QUANTISED, *(() if adapting else _NEW))
         given = {name: options.pop(name) for name in own_of_base if name in options}
-        layout = "out_in" if adapting else self.LAYOUT or "in_out"
-        config, own = self._configure(K, N, options, layout, False, *own_of_base)
+        config, own = self._configure(K, N, options, "out_in" if adapting else layout, False, *own_of_base)
         bits, compute = given.get("bits", 4), given.get("compute_dtype")
         _checks.require(bits == 4, op, "bits", "be 4: weights of 8 bits are not served", bits)
         _checks.one_of(op, "compute_dtype", compute, (None, torch.float32, torch.bfloat16, torch.float16))
