@@ -69,7 +69,7 @@ class RankAllocator:
 
     def reset(self) -> None:
         """Forget the moving averages."""
-        self._averages: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._averages: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def budget(self, step: int) -> tuple[int, bool]:
         """How many ranks may act at ``step``, and whether they are chosen anew then: a cubic decay."""
@@ -126,7 +126,7 @@ class RankAllocator:
 
     def _scores(self) -> list[torch.Tensor]:
         """The score of every rank [R], layer by layer: of the gain, of A's row and of B's column."""
-        scores: dict[str, list[list[torch.Tensor]]] = {"A": [], "B": [], "gain": []}
+        scores: dict[str, list[torch.Tensor]] = {"A": [], "B": [], "gain": []}
         parts: dict[tuple[Any, ...], Any] = {}
         for key, parameters in self._groups().items():
             role, layout, shape, _, device = key
