@@ -94,8 +94,8 @@ def counted(case: Case) -> dict | str:
     out = {}
     for strategy in ("accumulate", "fused") if case.dtype != "fp32" else ("accumulate",):
         with count_launches() as launches:
-            _, s = lora_linear.lora_linear_fwd(x, w, a, b, None, None, SCALE, 0.1, seed, strategy)
-            lora_linear.lora_linear_bwd(dy, x, w, a, b, s, SCALE, 0.1, seed, strategy, True, True, True, False)
+            _, s = lora_linear.lora_linear_fwd(x, w, a, b, None, None, SCALE, 0.1, seed, strategy=strategy)
+            lora_linear.lora_linear_bwd(dy, x, w, a, b, s, SCALE, 0.1, seed, True, True, True, False, strategy=strategy)
         out[strategy] = {
             "launches": len(launches), "flop": sum(launch.flop for launch in launches),
             "bytes": sum(launch.read_bytes + launch.written_bytes for launch in launches),

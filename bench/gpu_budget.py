@@ -57,8 +57,8 @@ def lora(M: int, K: int, N: int, R: int, dtype: torch.dtype, p: float, strategy:
 
     x, dy, w, bias = meta((M, K), dtype), meta((M, N), dtype), meta((N, K), dtype), meta((N,), dtype)
     a, b, seed = meta((R, K), FP32), meta((N, R), FP32), meta((1,), torch.int64) if p else None
-    _, s = lora_linear_fwd(x, w, a, b, bias, None, 2.0, p, seed, strategy)
-    lora_linear_bwd(dy, x, w, a, b, s, 2.0, p, seed, strategy, True, True, True, True)
+    _, s = lora_linear_fwd(x, w, a, b, bias, None, 2.0, p, seed, strategy=strategy)
+    lora_linear_bwd(dy, x, w, a, b, s, 2.0, p, seed, True, True, True, True, strategy=strategy)
 
 
 def fourbit(backend: str, case: gpu_checks_fourbit.Case) -> None:
@@ -71,10 +71,8 @@ def fourbit(backend: str, case: gpu_checks_fourbit.Case) -> None:
     a, b, lora_bias = (meta((R, K), dtype), meta((N, R), dtype), meta((N,), dtype)) if R else (None, None, None)
     seed, primitives = meta((1,), torch.int64) if case.p else None, linear4bit.TRITON
     if backend == "cuda":
-        primitives = primitives._replace(dequantize_4bit=lambda *_: None)
-    if backend == "cuda" and dtype != FP32:
         primitives = linear4bit.Primitives(
-            lambda *_: None, lambda *_: meta((M, N), dtype), lambda *_: meta((M, K), dtype)
+            lambda *_: None, lambda *_: meta((M, N), dtype), lambda *_: meta((M, K), dtype), lambda K, _: K % 32 == 0
         )
     _, s = linear4bit.linear4bit_fwd(x, *weight, N, a, b, bias, lora_bias, 0.5, case.p, seed, primitives)
     needs = (True, R > 0, R > 0, True)

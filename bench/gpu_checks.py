@@ -56,12 +56,12 @@ def _operands(ctx: Ctx, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> d
     }  # fmt: skip
 
 
-def _step(backend: str, t: dict[str, Tensor], p: float, strategy: str) -> dict[str, Tensor]:
-    """Forward and backward through one backend's launchers."""
+def _step(backend: str, t: dict[str, Tensor], p: float, **strategy: str) -> dict[str, Tensor]:
+    """Forward and backward through one backend's launchers; Triton's take a strategy."""
     fwd, bwd = (dispatch.load(op, backend) for op in ("lora_linear_fwd", "lora_linear_bwd"))
     seed = t["seed"] if p else None
-    y, s = fwd(t["x"], t["w"], t["a"], t["b"], t["bias"], None, SCALE, p, seed, strategy)
-    grads = bwd(t["dy"], t["x"], t["w"], t["a"], t["b"], s, SCALE, p, seed, strategy, True, True, True, True)
+    y, s = fwd(t["x"], t["w"], t["a"], t["b"], t["bias"], None, SCALE, p, seed, **strategy)
+    grads = bwd(t["dy"], t["x"], t["w"], t["a"], t["b"], s, SCALE, p, seed, True, True, True, True, **strategy)
     return dict(zip(("y", "dx", "da", "db", "dbias"), (y, *grads), strict=True))
 
 
@@ -69,7 +69,7 @@ def _compare(ctx: Ctx, M: int, K: int, N: int, R: int, dtype: torch.dtype, p: fl
     """Worst share of the error budget used. AssertionError beyond 1."""
     t = _operands(ctx, M, K, N, R, dtype)
     wide = {name: v.double() if v.is_floating_point() else v for name, v in t.items()}
-    gold, peer, ours = _step("eager", wide, p, "auto"), _step("eager", t, p, "auto"), _step("triton", t, p, strategy)
+    gold, peer, ours = _step("eager", wide, p), _step("eager", t, p), _step("triton", t, p, strategy=strategy)
     worst = 0.0
     for name, exact in gold.items():
         scale = float(exact.abs().max())
@@ -134,7 +134,7 @@ def check_dropout_bits(ctx: Ctx) -> str:
 def check_deterministic(ctx: Ctx) -> str:
     t = _operands(ctx, *((33, 64, 64, 4) if ctx.tiny else (4096, 4096, 4096, 16)), ctx.dtype)
     for strategy in ctx.strategies():
-        first, second = (_step("triton", t, 0.1, strategy) for _ in range(2))
+        first, second = (_step("triton", t, 0.1, strategy=strategy) for _ in range(2))
         for name in first:
             assert torch.equal(first[name], second[name]), f"{name} differs between two runs, {strategy}"
     return f"same bytes twice, {' and '.join(ctx.strategies())}"

@@ -28,8 +28,7 @@ from timing import Race, quartiles  # noqa: E402
 
 SCALE, P = 2.0, 0.1
 MARGIN = 0.02  # a challenger must be this much faster: less is the spread of one run
-# M, N, K; tiles are timed at the first
-SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (2048, 4096, 4096))
+SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (2048, 4096, 4096))  # M, N, K
 
 # (op, mode) -> the launcher call that runs this mode's kernel; in order of what a training step spends.
 JOBS: dict[tuple[str, str], Callable] = {
@@ -238,8 +237,9 @@ class Tuner:
         seed = t.seed if p else None
 
         def step(strategy: str) -> None:
-            _, s = lora_linear.lora_linear_fwd(t.x, t.w, t.a, t.b, None, None, SCALE, p, seed, strategy)
-            lora_linear.lora_linear_bwd(t.dy, t.x, t.w, t.a, t.b, s, SCALE, p, seed, strategy, True, True, True, False)
+            _, s = lora_linear.lora_linear_fwd(t.x, t.w, t.a, t.b, None, None, SCALE, p, seed, strategy=strategy)
+            needs = (True, True, True, False)
+            lora_linear.lora_linear_bwd(t.dy, t.x, t.w, t.a, t.b, s, SCALE, p, seed, *needs, strategy=strategy)
 
         race = Race({s: (lambda s=s: step(s)) for s in _cost.STRATEGIES}, self.device)
         try:

@@ -8,9 +8,9 @@ STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
   m.def("lora_grad_b(Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("lora_grad_a(Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da) -> (Tensor, Tensor)");
   m.def("lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? lora_bias, float scale, float p, "
-        "Tensor? seed, str strategy) -> (Tensor, Tensor)");
+        "Tensor? seed) -> (Tensor, Tensor)");
   m.def("lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, "
-        "str strategy, bool need_dx, bool need_da, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool need_dx, bool need_da, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_4bit(Tensor w, str quant_type, int block_size) -> (Tensor, Tensor)");
   m.def("quantize_absmax(Tensor values, Tensor code) -> (Tensor, Tensor)");
   m.def("dequantize_4bit(Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor(a!) out) -> ()");

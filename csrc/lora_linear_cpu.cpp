@@ -32,8 +32,7 @@ void upcast_panels(const Tensor& w, F f) {
 }
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, optional<Tensor> bias,
-                                           optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed,
-                                           std::string) {
+                                           optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed) {
   const int64_t M = x.size(0), N = w.size(0);
   const Type type = type_of(x);
   const bool base_first = is_base_first(type, M, N);
@@ -55,7 +54,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
 
 // One visit of each block of rows gives ds, db, the bias gradient, da and the adapter's share of dx.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s,
-                                                           double scale, double p, optional<Tensor> seed, std::string,
+                                                           double scale, double p, optional<Tensor> seed,
                                                            bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), K = w.size(1);
   const Type type = type_of(dy);

@@ -2,8 +2,9 @@
 
 ImportError where the extension was built without CUDA, or for other GPUs or a later driver than there are.
 
-Four primitives are CUDA's: dequantise, the products of few rows, forward and backward, and forward's of up to 512; what
-surrounds them is the composition of kernels/linear4bit.py, with its passes over activations in Triton.
+Four primitives are CUDA's, and all that read a packed weight: dequantise, the products of few rows, forward and
+backward, and forward's of up to 512, in 16 bits. What surrounds them is the composition of kernels/linear4bit.py, with
+its passes over activations in Triton and the vendor's GEMM on what was dequantised.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ if (_lack := unmet()) is not None:
     raise ImportError(f"fastpeft._C {_lack}")
 
 from fastpeft.kernels import linear4bit as _composition
-from fastpeft.kernels import linear4bit_small as _triton
 from fastpeft.kernels._common import arch_of, dense
 from fastpeft.kernels._fourbit_cost import choose_mid
+from fastpeft.kernels.linear4bit_small import MAX_M
 from fastpeft.kernels.lora_shrink import lora_shrink
 
 _ops = torch.ops.fastpeft_cpp
@@ -33,22 +34,21 @@ _mid = _ops.linear4bit_mid.default._op
 MID_ROWS = 512
 
 
-def _aligned(x: torch.Tensor, chunk: int) -> bool:
-    """Whether the kernels of the forward take x: 16 bits, whole chunks of columns, rows at multiples of 16 bytes."""
-    return (
-        x.dtype != torch.float32
-        and x.shape[0] > 0
-        and x.shape[1] % chunk == 0
-        and x.data_ptr() % 16 == 0
-        and x.stride(0) % 8 == 0
-        and x.stride(0) <= 1 << 23
-    )
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its rows are not at multiples of 16 bytes: they are few beside the weight's."""
+    fits = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) <= 1 << 23
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def use_mid(x: torch.Tensor, N: int, block_size: int) -> bool:
+def takes(K: int, packed: torch.Tensor) -> bool:
+    """Whether the products of few rows take such a weight."""
+    return K % 32 == 0 and packed.data_ptr() % 8 == 0
+
+
+def use_mid(x: torch.Tensor, packed: torch.Tensor, N: int, block_size: int) -> bool:
     """Whether the packed weight is multiplied as it is by these rows, more than `use_small` takes."""
-    (M, K), few = x.shape, _triton.MAX_M
-    if not few < M <= MID_ROWS or N == 0 or block_size < 64 or not _aligned(x, 64):
+    (M, K), few = x.shape, MAX_M
+    if not few < M <= MID_ROWS or N == 0 or block_size < 64 or K % 64 or packed.data_ptr() % 16:
         return False
     return choose_mid(M, N, K, x.dtype, block_size, arch_of(x))
 
@@ -65,9 +65,11 @@ def _product(
     scale: float,
 ) -> torch.Tensor:
     y = x.new_empty(x.shape[0], N)
+    if y.numel() == 0:
+        return y
     (bias,) = dense(_composition.whole_bias(bias, lora_bias, scale))
     b = b if b is None or b.stride(1) == 1 else b.contiguous()
-    kernel(x, *weight, None if b is None else s, b, bias, scale, False, y)
+    kernel(_aligned(x), *weight, None if b is None else s, b, bias, scale, False, y)
     return y
 
 
@@ -84,10 +86,8 @@ def linear4bit_small(
     lora_bias: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """y [M, N]; what the CUDA kernel does not take goes to Triton's, on the same packed bytes."""
+    """y [M, N] of a weight that `takes` takes."""
     weight = (packed, scales, quant_type, block_size)
-    if N == 0 or packed.data_ptr() % 8 or not _aligned(x, 32):
-        return _triton.linear4bit_small(x, *weight, N, s, b, bias, lora_bias, scale)
     return _product(_small, x, weight, N, s, b, bias, lora_bias, scale)
 
 
@@ -100,16 +100,25 @@ def linear4bit_small_dx(
     K: int,
     dx: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dx [M, K] += dy w in place, or a new dx; what the CUDA kernel does not take goes to Triton's."""
-    weight = (packed, scales, quant_type, block_size)
-    if dy.dtype == torch.float32 or dy.numel() == 0 or K % 16 or packed.data_ptr() % 8:
-        return _triton.linear4bit_small_dx(dy, *weight, K, dx)
-    out = dy.new_empty(dy.shape[0], K) if dx is None else dx
-    _small_dx(dy, *weight, dx is not None, out)
+    """dx [M, K] += dy w in place, or a new dx, of a weight that `takes` takes."""
+    out = dy.new_zeros(dy.shape[0], K) if dx is None else dx
+    if dy.numel():
+        _small_dx(dy, packed, scales, quant_type, block_size, dx is not None, out)
     return out
 
 
-_PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx)
+_PRIMITIVES = _composition.Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx, takes)
+
+
+def linear4bit_fwd_strategy(
+    x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, N: int,
+    *rest: Any,
+) -> str:  # fmt: skip
+    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    if use_mid(x, packed, N, block_size):
+        return "mid: one kernel reads the packed weight once for every 128 rows"
+    weight = (packed, scales, quant_type, block_size)
+    return _composition.linear4bit_fwd_strategy(x, *weight, N, *rest, _PRIMITIVES)
 
 
 def linear4bit_fwd(
@@ -129,7 +138,7 @@ def linear4bit_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/linear4bit.py's."""
     weight = (packed, scales, quant_type, block_size)
-    if packed.data_ptr() % 16 or not use_mid(x, N, block_size):
+    if not use_mid(x, packed, N, block_size):
         return _composition.linear4bit_fwd(x, *weight, N, a, b, bias, lora_bias, scale, p, seed, _PRIMITIVES)
     s = x.new_empty(0) if a is None else lora_shrink(x, a, p, seed)
     return _product(_mid, x, weight, N, s, b, bias, lora_bias, scale), s

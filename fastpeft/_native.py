@@ -5,6 +5,8 @@ ImportError where the extension was not built, RuntimeError where it was built f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastpeft import _C  # type: ignore[attr-defined]
@@ -46,6 +48,25 @@ _NATIVE = {
 _C.set_native_gemm(_NATIVE["bfloat16"], _NATIVE["float16"])
 
 
-def native_gemm() -> dict[str, bool]:
-    """Whether this processor multiplies matrices of each low-precision dtype in that dtype."""
-    return dict(_NATIVE)
+_FOURBIT = {
+    "bytes": "bytes: one or two rows multiply the packed weight in products of 8-bit integers, where those hold x",
+    "tiles": "tiles: decoded in the cache for the matrix units, up to 512 rows",
+    "nibbles": "nibbles: few rows multiply the packed weight",
+    "blocks": "blocks: decoded in the cache for the vector units",
+    "panels": "panels: dequantised in the cache for the vendor GEMM",
+}
+
+
+def lora_linear_fwd_strategy(x: torch.Tensor, *_: Any) -> str:
+    """What ``lora_linear_fwd`` of these arguments does, in words."""
+    name = str(x.dtype).removeprefix("torch.")
+    if _NATIVE.get(name, True):
+        return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
+    return f"upcast: accumulate in fp32, as this processor has no {name} arithmetic"
+
+
+def linear4bit_fwd_strategy(
+    x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, *_: Any
+) -> str:
+    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    return _FOURBIT[linear4bit_way(*x.shape, str(x.dtype).removeprefix("torch."), block_size)]

@@ -1,7 +1,7 @@
-"""Which function computes an operator: one table, op × backend, and what each backend requires.
+"""Which function computes an operator: one row an operator, and what each of its backends requires.
 
-The order of ``BACKENDS`` is the order of preference; the choice is made once, in the public function, and backward
-receives the same name. An explicit backend that cannot serve is an error, never a fallback.
+A row names the operator's file and, in order of preference, its backends; the choice is made once, in the public
+function, and backward receives the same name. An explicit backend that cannot serve is an error, never a fallback.
 """
 
 from __future__ import annotations
@@ -9,59 +9,80 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
 BACKENDS = ("cpp", "cuda", "triton", "eager")
-"""cpp: csrc/, on the CPU · cuda: csrc/*.cu, on CUDA · triton: kernels/, on CUDA or under TRITON_INTERPRET=1 · eager:
-reference/, anywhere."""
+"""cpp: csrc/, on the CPU · cuda: csrc/*.cu for all that reads a packed weight, with the passes over activations of
+kernels/ · triton: kernels/, on CUDA; under TRITON_INTERPRET=1 where asked for by name · eager: reference/, anywhere."""
 
-_MODULES = {
-    "cpp": "fastpeft._native",
-    "cuda": "fastpeft._cuda",
-    "triton": "fastpeft.kernels.{file}",
-    "eager": "fastpeft.reference.{file}",
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What can compute an operator.
+
+    module     of its launchers; {file} is the row's
+    dtypes     that it computes in; None: any
+    gpus       "module:function" that tells what the GPUs of this machine lack for it, or None
+    bf16_interpreted    whether Triton's interpreter computes it in bfloat16, whose products it gets wrong and whose
+                        results it cuts off where it should round
+    """
+
+    name: str
+    module: str
+    dtypes: tuple[torch.dtype, ...] | None = _FLOATS
+    gpus: str | None = None
+    bf16_interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """file: base name of the operator's file in every folder; backends: in order of preference."""
+
+    file: str
+    backends: tuple[Backend, ...]
+
+    def get(self, backend: str) -> Backend | None:
+        return next((each for each in self.backends if each.name == backend), None)
+
+
+CPP = Backend("cpp", "fastpeft._native")
+CUDA = Backend("cuda", "fastpeft._cuda")
+TRITON = Backend("triton", "fastpeft.kernels.{file}")
+EAGER = Backend("eager", "fastpeft.reference.{file}", dtypes=None)
+# The fused GEMM exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
+_FUSED = replace(TRITON, dtypes=_HALF, gpus="fastpeft.kernels.lora_linear_fused:gpus_unmet")
+# CUDA's products with a packed weight are those of the 16-bit matrix units.
+_CUDA_HALF = replace(CUDA, dtypes=_HALF)
+# It takes bfloat16 and gives bytes: nothing is multiplied or rounded to bfloat16.
+_TRITON_BYTES = replace(TRITON, bf16_interpreted=True)
+
+ROWS: dict[str, Row] = {
+    "lora_shrink": Row("lora_shrink", (CPP, TRITON, EAGER)),
+    "lora_expand": Row("lora_expand", (CPP, TRITON, EAGER)),
+    "lora_expand_add": Row("lora_expand", (CPP, TRITON, EAGER)),
+    "lora_grad_b": Row("lora_grad_b", (CPP, TRITON, EAGER)),
+    "lora_grad_a": Row("lora_grad_a", (CPP, TRITON, EAGER)),
+    "lora_linear_fused_fwd": Row("lora_linear_fused", (_FUSED, EAGER)),
+    "lora_linear_fused_dx": Row("lora_linear_fused", (_FUSED, EAGER)),
+    "lora_linear_fwd": Row("lora_linear", (CPP, TRITON, EAGER)),
+    "lora_linear_bwd": Row("lora_linear", (CPP, TRITON, EAGER)),
+    "quantize_4bit": Row("quantize_4bit", (CPP, _TRITON_BYTES, EAGER)),
+    "quantize_absmax": Row("quantize_4bit", (CPP, _TRITON_BYTES, EAGER)),
+    "dequantize_4bit": Row("dequantize_4bit", (CPP, CUDA, TRITON, EAGER)),
+    "linear4bit_fwd": Row("linear4bit", (CPP, _CUDA_HALF, TRITON, EAGER)),
+    "linear4bit_bwd": Row("linear4bit", (CPP, _CUDA_HALF, TRITON, EAGER)),
 }
-
-_FILES = {
-    "lora_shrink": "lora_shrink",
-    "lora_expand": "lora_expand",
-    "lora_expand_add": "lora_expand",
-    "lora_grad_b": "lora_grad_b",
-    "lora_grad_a": "lora_grad_a",
-    "lora_linear_fused_fwd": "lora_linear_fused",
-    "lora_linear_fused_dx": "lora_linear_fused",
-    "lora_linear_fwd": "lora_linear",
-    "lora_linear_bwd": "lora_linear",
-    "quantize_4bit": "quantize_4bit",
-    "quantize_absmax": "quantize_4bit",
-    "dequantize_4bit": "dequantize_4bit",
-    "linear4bit_fwd": "linear4bit",
-    "linear4bit_bwd": "linear4bit",
-}
-"""launcher -> base name of its file, the same in every folder."""
-
-# Strategy "fused" exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
-_FUSED = frozenset({"lora_linear_fused_fwd", "lora_linear_fused_dx"})
-# What vendor libraries and Triton leave undone on a GPU.
-_CUDA = frozenset({"dequantize_4bit", "linear4bit_fwd", "linear4bit_bwd"})
-
-TABLE: dict[str, dict[str, str]] = {
-    op: {
-        backend: f"{_MODULES[backend].format(file=file)}:{op}"
-        for backend in BACKENDS
-        if not (backend == "cpp" and op in _FUSED) and not (backend == "cuda" and op not in _CUDA)
-    }
-    for op, file in _FILES.items()
-}
+"""launcher -> its row. A new operator: a line here and `ops/_library.register`; tests/checklist.py says what else."""
 
 default: str | None = os.environ.get("FASTPEFT_BACKEND") or None
 """The backend that stands in for None: the one debug switch, read once, as a look-up takes 3 % of a tiny call."""
-
-_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
 
 @cache
 def _import_error(module: str) -> str | None:
@@ -78,32 +99,42 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _function(entry: str) -> Callable[..., Any]:
+    module, name = entry.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
 def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """The requirement that ``backend`` fails for ``op`` on tensors of this device type and dtype; None if it serves."""
-    if backend not in TABLE[op]:
+    entry = ROWS[op].get(backend)
+    if entry is None:
         return f"an implementation of {op}"
+    if entry.dtypes is not None and dtype not in entry.dtypes:
+        names = [str(each).removeprefix("torch.") for each in entry.dtypes]
+        return f"{', '.join(names[:-1])} or {names[-1]}"
     if backend == "eager":
         return None
-    if op in _FUSED and dtype == torch.float32:
-        return "bfloat16 or float16"
-    if dtype not in _KERNEL_DTYPES:
-        return "float32, bfloat16 or float16"
     if backend in ("cpp", "cuda"):
         if device != ("cpu" if backend == "cpp" else "cuda"):
             return "tensors on the CPU" if backend == "cpp" else "tensors on a CUDA device"
-        error = _import_error(_MODULES[backend])
+        error = _import_error(entry.module)
         return f"the compiled extension ({error})" if error else None
     if _import_error("triton"):
         return f"triton ({_import_error('triton')})"
-    if device != "cuda" and not _interpreted():
-        return "tensors on a CUDA device, or TRITON_INTERPRET=1"
-    if op in _FUSED and device == "cuda":
-        cost = importlib.import_module("fastpeft.kernels._cost")
-        found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-        # Of several GPUs one suffices: `fuse_unmet` asks the one that the tensors are on.
-        if found and not any(map(cost.fused_serves, found)):
-            return f"a GPU of {cost.FUSED_NEEDS}"
+    if device != "cuda":
+        if not _interpreted():
+            return "tensors on a CUDA device, or TRITON_INTERPRET=1"
+        if dtype == torch.bfloat16 and not entry.bf16_interpreted:
+            return "tensors on a CUDA device, as Triton's interpreter does not compute in bfloat16"
+    elif entry.gpus is not None:
+        lack: str | None = _function(entry.gpus)()
+        return lack
     return None
+
+
+def _able(launcher: str, device: str, dtype: torch.dtype) -> list[str]:
+    return [each.name for each in ROWS[launcher].backends if unmet(launcher, each.name, device, dtype) is None]
 
 
 def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, object] | None:
@@ -116,14 +147,15 @@ def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, o
 @cache
 def _select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str) -> str:
     if backend is None:
-        return next(name for name in BACKENDS if unmet(launcher, name, device, dtype) is None)
+        # Not Triton's interpreter, which serves those who ask for it: the reference is a thousand times faster.
+        return next(name for name in _able(launcher, device, dtype) if name != "triton" or device == "cuda")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     missing = unmet(launcher, backend, device, dtype)
     if missing is not None:
-        able = [name for name in BACKENDS if unmet(launcher, name, device, dtype) is None]
+        able = ", ".join(_able(launcher, device, dtype))
         raise ValueError(
-            f"{op}: backend must be able to serve {dtype} on {device} (one of: {', '.join(able)}), got {backend!r}, "
+            f"{op}: backend must be able to serve {dtype} on {device} (one of: {able}), got {backend!r}, "
             f"which requires {missing}"
         )
     return backend
@@ -142,8 +174,29 @@ def select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, 
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def where(op: str, backend: str) -> str:
+    """The launcher, as "module:function"."""
+    row = ROWS[op]
+    entry = row.get(backend)
+    assert entry is not None, f"{op} has no backend {backend}"
+    return f"{entry.module.format(file=row.file)}:{op}"
+
+
 @cache
 def load(op: str, backend: str) -> Callable[..., Any]:
-    """The function of a table entry; its module is imported on first use."""
-    module, name = TABLE[op][backend].split(":")
-    return getattr(importlib.import_module(module), name)
+    """The launcher of an operator; its module is imported on first use."""
+    return _function(where(op, backend))
+
+
+def strategy(op: str, backend: str, *args: Any) -> str:
+    """How a backend computes this call, in its own words: ``<op>_strategy`` beside the launcher, on the same arguments.
+
+    Empty where there is none: a launcher of one way, or an operator made of others.
+    """
+    if backend == "eager":
+        return "eager: the reference, op by op"
+    if op not in ROWS:
+        return ""
+    module = importlib.import_module(where(op, backend).split(":")[0])
+    tell = getattr(module, f"{op}_strategy", None)
+    return "direct: kernels of its own" if tell is None else str(tell(*args))

@@ -28,14 +28,18 @@ from fastpeft.kernels.lora_shrink import lora_shrink
 
 
 class Primitives(NamedTuple):
-    """The kernels on packed bytes; a backend that has its own composes them in the same way."""
+    """The kernels on packed bytes; a backend that has its own composes them in the same way.
+
+    takes    (K, packed) -> whether its products of few rows take such a weight; where not, it is dequantised
+    """
 
     dequantize_4bit: Callable
     linear4bit_small: Callable
     linear4bit_small_dx: Callable
+    takes: Callable
 
 
-TRITON = Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx)
+TRITON = Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx, lambda K, packed: True)
 
 
 def use_small(x, N, K, block_size):
@@ -50,6 +54,19 @@ def use_augmented(x, N, R):
     """Whether [x | s] is multiplied by the dequantised [w | scale b], and y written once."""
     M, K = x.shape
     return M > 0 and N > 0 and R > 0 and choose_augmented(M, N, K, R, x.dtype, arch_of(x))
+
+
+def linear4bit_fwd_strategy(
+    x, packed, scales, quant_type, block_size, N, a, b, bias, lora_bias, scale, p, seed, primitives=TRITON
+):
+    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    if use_small(x, N, x.shape[1], block_size) and primitives.takes(x.shape[1], packed):
+        return "small: one kernel reads the packed weight"
+    if a is not None and use_augmented(x, N, a.shape[0]):
+        return "augmented: the weight is dequantised into a buffer beside lora_B, then one vendor GEMM over K + R"
+    if a is None:
+        return "dequant: the weight is dequantised into a buffer, then the vendor GEMM; there is no adapter"
+    return "accumulate: rank-R product first, the weight dequantised into a buffer, then the vendor GEMM with beta = 1"
 
 
 def _dequantized(like, packed, scales, quant_type, block_size, N, K, primitives):
@@ -97,7 +114,7 @@ def linear4bit_fwd(
     """(y [M, N], s [M, R] or [0] without an adapter); x with contiguous rows, a and b any float dtype and strides."""
     K = x.shape[1]
     weight = (packed, scales, quant_type, block_size)
-    small = use_small(x, N, K, block_size)
+    small = use_small(x, N, K, block_size) and primitives.takes(K, packed)
     if not small and a is not None and use_augmented(x, N, a.shape[0]):
         return _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives)
     s = x.new_empty(0) if a is None else lora_shrink(x, a, p, seed)
@@ -127,7 +144,7 @@ def linear4bit_bwd(
     if not need_dx:
         return dy.new_empty(0), da, db, dbias
     N, weight = dy.shape[1], (packed, scales, quant_type, block_size)
-    if use_small(dy, N, K, block_size):
+    if use_small(dy, N, K, block_size) and primitives.takes(K, packed):
         return primitives.linear4bit_small_dx(dy, *weight, K, dx), da, db, dbias
     w = _dequantized(dy, *weight, N, K, primitives)
     return _product(dy, w, dx), da, db, dbias

@@ -39,6 +39,13 @@ def resolve_strategy(strategy, x, w, R, p):
     return "accumulate" if reason else choose_strategy(x.shape[0], *w.shape, R, p, x.dtype, arch_of(x))
 
 
+def lora_linear_fwd_strategy(x, w, a, b, bias, lora_bias, scale, p, seed):
+    """What ``lora_linear_fwd`` of these arguments does, in words."""
+    if resolve_strategy("auto", x, w, a.shape[0], p) == "fused":
+        return "fused: the rank-R product first, then one GEMM that takes it into its sum"
+    return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
+
+
 def _add_product(out, left, right):
     """out += left right by the vendor's GEMM; with beta = 1 its read of out hides in the epilogue."""
     item = out.element_size()
@@ -47,7 +54,7 @@ def _add_product(out, left, right):
     out.addmm_(left, right)
 
 
-def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, strategy):
+def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, *, strategy="auto"):
     """(y [M, N], s [M, R]); x [M, K] with contiguous rows, w [N, K] in x.dtype, a and b any float dtype and strides."""
     s = lora_shrink(x, a, p, seed)
     if resolve_strategy(strategy, x, w, a.shape[0], p) == "fused":
@@ -57,7 +64,7 @@ def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, strategy):
     return y, s
 
 
-def lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, strategy, need_dx, need_da, need_db, need_bias):
+def lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias, *, strategy="auto"):
     """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for."""
     if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
         dy = dy.contiguous()  # autograd hands over expanded and transposed gradients

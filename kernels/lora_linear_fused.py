@@ -55,6 +55,12 @@ def _row_stride(t):
     return t.stride(0) if t.shape[0] > 1 else t.shape[1]
 
 
+def gpus_unmet():
+    """What the GPUs of this machine lack for the fused GEMM, or None; of several one suffices, as `fuse_unmet` asks it."""
+    found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return f"a GPU of {FUSED_NEEDS}" if found and not any(map(fused_serves, found)) else None
+
+
 def fuse_unmet(x, w, name="x"):
     """(argument, rule, value) of what keeps the fused GEMM from x [M, K] (or dy [M, N]) with w [N, K]; None if it serves.
 

@@ -57,7 +57,7 @@ def backend_cases(op: str) -> list:
         for case in CASES if backend == "cpp" else SMALL:
             for dtype in FLOATS if backend == "cpp" else (torch.float32, torch.float16):
                 name = f"{backend}-{case}-{str(dtype)[6:]}"
-                if op in dispatch.TABLE and backend in dispatch.TABLE[op]:
+                if dispatch.ROWS[op].get(backend):
                     params.append(pytest.param(backend, case, dtype, marks=marks, id=name))
     return params
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastpeft import _info
+from fastpeft import dispatch
 from fastpeft.kernels import _common, _fourbit_cost, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
 from fastpeft.kernels._cost import H100
@@ -137,11 +137,10 @@ def cuda(monkeypatch):
         pytest.param(9, 40, 64, 4, torch.float16, ["small", "small_dx"], id="cuda"),
         pytest.param(9, 40, 64, 0, torch.float16, ["small", "small_dx"], id="cuda-plain"),
         pytest.param(9, 40, 96, 4, torch.float16, ["small", "small_dx"], id="cuda-K96"),
-        pytest.param(9, 40, 64, 4, torch.float32, [], id="triton-fp32"),
+        pytest.param(9, 40, 80, 4, torch.float16, ["dequantize", "dequantize"], id="few-rows-K80"),
         pytest.param(70, 24, 64, 4, torch.float16, ["mid", "dequantize"], id="mid"),
         pytest.param(70, 24, 64, 0, torch.float16, ["mid", "dequantize"], id="mid-plain"),
         pytest.param(70, 24, 96, 4, torch.float16, ["dequantize", "dequantize"], id="many-rows-K96"),
-        pytest.param(70, 24, 64, 4, torch.float32, ["dequantize", "dequantize"], id="many-rows-fp32"),
         pytest.param(513, 8, 64, 0, torch.float16, ["dequantize", "dequantize"], id="many-rows"),
         pytest.param(0, 24, 64, 4, torch.float16, [], id="empty"),
     ],
@@ -162,12 +161,17 @@ def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
 def test_explained_paths(cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastpeft._cuda", cuda[0])
     monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: False)
+    packed, lora = Case(9, 40, 64, 4, torch.float16).packed, torch.empty(4, 64)
+
+    def told(x, a):
+        return dispatch.strategy("linear4bit_fwd", "cuda", x, *packed, 40, a, None, None, None, 1.0, 0.0, None)
+
     for rows, path in ((9, "small"), (70, "mid"), (600, "accumulate")):
         x = torch.empty(rows, 64, dtype=torch.bfloat16)
-        assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith(f"{path}: ")
+        assert told(x, lora).startswith(f"{path}: ")
     monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: True)
-    assert _info._strategy_4bit("cuda", x, 40, 64, 4).startswith("augmented: ")
-    assert _info._strategy_4bit("cuda", x, 40, 64, 0).startswith("dequant: ")
+    assert told(x, lora).startswith("augmented: ")
+    assert told(x, None).startswith("dequant: ")
 
 
 @pytest.mark.parametrize("rows, width", [(5, 192), (3, 96), (1, 64)])

@@ -226,24 +226,24 @@ def test_can_fuse_says_why():
     assert "contiguous rows" in can_fuse(x, w.t().contiguous().t())
     assert "16 bytes" in can_fuse(torch.zeros(4 * 16 + 1).half()[1:].view(4, 16), w)
     with pytest.raises(ValueError, match="lora_linear: strategy must be 'accumulate' or 'auto' here, got 'fused'"):
-        lora_linear_fwd(x.float(), w.float(), w[:2].float(), w[:, :2].float(), None, None, 1.0, 0.0, None, "fused")
+        lora_linear_fwd(x.float(), w.float(), w[:2].float(), w[:, :2].float(), None, None, 1.0, 0.0, None, strategy="fused")
 
 
 @pytest.mark.parametrize("strategy", ["accumulate", "fused", "auto"])
 def test_linear(strategy, p):
     c = _fusable(Case(33, 40, 264, 8, torch.float16, p))
-    y, s = lora_linear_fwd(c.x, c.w, c.a, c.b, c.bias, c.lora_bias, c.scale, p, c.seed, strategy)
+    y, s = lora_linear_fwd(c.x, c.w, c.a, c.b, c.bias, c.lora_bias, c.scale, p, c.seed, strategy=strategy)
     forward = lambda x, w, a, b, bias, lora_bias, mask, **_: (  # noqa: E731
         x @ w.T + bias + c.scale * ((x * mask * c.factor) @ a.T @ b.T + lora_bias)
     ).to(x.dtype)
     assert_close(y, forward, c)
     c.s = s
-    out = lora_linear_bwd(c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, strategy, True, True, True, True)
+    out = lora_linear_bwd(c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, True, True, True, True, strategy=strategy)
     assert_close(out[0], lambda dy, w, a, b, mask, **_: dy @ w + mask * (c.scale * (dy @ b) @ a) * c.factor, c)
     assert_close(out[1], lambda x, dy, b, mask, **_: (c.scale * (dy @ b)).T @ (x * mask * c.factor), c)
     assert_close(out[2], lambda dy, s, **_: c.scale * (dy.T @ s), c)
     assert_close(out[3], lambda dy, **_: dy.sum(0), c)
-    none = lora_linear_bwd(c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, strategy, False, False, False, False)
+    none = lora_linear_bwd(c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, False, False, False, False, strategy=strategy)
     assert [t.shape for t in none] == [(0,)] * 4
 
 
@@ -256,9 +256,9 @@ def test_bytes_moved(strategy, forward, backward, p):
     x, dy, w, a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
     with _common.count_launches() as fwd:
-        _, s = lora_linear_fwd(x, w, a, b, None, None, 1.0, p, seed, strategy)
+        _, s = lora_linear_fwd(x, w, a, b, None, None, 1.0, p, seed, strategy=strategy)
     with _common.count_launches() as bwd:
-        lora_linear_bwd(dy, x, w, a, b, s, 1.0, p, seed, strategy, True, True, True, False)
+        lora_linear_bwd(dy, x, w, a, b, s, 1.0, p, seed, True, True, True, False, strategy=strategy)
     for launches, (mk, mn) in ((fwd, forward), (bwd, backward)):
         ideal = 2 * (mk * M * K + mn * M * N)
         assert ideal <= sum(one.read_bytes + one.written_bytes for one in launches) <= 1.03 * ideal

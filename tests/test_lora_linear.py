@@ -273,10 +273,10 @@ def test_registration(backend):
     seed = torch.tensor(3)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     for p, given in ((0.0, None), (0.2, seed)):
-        args = (x, w, a, b, None, None, 0.5, p, given, "auto", backend)
+        args = (x, w, a, b, None, None, 0.5, p, given, backend)
         torch.library.opcheck(torch.ops.fastpeft.lora_linear_fwd.default, args, test_utils=checks)
         for need in ((True, True, True, True), (False, True, False, False)):
-            args = (normal(4, 5), x, w, a, b, s, 0.5, p, given, "auto", *need, backend)
+            args = (normal(4, 5), x, w, a, b, s, 0.5, p, given, *need, backend)
             torch.library.opcheck(torch.ops.fastpeft.lora_linear_bwd.default, args, test_utils=checks)
 
 

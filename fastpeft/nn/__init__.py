@@ -1,13 +1,7 @@
 """Torch modules: parameters, initialisation, merging. The arithmetic of a call is in ``fastpeft.ops``."""
 
 from fastpeft.nn.factors import LoRAModule, RankAllocator
-from fastpeft.nn.layers import (
-    LoRALayer,
-    LoRALinear,
-    LoRAParametrization,
-    QLoRALinear,
-    add_parametrization,
-)
+from fastpeft.nn.layers import LoRALayer, LoRALinear, QLoRALinear
 from fastpeft.nn.merge import Mergeable, MergeReport
 from fastpeft.nn.switch import disable_lora, enable_lora, lora_disabled
 from fastpeft.nn.variants import AdaLoRALayer, AdaLoRALinear
@@ -18,12 +12,10 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAModule",
-    "LoRAParametrization",
     "MergeReport",
     "Mergeable",
     "QLoRALinear",
     "RankAllocator",
-    "add_parametrization",
     "disable_lora",
     "enable_lora",
     "lora_disabled",

@@ -1,9 +1,11 @@
-"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, and the one way to call them."""
+"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, the one way to call them, and what
+``fastpeft.explain`` hears of each call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +15,66 @@ from fastpeft import dispatch
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
 
 
-def register(op: str, arguments: str, returns: str, fake: Callable[..., Any]) -> None:
-    """Define ``op``: its launcher's arguments and a backend's name; ``fake`` takes the same and gives empty outputs."""
-    _LIBRARY.define(f"{op}({arguments}, str backend) -> {returns}", tags=(torch.Tag.needs_fixed_stride_order,))
+@dataclass(frozen=True)
+class Call:
+    """One kind of operator call: what it computes, on what, by which backend and strategy."""
+
+    op: str
+    shape: tuple[tuple[str, int], ...]
+    dtype: str
+    p: float
+    flop: int
+    elements: int
+    backend: str = ""
+    strategy: str = ""
+    count: int = 1
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={value}" for name, value in self.shape)
+        dropout = f", dropout {self.p}" if self.p else ""
+        times = f" x {self.count}" if self.count > 1 else ""
+        return (
+            f"{self.op}{times}: {sizes}, {self.dtype}{dropout}\n"
+            f"  backend {self.backend}, strategy {self.strategy}\n"
+            f"  forward {self.flop / 1e9:.3f} GFLOP, at least {self.elements / 1e6:.3f} M elements of x, W and y moved"
+        )
+
+
+def described(
+    op: str, x: torch.Tensor, *, flop: int, elements: int, p: float = 0.0, strategy: str = "", **sizes: int
+) -> Call:
+    """What an operator's ``describe`` gives: ``flop`` of the call, ``elements`` of its large operands, and its sizes.
+
+    strategy    what it adds to the backend's own words
+    """
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Call(op, tuple(sizes.items()), dtype, p, flop, elements, strategy=strategy)
+
+
+def described_linear(op: str, x: torch.Tensor, N: int, rank: int, p: float, *, strategy: str = "") -> Call:
+    """``described`` for a base product x [M, K] Wᵀ and the adapter beside it."""
+    M, K = x.shape
+    flop, elements = 2 * M * N * K + 2 * M * rank * (K + N), M * K + N * K + M * N
+    return described(op, x, flop=flop, elements=elements, p=p, strategy=strategy, M=M, K=K, N=N, rank=rank)
+
+
+Describe = Callable[..., Call]
+_described: dict[str, Describe] = {}
+
+
+def register(
+    op: str, fake: Callable[..., Any], *, mutates: Sequence[str] = (), describe: Describe | None = None
+) -> None:
+    """Define the raw operator ``op``, whose row ``dispatch.ROWS`` holds.
+
+    fake       takes the launcher's arguments and then the backend's name, and gives empty outputs; its annotations are
+               the operator's schema, so they name only what ``torch.library.infer_schema`` knows
+    mutates    the arguments that the launcher writes
+    describe   takes the launcher's arguments and tells ``fastpeft.explain`` what is computed (``described``); None for
+               a backward, which no call of a module runs
+    """
+    schema = torch.library.infer_schema(fake, mutates_args=mutates)
+    _LIBRARY.define(f"{op}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
 
     def implementation(*args: Any) -> Any:
         *rest, backend = args
@@ -23,14 +82,21 @@ def register(op: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
 
     _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpeft::{op}", fake, lib=_LIBRARY)
+    if describe is not None:
+        _described[op] = describe
 
 
-_watchers: list[Callable[[str, str, tuple[Any, ...]], None]] = []
+def register_composed(op: str, describe: Describe) -> None:
+    """An operator that is made of raw ones and has no row of its own; it says ``tell`` and then ``launch``es them."""
+    _described[op] = describe
+
+
+_watchers: list[Callable[[Call], None]] = []
 
 
 @contextmanager
-def watching(seen: Callable[[str, str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Tell ``seen`` the op, the backend and the arguments of every raw operator called inside."""
+def watching(seen: Callable[[Call], None]) -> Iterator[None]:
+    """Tell ``seen`` of every operator called inside."""
     _watchers.append(seen)
     try:
         yield
@@ -38,15 +104,31 @@ def watching(seen: Callable[[str, str, tuple[Any, ...]], None]) -> Iterator[None
         _watchers.remove(seen)
 
 
-def call(op: str, backend: str, *args: Any) -> Any:
+def tell(op: str, backend: str, *args: Any) -> None:
+    """Describe a call to those who watch."""
+    if not _watchers or op not in _described:
+        return
+    call = _described[op](*args)
+    own = dispatch.strategy(op, backend, *args)
+    call = replace(call, backend=backend, strategy="; ".join(filter(None, (own, call.strategy))))
+    for seen in _watchers:
+        seen(call)
+
+
+def launch(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator: through the dispatcher where something watches it, else the launcher itself.
 
     The dispatcher with a Python implementation costs a tiny layer more than all of its arithmetic; it is needed
     only to be recorded in a graph, seen by a dispatch mode (fake tensors, FLOP counters, selective checkpointing), or
     answered with shapes alone on the meta device.
     """
-    for seen in _watchers:
-        seen(op, backend, args)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or args[0].is_meta:
         return getattr(torch.ops.fastpeft, op).default(*args, backend)
     return dispatch.load(op, backend)(*args)
+
+
+def call(op: str, backend: str, *args: Any) -> Any:
+    """Run a raw operator, and tell those who watch."""
+    if _watchers:
+        tell(op, backend, *args)
+    return launch(op, backend, *args)

@@ -6,7 +6,7 @@ import torch
 
 from fastpeft import dispatch
 from fastpeft.ops import _checks, _library
-from fastpeft.ops.weight4bit import Weight4bit
+from fastpeft.ops.weight4bit import Weight4bit, blocks_of
 
 _OP = "dequantize_4bit"
 
@@ -17,7 +17,14 @@ def _fake(
     return None
 
 
-_library.register(_OP, "Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor(a!) out", "()", _fake)
+def _describe(
+    packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, out: torch.Tensor
+) -> _library.Call:
+    blocks = blocks_of(quant_type, block_size, len(scales) == 4)
+    return _library.described(_OP, out, flop=0, elements=out.numel(), strategy=blocks, size=out.numel())
+
+
+_library.register(_OP, _fake, mutates=("out",), describe=_describe)
 
 
 def _check_out(q: Weight4bit, dtype: torch.dtype | None, out: torch.Tensor) -> None:

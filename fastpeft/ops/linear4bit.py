@@ -8,7 +8,7 @@ import torch
 
 from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks, _library
-from fastpeft.ops.weight4bit import Weight4bit
+from fastpeft.ops.weight4bit import Weight4bit, blocks_of
 
 _FWD = "linear4bit_fwd"
 _BWD = "linear4bit_bwd"
@@ -60,20 +60,17 @@ def _fake_bwd(
     return dx, da, db, dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32)
 
 
-_library.register(
-    _FWD,
-    "Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, int N, Tensor? a, Tensor? b, "
-    "Tensor? bias, Tensor? lora_bias, float scale, float p, Tensor? seed",
-    "(Tensor, Tensor)",
-    _fake_fwd,
-)
-_library.register(
-    _BWD,
-    "Tensor dy, Tensor x, Tensor packed, Tensor[] scales, str quant_type, int block_size, int K, Tensor? a, Tensor? b, "
-    "Tensor s, float scale, float p, Tensor? seed, bool need_dx, bool need_da, bool need_db, bool need_bias",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
+def _describe(
+    x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, N: int,
+    a: torch.Tensor | None, b: object, bias: object, lora_bias: object, scale: float, p: float, seed: object,
+) -> _library.Call:  # fmt: skip
+    rank, name = (0, "linear4bit") if a is None else (a.shape[0], "linear4bit_lora")
+    blocks = blocks_of(quant_type, block_size, len(scales) == 4)
+    return _library.described_linear(name, x, N, rank, p, strategy=blocks)
+
+
+_library.register(_FWD, _fake_fwd, describe=_describe)
+_library.register(_BWD, _fake_bwd)
 
 _Call = tuple[float, float, torch.dtype, str, str, int, int, int]
 """scale, p, dtype, backend, quant_type, block_size, N, K."""

@@ -10,6 +10,17 @@ from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks, _library
 
 
+def _describe(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float) -> _library.Call:
+    (M, K), (N, R), ours = x.shape, b.shape, "its two products, no base"
+    flop, elements = 2 * M * R * (K + N), M * K + M * N
+    return _library.described(
+        "lora_adapter", x, flop=flop, elements=elements, p=p, strategy=ours, M=M, K=K, N=N, rank=R
+    )
+
+
+_library.register_composed("lora_adapter", _describe)
+
+
 class _LoRAAdapter(torch.autograd.Function):
     """Saves x and s (and the parameters); the mask is drawn again from the seed."""
 
@@ -72,8 +83,10 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    s = _library.call("lora_shrink", backend, _calls.rows(x, a.shape[1], dtype), a, p, seed)
-    y = _library.call("lora_expand", backend, s, b, None, lora_bias, scale)
+    rows = _calls.rows(x, a.shape[1], dtype)
+    _library.tell("lora_adapter", backend, rows, a, b, p)
+    s = _library.launch("lora_shrink", backend, rows, a, p, seed)
+    y = _library.launch("lora_expand", backend, s, b, None, lora_bias, scale)
     return _calls.shaped(y, x.shape[:-1]), s
 
 

@@ -23,8 +23,18 @@ def _fake_add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, b
     return None
 
 
-_library.register("lora_expand", "Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale", "Tensor", _fake)
-_library.register("lora_expand_add", "Tensor(a!) y, Tensor s, Tensor b, float scale", "()", _fake_add)
+def _describe(s: torch.Tensor, b: torch.Tensor, *_: object) -> _library.Call:
+    (M, R), N = s.shape, b.shape[0]
+    return _library.described("lora_expand", s, flop=2 * M * N * R, elements=M * N, M=M, N=N, rank=R)
+
+
+def _describe_add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float) -> _library.Call:
+    (M, N), R = y.shape, s.shape[1]
+    return _library.described("lora_expand_add", y, flop=2 * M * N * R, elements=2 * M * N, M=M, N=N, rank=R)
+
+
+_library.register("lora_expand", _fake, describe=_describe)
+_library.register("lora_expand_add", _fake_add, mutates=("y",), describe=_describe_add)
 
 
 def lora_expand(

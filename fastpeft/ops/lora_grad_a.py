@@ -24,12 +24,15 @@ def _fake(
     )
 
 
-_library.register(
-    "lora_grad_a",
-    "Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da",
-    "(Tensor, Tensor)",
-    _fake,
-)
+def _describe(
+    x: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, p: float, seed: object, need_dx: bool, need_da: bool
+) -> _library.Call:
+    M, (R, K), outputs = ds.shape[0], a.shape, need_dx + need_da
+    flop, elements = 2 * M * K * R * outputs, M * K * outputs
+    return _library.described("lora_grad_a", ds, flop=flop, elements=elements, p=p, M=M, K=K, rank=R)
+
+
+_library.register("lora_grad_a", _fake, describe=_describe)
 
 
 def lora_grad_a(

@@ -20,12 +20,14 @@ def _fake(
     )
 
 
-_library.register(
-    "lora_grad_b",
-    "Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias",
-    "(Tensor, Tensor, Tensor)",
-    _fake,
-)
+def _describe(
+    dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, need_db: bool, need_bias: bool
+) -> _library.Call:
+    (M, N), R = dy.shape, b.shape[1]
+    return _library.described("lora_grad_b", dy, flop=2 * M * N * R * (1 + need_db), elements=M * N, M=M, N=N, rank=R)
+
+
+_library.register("lora_grad_b", _fake, describe=_describe)
 
 
 def lora_grad_b(

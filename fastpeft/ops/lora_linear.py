@@ -23,7 +23,6 @@ def _fake_fwd(
     scale: float,
     p: float,
     seed: torch.Tensor | None,
-    strategy: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
@@ -39,7 +38,6 @@ def _fake_bwd(
     scale: float,
     p: float,
     seed: torch.Tensor | None,
-    strategy: str,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
@@ -54,20 +52,15 @@ def _fake_bwd(
     )
 
 
-_library.register(
-    _FWD,
-    "Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? lora_bias, float scale, float p, Tensor? seed, "
-    "str strategy",
-    "(Tensor, Tensor)",
-    _fake_fwd,
-)
-_library.register(
-    _BWD,
-    "Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, str strategy, "
-    "bool need_dx, bool need_da, bool need_db, bool need_bias",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
+def _describe(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: object, bias: object, lora_bias: object, scale: float,
+    p: float, seed: object,
+) -> _library.Call:  # fmt: skip
+    return _library.described_linear("lora_linear", x, w.shape[0], a.shape[0], p)
+
+
+_library.register(_FWD, _fake_fwd, describe=_describe)
+_library.register(_BWD, _fake_bwd)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -110,7 +103,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     s = dy.new_empty(0) if s is None else s
     cast = w if w.dtype == dtype else w.to(dtype)
     dx, da, db, sums = _library.call(
-        _BWD, backend, dy, x, cast, a, b, s, scale, p, seed, "auto",
+        _BWD, backend, dy, x, cast, a, b, s, scale, p, seed,
         need_dx, need_da, need_db, need_bias or need_lora_bias,
     )  # fmt: skip
     return (
@@ -145,7 +138,7 @@ def _forward(
     rows = _calls.rows(x, w.shape[1], dtype)
     if w.dtype != dtype:
         w = w.to(dtype)
-    y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed, "auto")
+    y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed)
     return _calls.shaped(y, x.shape[:-1]), s
 
 

@@ -33,15 +33,24 @@ def _fake_dx(
     return dy.new_empty(dy.shape[0], w.shape[1])
 
 
-_library.register(
-    "lora_linear_fused_fwd",
-    "Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale",
-    "Tensor",
-    _fake_fwd,
-)
-_library.register(
-    "lora_linear_fused_dx", "Tensor dy, Tensor w, Tensor ds, Tensor a, float p, Tensor? seed", "Tensor", _fake_dx
-)
+def _describe(op: str, x: torch.Tensor, N: int, R: int, p: float = 0.0) -> _library.Call:
+    M, K = x.shape
+    flop, elements = 2 * M * N * (K + R), M * K + N * K + M * N
+    return _library.described(op, x, flop=flop, elements=elements, p=p, M=M, K=K, N=N, rank=R)
+
+
+def _describe_fwd(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, *_: object) -> _library.Call:
+    return _describe("lora_linear_fused_fwd", x, w.shape[0], s.shape[1])
+
+
+def _describe_dx(
+    dy: torch.Tensor, w: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None
+) -> _library.Call:
+    return _describe("lora_linear_fused_dx", dy, w.shape[1], ds.shape[1], p)
+
+
+_library.register("lora_linear_fused_fwd", _fake_fwd, describe=_describe_fwd)
+_library.register("lora_linear_fused_dx", _fake_dx, describe=_describe_dx)
 
 
 def _select(op: str, backend: str | None, name: str, x: torch.Tensor, w: torch.Tensor, width: int) -> str:

@@ -12,7 +12,12 @@ def _fake(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None,
     return x.new_empty(x.shape[0], a.shape[0])
 
 
-_library.register("lora_shrink", "Tensor x, Tensor a, float p, Tensor? seed", "Tensor", _fake)
+def _describe(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> _library.Call:
+    (M, K), R = x.shape, a.shape[0]
+    return _library.described("lora_shrink", x, flop=2 * M * K * R, elements=M * K, p=p, M=M, K=K, rank=R)
+
+
+_library.register("lora_shrink", _fake, describe=_describe)
 
 
 def lora_shrink(

@@ -9,7 +9,7 @@ import torch
 
 from fastpeft import dispatch
 from fastpeft.ops import _checks, _library
-from fastpeft.ops.weight4bit import BLOCK_SIZES, NESTED_BLOCK, QUANT_TYPES, Weight4bit
+from fastpeft.ops.weight4bit import BLOCK_SIZES, NESTED_BLOCK, QUANT_TYPES, Weight4bit, blocks_of
 
 _OP = "quantize_4bit"
 
@@ -27,8 +27,14 @@ def _fake_absmax(values: torch.Tensor, code: torch.Tensor, backend: str) -> tupl
     return values.new_empty(n, dtype=torch.uint8), values.new_empty((n + NESTED_BLOCK - 1) // NESTED_BLOCK)
 
 
-_library.register(_OP, "Tensor w, str quant_type, int block_size", "(Tensor, Tensor)", _fake)
-_library.register("quantize_absmax", "Tensor values, Tensor code", "(Tensor, Tensor)", _fake_absmax)
+def _describe(w: torch.Tensor, quant_type: str, block_size: int) -> _library.Call:
+    return _library.described(
+        _OP, w, flop=0, elements=w.numel(), strategy=blocks_of(quant_type, block_size), size=w.numel()
+    )
+
+
+_library.register(_OP, _fake, describe=_describe)
+_library.register("quantize_absmax", _fake_absmax)
 
 
 def _fp32(value: float) -> float:
@@ -76,7 +82,7 @@ def quantize_4bit(
     quant_type    "nf4" | "fp4"
     block_size    32 | 64 | ... | 4096 consecutive elements, in row-major order, share an absmax
     double_quant  keep absmax in 8 bits: 4.127 bits an element in the place of 4.5 at block_size 64
-    backend       "cpp" | "cuda" | "triton" | "eager", or None for the first that serves
+    backend       "cpp" | "triton" | "eager", or None for the first that serves
     Returns       Weight4bit; no autograd. The bytes are those of bitsandbytes 0.50 on a CPU.
     Cost          reads w once, writes n/2 + 4 n/block_size bytes
     Raises        ValueError: range, or a value that is not finite.  TypeError: dtype.
@@ -96,6 +102,6 @@ def quantize_4bit(
         offset = absmax.mean()
         code = torch.tensor(_dynamic_map(), dtype=torch.float32, device=w.device)
         chosen = dispatch.select("quantize_absmax", backend, w.device.type, torch.float32, _OP)
-        codes, scale = _library.call("quantize_absmax", chosen, absmax - offset, code)
+        codes, scale = _library.launch("quantize_absmax", chosen, absmax - offset, code)
         scales = [codes, code, scale, offset]
     return Weight4bit(packed, scales, shape, dtype, quant_type, block_size)

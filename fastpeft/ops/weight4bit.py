@@ -23,6 +23,11 @@ _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def blocks_of(quant_type: str, block_size: int, double_quant: bool = False) -> str:
+    """The format in words."""
+    return f"{quant_type} in blocks of {block_size}{', absmax in 8 bits' if double_quant else ''}"
+
+
 @dataclass(eq=False, repr=False)
 class Weight4bit:
     """A weight of n elements in 4 bits each.

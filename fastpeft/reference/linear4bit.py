@@ -29,7 +29,7 @@ def linear4bit_fwd(
     if a is None or b is None:
         y = x @ w.t()
         return y if bias is None else y + bias.to(x.dtype), x.new_empty(0)
-    return lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, "auto")
+    return lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed)
 
 
 def linear4bit_bwd(
@@ -60,4 +60,4 @@ def linear4bit_bwd(
         dx = dy @ w if need_dx else dy.new_empty(0)
         dbias = dy.sum(0, dtype=torch.float32) if need_bias else dy.new_empty(0, dtype=torch.float32)
         return dx, dy.new_empty(0), dy.new_empty(0), dbias
-    return lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, "auto", need_dx, need_da, need_db, need_bias)
+    return lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias)

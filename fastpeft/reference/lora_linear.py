@@ -20,9 +20,8 @@ def lora_linear_fwd(
     scale: float,
     p: float,
     seed: torch.Tensor | None,
-    strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R]; ``strategy`` means nothing here."""
+    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R]."""
     s = lora_shrink(x, a, p, seed)
     return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale), s
 
@@ -37,7 +36,6 @@ def lora_linear_bwd(
     scale: float,
     p: float,
     seed: torch.Tensor | None,
-    strategy: str,
     need_dx: bool,
     need_da: bool,
     need_db: bool,

@@ -2,13 +2,6 @@
 
 from fastpeft.nn.layers.lora_layer import LoRALayer
 from fastpeft.nn.layers.lora_linear import LoRALinear
-from fastpeft.nn.layers.parametrization import LoRAParametrization, add_parametrization
 from fastpeft.nn.layers.qlora_linear import QLoRALinear
 
-__all__ = [
-    "LoRALayer",
-    "LoRALinear",
-    "LoRAParametrization",
-    "QLoRALinear",
-    "add_parametrization",
-]
+__all__ = ["LoRALayer", "LoRALinear", "QLoRALinear"]
