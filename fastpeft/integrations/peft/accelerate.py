@@ -6,7 +6,10 @@ import sys
 
 from torch.nn import Module
 
+from fastpeft.integrations.peft import gathered
 from fastpeft.integrations.peft import kind as classes
+from fastpeft.integrations.peft.factors import SHARDED
+from fastpeft.integrations.peft.hf_hooks import become
 from fastpeft.integrations.peft.kinds import KINDS, kind_of
 from fastpeft.integrations.peft.report import Report, reason, unfit
 
@@ -23,8 +26,8 @@ def accelerate(model: Module) -> Report:
 
     And every ``lora.Linear4bit``, over a weight of bitsandbytes, with `fastpeft.ops.linear4bit_lora`.
 
-    model      any module: a PeftModel, a model with injected adapters, a single layer. Call it before ``fully_shard``,
-               and again after adding adapters to further layers: a second call changes only what is new
+    model      any module: a PeftModel, a model with injected adapters, a single layer. Call it
+               again after adding adapters to further layers: a second call changes only what is new
     Returns    a `Report`: what is accelerated, what is left to PEFT's own forward, and why; print it
     Raises     TypeError: not a module.  After any error every layer has the class that it had.
     """
@@ -36,6 +39,7 @@ def accelerate(model: Module) -> Report:
     for kind in KINDS:
         kind.register()
     before: list[tuple[Module, type]] = []
+    below: set[Module] | None = None
     try:
         for name, module in model.named_modules():
             if not classes.is_peft_layer(module):
@@ -48,8 +52,11 @@ def accelerate(model: Module) -> Report:
                 found = kind_of(module)
                 assert found is not None
                 before.append((module, type(module)))
-                module.__class__ = classes.accelerated(found.mixin, type(module))
+                become(module, classes.accelerated(found.mixin, type(module)))
             why = reason(module)
+            if why == SHARDED:
+                below = gathered.below_units(model) if below is None else below
+                why = None if module in below and gathered.become_plain(module) else why
             if why is None:
                 report.accelerated.append(name)
             else:
@@ -57,7 +64,7 @@ def accelerate(model: Module) -> Report:
                 report.waiting.append(name)
     except BaseException:
         for module, own in before:
-            module.__class__ = own
+            become(module, own)
         raise
     report.changed = len(before)
     report.note = "no PEFT layers"
@@ -73,5 +80,5 @@ def restore(model: Module) -> int:
     _check("restore", model)
     changed = [module for module in model.modules() if isinstance(module, classes.Accelerated)]
     for module in changed:
-        module.__class__ = classes.source(type(module))
+        become(module, classes.source(type(module)))
     return len(changed)

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch.nn import Dropout, Linear
 
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, drop_probability, hooked, scalable
+from fastpeft.integrations.peft import gathered
+from fastpeft.integrations.peft.plain import DTYPES, PLAIN, drop_probability, held, hooked, scalable
 
-Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", Any, float]
-"""A [R, K], B [N, R], the bias of lora_B, the scale (float or 0-d tensor), p of the dropout."""
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", Any, float]
+"""x, A [R, K], B [N, R], the bias of lora_B, the scale (float or 0-d tensor), p of the dropout. x is the one given, but
+for what `gathered.ask` adds to its graph."""
+
+SHARDED = "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
+
+_compiling = torch.compiler.is_compiling
 
 
 def active(layer: Any) -> list[str]:
@@ -29,23 +35,36 @@ def read(layer: Any, name: str, x: Any) -> Factors | None:
     lora_A = modules["lora_A"]._modules[name]
     lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
-    a = lora_A._parameters.get("weight")
-    b = lora_B._parameters.get("weight")
     p = drop_probability(dropout)
     scale = layer.scaling[name]
     if (
         p is None
         or name in layer.lora_variant
-        or type(lora_A) is not Linear
-        or type(lora_B) is not Linear
         or not (type(scale) is float or scalable(scale))
-        or not _adaptable(layer, x, a, b)
-        or hooked(lora_A)
-        or hooked(lora_B)
-        or hooked(dropout)
+        or (hooked(dropout) and not gathered.passes(dropout))
     ):
         return None
-    return a, b, lora_B._parameters["bias"], scale, p
+    a: Any
+    b: Any
+    bias: Any
+    if type(lora_A) is Linear and type(lora_B) is Linear and not (hooked(lora_A) or hooked(lora_B)):
+        a, b, bias = lora_A._parameters.get("weight"), lora_B._parameters.get("weight"), lora_B._parameters["bias"]
+    elif _linear(lora_A) and _linear(lora_B) and type(x) in PLAIN and x.dtype in DTYPES and not _compiling():
+        a, _, x = _ask(lora_A, x)
+        b, bias, a = _ask(lora_B, a)
+    else:
+        return None
+    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b) else None
+
+
+def _linear(part: Any) -> bool:
+    """Whether `_ask` can give the weight of a ``lora_A`` or ``lora_B``."""
+    return gathered.factor(part) or (type(part) is Linear and not hooked(part))
+
+
+def _ask(part: Any, x: torch.Tensor) -> gathered.Asked:
+    """The weight and the bias of a `_linear` part, and x, by the part's own call where only that has them."""
+    return gathered.ask(part, x) if hooked(part) or type(part) is not Linear else (part.weight, part.bias, x)
 
 
 def _adaptable(layer: Any, x: Any, a: Any, b: Any) -> bool:
@@ -84,7 +103,7 @@ def unreadable(layer: Any, names: list[str]) -> str | None:
             return f"scaling is a {type(layer.scaling[name]).__name__} that is neither a number nor a fixed 0-d tensor"
     parts, dropouts = modules_of(layer, names)
     for role, part in parts.items():
-        if type(part) is not Linear:
+        if type(part) is not Linear and not gathered.factor(part):
             return f"{role} is a {type(part).__name__}, not torch.nn.Linear"
     for role, part in (parts | dropouts).items():
         why = called(role, part)
@@ -102,21 +121,24 @@ def unreadable(layer: Any, names: list[str]) -> str | None:
 
 def called(role: str, part: Any) -> str | None:
     """What calling this module would do beyond its class's forward."""
-    if "forward" in vars(part):
+    if not hooked(part) or gathered.gathers(part):
+        return None
+    if "forward" not in vars(part):
+        return f"{role} has hooks"
+    hook = getattr(part, "_hf_hook", None)
+    if hook is None:
         return f"forward of {role} has been replaced"
-    return f"{role} has hooks" if hooked(part) else None
+    return f"{role} has a {type(hook).__name__} of accelerate, which may move or change something"
 
 
 def weight_elsewhere(role: str, part: Any) -> str | None:
     """Who else has the weight of a module that holds A, B or W."""
-    w = part._parameters.get("weight")
+    w = held(part, "weight")
     if w is None:
         return f"{role} holds no parameter named weight"
     if hasattr(w, "ds_id"):
         return f"the weight of {role} is partitioned by DeepSpeed"
-    if type(w).__name__ == "DTensor":
-        return "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
-    return None
+    return SHARDED if type(w).__name__ == "DTensor" else None
 
 
 def weight_unreadable(role: str, part: Any) -> str | None:
@@ -124,7 +146,7 @@ def weight_unreadable(role: str, part: Any) -> str | None:
     why = weight_elsewhere(role, part)
     if why is not None:
         return why
-    w = part._parameters["weight"]
+    w = held(part, "weight")
     if type(w) not in PLAIN:
         return f"the weight of {role} is a {type(w).__name__}"
     if w.is_meta:

@@ -17,6 +17,8 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 from torch.nn import Module
 
+from fastpeft.integrations.peft.hf_hooks import wraps
+
 TESTED = (Version("0.20"), Version("0.23"))
 """peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
 
@@ -84,7 +86,7 @@ def unfit(kind: Kind, module: Module) -> str | None:
         return f"lora.{plain.__name__}.forward has been replaced by {plain.forward.__module__}"
     if any(getattr(own, method, None) is not getattr(plain, method) for method in _METHODS):
         return f"{label(module)} has a forward of its own"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not wraps(module, type(module), own):
         return "forward has been replaced on the layer itself"
     base = module.base_layer
     if is_peft_layer(base):  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.nn import Linear
 from fastpeft.integrations.peft.factors import weight_unreadable
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
-from fastpeft.integrations.peft.plain import matching
+from fastpeft.integrations.peft.plain import held, matching
 from fastpeft.ops import lora_linear
 
 
@@ -32,10 +32,10 @@ class AcceleratedLinear(AcceleratedLoRA):
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
     ) -> torch.Tensor | None:
         stored = transposed(base)
-        w = base._parameters.get("weight")
+        w = held(base, "weight")
         if stored is None or not matching(x, w):
             return None
-        bias = base._parameters["bias"]
+        bias = held(base, "bias")
         return lora_linear(x, w.t() if stored else w, a, b, bias, lora_bias, scale=scale, dropout=p)
 
 

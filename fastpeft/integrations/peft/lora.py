@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from fastpeft.integrations.peft import factors
+from fastpeft.integrations.peft import factors, gathered
 from fastpeft.integrations.peft.kind import Accelerated, Kind
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, observed
+from fastpeft.integrations.peft.plain import DTYPES, PLAIN, globally_hooked, observed, transformed
+from fastpeft.ops import lora_adapter
 
 
 class LoRAKind(Kind):
@@ -58,16 +59,15 @@ class LoRAKind(Kind):
     def weights(self, layer: Any, names: list[str]) -> str | None:
         """What is wrong with the weights of the base and of these adapters, whatever the input."""
         base = layer.base_layer
-        why = self.base_unreadable(base)
-        if why is not None:
-            return why
         parts, _ = factors.modules_of(layer, names)
-        for role, part in parts.items():
-            why = factors.weight_unreadable(role, part)
-            if why is not None:
-                return why
-        weights = [part._parameters["weight"] for part in parts.values()]
-        if len({w.device for w in (base._parameters["weight"], *weights)}) > 1:
+        found = [] if gathered.gathers(base) else [self.base_unreadable(base)]
+        found += [factors.weight_unreadable(role, part) for role, part in parts.items() if not gathered.gathers(part)]
+        # That weights are sharded comes last: where they will be gathered, nothing else may be wrong.
+        whys = sorted((why for why in found if why is not None), key=factors.SHARDED.__eq__)
+        if whys:
+            return whys[0]
+        weights = [part.weight for part in parts.values()]
+        if len({w.device for w in (base.weight, *weights)}) > 1:
             return "the weights are on different devices"
         if len({w.dtype for w in weights}) > 1:
             return "the weights of the adapters have different dtypes"
@@ -98,13 +98,16 @@ class AcceleratedLoRA(Accelerated):
             return self._plain(x, *args, **kwargs)
         modules = self._modules
         base = modules["base_layer"]
+        fused = self._fused if not observed(base) else _beside if _apart(base) else None
         y = None
-        if not observed(base):
+        if fused is not None:
             if name is None:
-                y = _several(self, x, base, active)
+                y = _several(self, x, base, active, fused)
             elif name in modules["lora_A"]._modules:
                 found = factors.read(self, name, x)
-                y = None if found is None else self._fused(x, base, *found)
+                if found is not None:
+                    x, *rest = found
+                    y = fused(x, base, *rest)
         return self._plain(x) if y is None else y
 
     def _fused(
@@ -114,7 +117,18 @@ class AcceleratedLoRA(Accelerated):
         raise NotImplementedError
 
 
-def _several(layer: Any, x: torch.Tensor, base: Any, active: list[str]) -> torch.Tensor | None:
+def _apart(base: Any) -> bool:
+    """Whether the base has to be called, and only to gather its own weight."""
+    return gathered.gathers(base) and not (globally_hooked() or transformed() or torch.compiler.is_compiling())
+
+
+def _beside(x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float) -> torch.Tensor:
+    """The layer over a base that must be called: its result, and the adapter's from one operator."""
+    y: torch.Tensor = base(x)
+    return (y + lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)).to(y.dtype)
+
+
+def _several(layer: Any, x: torch.Tensor, base: Any, active: list[str], fused: Any) -> torch.Tensor | None:
     """Several active adapters and no dropout: one adapter of the summed rank. None: not the plain case.
 
     B takes the scales, which differ between adapters; the ranks need not be equal either.
@@ -128,7 +142,7 @@ def _several(layer: Any, x: torch.Tensor, base: Any, active: list[str]) -> torch
         found = factors.read(layer, name, x)
         if found is None:
             return None
-        a, b, bias, scale, p = found
+        x, a, b, bias, scale, p = found
         # PEFT casts x to each adapter's dtype in turn, so that an earlier bf16 adapter rounds a later one's x.
         if p or (a_parts and a.dtype is not a_parts[0].dtype):
             return None
@@ -139,7 +153,5 @@ def _several(layer: Any, x: torch.Tensor, base: Any, active: list[str]) -> torch
             lora_bias = scaled if lora_bias is None else lora_bias + scaled
     if not a_parts:
         return None
-    fused: torch.Tensor | None = layer._fused(
-        x, base, torch.cat(a_parts), torch.cat(b_parts, dim=1), lora_bias, 1.0, 0.0
-    )
-    return fused
+    y: torch.Tensor | None = fused(x, base, torch.cat(a_parts), torch.cat(b_parts, dim=1), lora_bias, 1.0, 0.0)
+    return y

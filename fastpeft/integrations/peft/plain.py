@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Parameter
 from torch.nn.modules import module as torch_module
 
+from fastpeft.integrations.peft.hf_hooks import changes_nothing
+
 # Exact types only: a subclass (DTensor, a quantised or a traced tensor) may mean something else by the same attributes.
 PLAIN = frozenset((torch.Tensor, Parameter))
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -29,7 +31,7 @@ def hooked(module: Any) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not changes_nothing(module))
     )
 
 
@@ -65,6 +67,12 @@ def scalable(scale: Any) -> bool:
     if type(scale) in PLAIN:
         return scale.dim() == 0 and not scale.requires_grad
     return isinstance(scale, (int, float))
+
+
+def held(module: Any, name: str) -> Any:
+    """A parameter of ``module``, or the tensor that FSDP1 has put in its place; None if there is none."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module.__dict__.get(name)
 
 
 def matching(x: torch.Tensor, w: Any) -> bool:
