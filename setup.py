@@ -1,12 +1,12 @@
 """Builds fastpeft._C from csrc/: with a C++ compiler the CPU kernels, with nvcc the CUDA kernels too.
 
-FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails where its compiler is missing, auto (default) takes what
-is there. CUDA kernels need no GPU and no CUDA build of torch to be compiled; TORCH_CUDA_ARCH_LIST names other
-architectures than CUDA_ARCHS.
-"""
+FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails where it cannot be built, auto (default) builds what can be
+and says what cannot, and why. FASTPEFT_WERROR=1 turns warnings into errors. CUDA kernels need no GPU and no CUDA build
+of torch to be compiled; TORCH_CUDA_ARCH_LIST names other architectures than CUDA_ARCHS."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,21 +14,17 @@ from pathlib import Path
 
 from setuptools import setup
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from setup_commands import commands, leave_out, wanted
+
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
-HEADERS = sorted(str(path) for end in ("h", "cuh") for path in Path("csrc").glob(f"*.{end}"))
+STRICT = os.environ.get("FASTPEFT_WERROR") == "1"
 # The stable ABI of libtorch 2.10: one build serves every later torch.
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-Werror"] * STRICT)]  # fmt: skip
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fvisibility=hidden", *(["-Werror", "all-warnings"] * STRICT)]
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-
-
-def wanted(variable: str) -> str:
-    value = os.environ.get(variable, "auto")
-    if value not in ("0", "1", "auto"):
-        sys.exit(f"fastpeft: {variable} must be 0, 1 or auto, got {value!r}")
-    return value
 
 
 def cuda_home() -> Path | None:
@@ -53,13 +49,10 @@ def cuda_archs(home: Path) -> str:
 
 def cuda_options() -> dict | None:
     """What CppExtension needs for the .cu files; None without them."""
-    asked = wanted("FASTPEFT_CUDA")
-    home = cuda_home() if asked != "0" else None
+    home = cuda_home() if wanted("FASTPEFT_CUDA") != "0" else None
     archs = cuda_archs(home) if home else ""
-    if not archs and asked == "1":
-        lack = "no architecture from 8.0 on is to be had" if home else "no nvcc is found"
-        sys.exit(f"fastpeft: FASTPEFT_CUDA must be 0 or auto where {lack}, got 1")
     if not archs:
+        leave_out("CUDA kernels", "no architecture from 8.0 on is to be had" if home else "no nvcc is found")
         return None
     from torch.utils import cpp_extension
 
@@ -70,30 +63,38 @@ def cuda_options() -> dict | None:
     return {"home": home, "define": f'-DFASTPEFT_CUDA="{archs}"'}
 
 
-def extensions() -> dict:
-    asked = wanted("FASTPEFT_CPP")
-    found = asked != "0" and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    if not found and asked == "1":
-        sys.exit("fastpeft: FASTPEFT_CPP must be 0 or auto where no C++ compiler is found, got 1")
-    if not found:
-        print("fastpeft: no C++ compiler, or FASTPEFT_CPP=0: installing without the CPU kernels", file=sys.stderr)
-        return {}
+def cpp_lack() -> str | None:
+    if wanted("FASTPEFT_CPP") == "0":
+        return "FASTPEFT_CPP is 0"
+    if sys.platform == "win32":
+        return "the compiler is not GCC or Clang, for which csrc/ is written"
+    compilers = (*shlex.split(os.environ.get("CXX", "c++"))[:1], "g++", "clang++")
+    return None if any(map(shutil.which, compilers)) else "no C++ compiler is found"
+
+
+def options() -> dict:
+    if lack := cpp_lack():
+        for part in ("C++ kernels", "CUDA kernels"):
+            leave_out(part, lack)
+        return commands([])
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    def extension(cuda: dict | None) -> CppExtension:
+        return CppExtension(
+            "fastpeft._C",
+            SOURCES + (CUDA_SOURCES if cuda else []),
+            include_dirs=[pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
+            extra_compile_args={"cxx": FLAGS + ([cuda["define"]] if cuda else []), "nvcc": NVCC_FLAGS},
+            # libtorch.so leads to libtorch_cuda.so where torch has it: kept though no symbol of its own is used.
+            extra_link_args=["-Wl,--no-as-needed,-ltorch"] if sys.platform == "linux" else [],
+            library_dirs=[str(cuda["home"] / "lib64")] if cuda else [],
+            libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.*h")),
+        )
+
     cuda = cuda_options()
-    extension = CppExtension(
-        "fastpeft._C",
-        SOURCES + (CUDA_SOURCES if cuda else []),
-        include_dirs=[pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
-        extra_compile_args={"cxx": FLAGS + ([cuda["define"]] if cuda else []), "nvcc": NVCC_FLAGS},
-        # libtorch.so leads to libtorch_cuda.so where torch has it: kept though no symbol of its own is used.
-        extra_link_args=["-Wl,--no-as-needed,-ltorch"],
-        library_dirs=[str(cuda["home"] / "lib64")] if cuda else [],
-        libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),
-        depends=HEADERS,
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+    return commands([extension(cuda), extension(None)] if cuda else [extension(None)], BuildExtension)
 
 
-setup(**extensions())
+setup(**options())

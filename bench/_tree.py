@@ -1,4 +1,4 @@
-"""Makes `fastpeft` and `fastpeft.kernels` importable from a checkout that is not installed, and names the results."""
+"""Makes `fastpeft` importable from a checkout that is not installed, and names the results."""
 
 import datetime
 import hashlib
@@ -16,32 +16,27 @@ RESULTS = Path(os.environ.get("FASTPEFT_BENCH_RESULTS") or ROOT / "bench" / "res
 
 
 class _Finder:
-    """Resolves fastpeft, where it is not installed, and fastpeft.kernels to their folders.
+    """Resolves fastpeft, where it is not installed, to its folder.
 
     ROOT itself on sys.path would let the folder kernels/ pass for the package of that name, which transformers imports.
     """
 
-    FOLDERS = {"fastpeft": ROOT / "fastpeft", "fastpeft.kernels": ROOT / "kernels"}  # noqa: RUF012
     mode = "installed"
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name not in cls.FOLDERS:
+        if name != "fastpeft":
             return None
-        folder = cls.FOLDERS[name]
+        folder = ROOT / name
         return importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
 
 
 def ensure_importable() -> str:
-    """Returns "installed", or "tree": the packages of this checkout, with the fastpeft._C that was built in place.
-
-    The finder goes last, so an installed package's own mapping of fastpeft.kernels wins.
-    """
-    if _Finder not in sys.meta_path:
-        if importlib.util.find_spec("fastpeft") is None:
-            _Finder.mode = "tree"
+    """Returns "installed", or "tree": the package of this checkout, with the fastpeft._C that was built in place."""
+    if _Finder not in sys.meta_path and importlib.util.find_spec("fastpeft") is None:
+        _Finder.mode = "tree"
         sys.meta_path.append(_Finder)
     return _Finder.mode
 

@@ -30,7 +30,7 @@ def lacking() -> str | None:
 
 def _stale(library: Path) -> bool:
     """Whether a library that was built in place is older than what it was built from."""
-    sources = [_tree.ROOT / "setup.py", *(_tree.ROOT / "csrc").iterdir()]
+    sources = [_tree.ROOT / "setup.py", _tree.ROOT / "setup_commands.py", *(_tree.ROOT / "csrc").iterdir()]
     return library.exists() and library.stat().st_mtime < max(path.stat().st_mtime for path in sources)
 
 

@@ -14,7 +14,7 @@ namespace fastpeft {
 namespace {
 
 // Whether this process may use tiles of bf16: the processor has them, and the kernel, asked for them, agrees to save them.
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
 #if defined(FP_EMULATED_TILES)
   return true;
 #elif defined(__x86_64__) && defined(__linux__)

@@ -16,6 +16,7 @@
 #endif
 
 namespace fastpeft {
+extern const char *const version, *const sources;  // setup.py writes them
 void set_native_gemm(bool bf16, bool f16);
 #ifdef FASTPEFT_CUDA
 std::pair<int, int> cuda_versions();
@@ -25,6 +26,8 @@ std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastpeft";
+  m.attr("version") = fastpeft::version;
+  m.attr("sources") = fastpeft::sources;
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;

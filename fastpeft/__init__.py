@@ -2,6 +2,7 @@
 
 from fastpeft import ops
 from fastpeft._info import explain, info, release_workspace
+from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
 from fastpeft.integrations import Report, accelerate, restore
 from fastpeft.nn import (
@@ -15,6 +16,8 @@ from fastpeft.nn import (
     enable_lora,
     lora_disabled,
 )
+
+_warn_of_hidden()
 
 __all__ = [
     "AdaLoRALayer",

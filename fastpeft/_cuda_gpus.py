@@ -6,7 +6,8 @@ import re
 
 import torch
 
-from fastpeft import _C  # type: ignore[attr-defined]
+from fastpeft._extension import _C
+from fastpeft._installed import left_out
 
 # Whose machine code must have been compiled for themselves: that of a desktop GPU does not run on them.
 _EMBEDDED = {(8, 7), (11, 0)}
@@ -28,7 +29,8 @@ def unmet() -> str | None:
     """Why this build does not run on the GPUs of this process, or None."""
     archs = _C.build_info().get("cuda", "none")
     if archs == "none":
-        return "was built without CUDA"
+        why = left_out().get("CUDA kernels")
+        return "was built without CUDA" + (f", as {why}" if why else "")
     if not torch.cuda.is_available():
         return None
     driver, runtime = _C.cuda_versions()

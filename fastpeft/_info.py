@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastpeft import dispatch
+from fastpeft import _installed, dispatch
 from fastpeft._version import __version__
 from fastpeft.ops import _library
 
@@ -45,6 +45,7 @@ def info() -> Info:
     if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is None:
         native = importlib.import_module("fastpeft._native")
         extension = native.build_info() | {"workspace": f"{native.kept_bytes() / 2**20:.1f} MiB kept"}
+    extension |= {f"without {part}": why for part, why in _installed.left_out().items()}
     if dispatch.unmet("lora_linear_fwd", "triton", "cuda", torch.float32) is None:
         versions["triton"] = importlib.import_module("triton").__version__
     return Info(versions, backends, extension)

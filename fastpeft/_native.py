@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastpeft import _C  # type: ignore[attr-defined]
+from fastpeft._extension import _C
 
 # `_op`: the overload's own callable, without the Python frame of OpOverload.__call__.
 _ops = torch.ops.fastpeft_cpp

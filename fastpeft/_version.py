@@ -1,1 +1,12 @@
+import hashlib
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+def source_hash(folder: Path) -> str:
+    """Of the C++ and CUDA sources in ``folder``: what an extension was compiled from, or what lies there now."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

@@ -122,6 +122,8 @@ def unmet(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
         return f"the compiled extension ({error})" if error else None
     if _import_error("triton"):
         return f"triton ({_import_error('triton')})"
+    if _import_error("fastpeft.kernels"):
+        return f"its kernels ({_import_error('fastpeft.kernels')})"
     if device != "cuda":
         if not _interpreted():
             return "tensors on a CUDA device, or TRITON_INTERPRET=1"

@@ -27,7 +27,7 @@ def main() -> int:
         site = Path(folder)
         for name in ("csrc", "fastpeft", "kernels", "tests"):
             shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        for name in ("setup.py", "setup_commands.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, site)
         built = {**os.environ, "CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "LDFLAGS": FLAGS, "FASTPEFT_CPP": "1", "FASTPEFT_CUDA": "0"}
         subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=site, env=built, check=True)

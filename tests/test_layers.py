@@ -18,15 +18,17 @@ ALLOWED = {
     "fastpeft.dispatch": set(),
     "fastpeft.reference": set(),
     "fastpeft.kernels": set(),
-    "fastpeft._native": {"fastpeft._C"},
-    "fastpeft._cuda_gpus": {"fastpeft._C"},
+    "fastpeft._installed": set(),
+    "fastpeft._extension": {"fastpeft._C", "fastpeft._installed", "fastpeft._version"},
+    "fastpeft._native": {"fastpeft._extension"},
+    "fastpeft._cuda_gpus": {"fastpeft._extension", "fastpeft._installed"},
     "fastpeft._cuda": {"fastpeft._cuda_gpus", "fastpeft.kernels"},
     "fastpeft._version": set(),
-    "fastpeft._info": {"fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
-    "fastpeft": {"fastpeft.integrations", "fastpeft.nn", "fastpeft.ops", "fastpeft._info", "fastpeft._version"},
+    "fastpeft._info": {"fastpeft._installed", "fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
+    "fastpeft": {"fastpeft.integrations", "fastpeft.nn", "fastpeft.ops", "fastpeft._info", "fastpeft._installed", "fastpeft._version"},
 }
 OUTSIDE = {"fastpeft.kernels": {"torch", "triton", "__future__"}, "fastpeft.reference": {"torch", "__future__"}}
-STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os", "struct"}  # fmt: skip
+STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os", "pathlib", "struct"}  # fmt: skip
 
 
 def modules():

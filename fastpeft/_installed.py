@@ -1,0 +1,52 @@
+"""What of this package is installed: what its build left out, and what lies elsewhere. Loads no extension."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent / "csrc"
+"""Of a checkout; an installed package has none."""
+BUILD = "pip install --no-build-isolation"
+
+
+def left_out() -> dict[str, str]:
+    """The parts that the build of this package left out, and why; empty where all is there or nothing was built."""
+    try:
+        record = json.loads((HERE / "_build.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return dict(record["left_out"])
+
+
+def hidden() -> Path | None:
+    """The package installed with its extension that this one, a checkout without, comes before; or None."""
+    if not SOURCES.is_dir() or any(HERE.glob("_C*")):
+        return None
+    for found in importlib.metadata.distributions(name="fastpeft"):
+        folder = Path(str(found.locate_file("fastpeft")))
+        if folder.resolve() != HERE and any(folder.glob("_C*")):
+            return folder
+    return None
+
+
+def absent() -> str:
+    """Why there is no extension in this package, and what to do."""
+    why = left_out().get("C++ kernels")
+    if SOURCES.is_dir():
+        other = hidden()
+        hides = f"; Python takes it before the package in {other}, as it was started there" if other else ""
+        return f"not built in the checkout {HERE.parent}{f', as {why}' if why else ''}{hides}: `{BUILD} -e .` builds it"
+    if why:
+        return f"left out when this package was built, as {why}: install it anew, with --no-cache-dir --force-reinstall"
+    others = ", ".join(sorted(path.name for path in HERE.glob("_C*")))
+    return f"for another Python: {HERE} has {others}" if others else f"missing from {HERE}"
+
+
+def warn_of_hidden() -> None:
+    """Two packages, and the poorer one is taken without a word: the one mistake that no later error tells of."""
+    if hidden():
+        warnings.warn(f"fastpeft: the compiled extension is {absent()}", RuntimeWarning, stacklevel=3)

@@ -1,1 +1,0 @@
-"""Triton device code of fastpeft: one file an operator, launchers without validation or autograd."""

@@ -1,0 +1,132 @@
+"""What setup.py adds to setuptools: a record of what a build leaves out, and one build at a time in a clone."""
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Distribution
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SWITCHES = {"C++ kernels": "FASTPEFT_CPP", "CUDA kernels": "FASTPEFT_CUDA"}
+LEFT_OUT: dict[str, str] = {}
+"""part -> why it is left out; what fastpeft.info() tells of the build."""
+
+
+def wanted(switch: str) -> str:
+    value = os.environ.get(switch, "auto")
+    if value not in ("0", "1", "auto"):
+        sys.exit(f"fastpeft: {switch} must be 0, 1 or auto, got {value!r}")
+    return value
+
+
+def leave_out(part: str, why: str) -> None:
+    """Notes that ``part`` is not built; the end of the build where its switch asks for it."""
+    asked = wanted(SWITCHES[part])
+    if asked == "1":
+        sys.exit(f"fastpeft: {SWITCHES[part]} must be 0 or auto where {why}, got 1")
+    LEFT_OUT[part] = f"{SWITCHES[part]}=0" if asked == "0" else why
+
+
+def _say(text: str) -> None:
+    """On stderr, and on that of pip, which without -v shows nothing of a build that succeeds."""
+    print(text, file=sys.stderr)
+    if {"_PYPROJECT_HOOKS_BUILD_BACKEND", "PEP517_BUILD_BACKEND"} & os.environ.keys():  # the latter before pip 23.3
+        path = Path(f"/proc/{os.getppid()}/fd/2")
+        with contextlib.suppress(OSError):
+            if not path.is_file():  # in which pip would write over it
+                path.write_text(text + "\n")
+
+
+def _stamp() -> str:
+    """A source file that names the version and the sources; of its own, so that no other is compiled anew for it."""
+    version = runpy.run_path("fastpeft/_version.py")
+    values = {"version": version["__version__"], "sources": version["source_hash"](Path("csrc"))}
+    lines = [f'extern const char* const {name};\nconst char* const {name} = "{values[name]}";' for name in values]
+    text = "\n".join(["// Written by setup.py.", "namespace fastpeft {", *lines, "}", ""])
+    path = Path("build/stamp.cpp")
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+class _OneAtATime(Distribution):
+    """Two builds in one clone share build/ and fastpeft.egg-info: the second waits until the first one has ended."""
+
+    _lock: Any = None
+
+    def run_command(self, command: str) -> None:
+        if self._lock is None:
+            self._lock = open("setup.py")  # noqa: SIM115
+            # Without fcntl, on Windows, nothing is compiled; a file system without locks builds as well.
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    _say("fastpeft: waiting for another build in this clone")
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+        super().run_command(command)
+
+    def has_ext_modules(self) -> bool:
+        return True  # a wheel without the extension is of its platform too: there it has been left out
+
+
+class _Wheel(bdist_wheel):
+    def run(self) -> None:
+        if not self.skip_build:  # modules that are no more, an extension that is left out now
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Without the extension one that is less wanted than a whole wheel's, and never any platform's or Python's."""
+        python, abi, platform = super().get_tag()
+        return python, "none" if "C++ kernels" in LEFT_OUT else abi, platform
+
+
+def commands(plans: list, base: type = build_ext) -> dict:
+    """setup()'s arguments for the first of ``plans`` that builds: extensions with ever fewer parts, CUDA's first."""
+
+    class Build(base):
+        def run(self) -> None:
+            inplace = self.inplace
+            self.extensions = plans[:1]
+            while self.extensions:
+                self.extensions[0].sources = [*self.extensions[0].sources, _stamp()]
+                try:
+                    super().run()
+                    break
+                except Exception as error:  # a compiler's, ninja's, torch's: each has one of its own
+                    self.inplace = inplace
+                    self._do_without(error)
+            self._record("fastpeft" if inplace else f"{self.build_lib}/fastpeft")
+
+        def _do_without(self, error: Exception) -> None:
+            part = "CUDA kernels" if len(plans) > 1 else "C++ kernels"
+            if wanted(SWITCHES[part]) == "1" or os.environ.get("FASTPEFT_WERROR") == "1":
+                raise error
+            leave_out(part, f"their build failed ({str(error).splitlines()[0]}; pip install -v shows more)")
+            failed = plans.pop(0)
+            if plans:
+                vars(failed).update(vars(plans[0]))
+                plans[0] = failed
+            self.extensions = plans[:1]
+
+        def _record(self, folder: str) -> None:
+            if not self.extensions:
+                Path(folder, f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, "_build.json").write_text(json.dumps({"left_out": LEFT_OUT}, indent=1) + "\n")
+            for part, why in LEFT_OUT.items():
+                _say(f"fastpeft: built without the {part}: {why}")
+
+    cmdclass = {"build_ext": Build, "bdist_wheel": _Wheel}
+    return {"ext_modules": plans[:1], "distclass": _OneAtATime, "cmdclass": cmdclass}
