@@ -110,6 +110,7 @@ def cuda(monkeypatch):
         calls.append(name)
         w = dequantized(packed, scales, quant_type, block_size, y.shape[1], x.shape[1], x.dtype)
         assert (b is None or b.stride(1) == 1) and (bias is None or bias.is_contiguous())
+        assert x.dtype != torch.float32 and x.data_ptr() % 16 == x.stride(0) % 8 == packed.data_ptr() % 8 == 0
         total = x.double() @ w.double().T + (0 if bias is None else bias.double())
         y.copy_(total if b is None else total + scale * (s.double() @ b.to(s.dtype).double().T))
         assert not accumulate
@@ -156,6 +157,23 @@ def test_cuda_composition(cuda, M, N, K, R, dtype, expected):
     assert calls == expected
     for ours, peer in zip(*results, strict=True):
         torch.testing.assert_close(ours, peer, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("M, expected", [(9, "small"), (70, "mid")])
+def test_cuda_takes_any_bytes(cuda, M, expected):
+    """Rows of x that its kernels do not read are copied; a weight so laid out is dequantised, not handed to Triton's."""
+    module, calls = cuda
+    c = Case(M, 40, 64, 4, torch.float16)
+    packed, rest = c.packed[0], c.packed[1:]
+    odd_x = torch.cat((c.x, c.x), 1)[:, 1:65]
+    odd_packed = torch.cat((packed[:1], packed))[1:]
+    for x, bytes_, way in ((odd_x, packed, expected), (c.x, odd_packed, "dequantize")):
+        results = [
+            backend.linear4bit_fwd(x, bytes_, *rest, 40, c.a, c.b, c.bias, c.lora_bias, 0.5, 0.0, None)[0]
+            for backend in (module, eager)
+        ]
+        assert calls.pop() == way and not calls
+        torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
 def test_explained_paths(cuda, monkeypatch):

@@ -1,10 +1,18 @@
-"""The only place that words an error: ``<op>: <argument> must <rule>, got <value>``."""
+"""The only place that words an error: ``<op>: <argument> must <rule>, got <value>``.
+
+What is asked on the way of every call has a quick twin, `<check>_fits`, right below the check that words it. It asks
+the same and answers True or False, and an exception that it meets (`UNFIT`) is a False; tests/test_checks_agree.py
+proves that the two agree.
+"""
 
 from __future__ import annotations
 
 import numbers
 
 import torch
+
+UNFIT = (AttributeError, TypeError, ValueError, IndexError)
+"""What a quick twin raises where an argument is of another kind than it thinks."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -62,6 +70,24 @@ def vector(op: str, argument: str, value: torch.Tensor | None, size: int, name: 
     require_dtype(value.is_floating_point(), op, argument, "be a floating point tensor", value.dtype)
 
 
+def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> bool:
+    """What ``vector`` and ``same_device`` ask."""
+    return value is None or (value.shape == (size,) and value.device == device and value.is_floating_point())
+
+
+def entrance(
+    op: str, x: torch.Tensor, name: str, width: int, device: torch.device, *, sure: tuple[bool, bool] = (True, True)
+) -> None:
+    """x before the parameters, the first of which, ``name``, takes inputs of ``width`` on ``device``.
+
+    Of two that differ x is to blame, which is new in each call: where the first parameter is ``sure`` of its width (of
+    its device), as no other one contradicts it.
+    """
+    rule = f"have shape [..., in_features] = [..., {width}]"
+    require(x.shape[-1] == width or not sure[0], op, "x", rule, list(x.shape))
+    require(x.device == device or not sure[1], op, "x", f"be on the device of {name}, {device}", x.device)
+
+
 def same_device(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
     for argument, value in tensors.items():
         if value is not None and value.device != device:
@@ -84,6 +110,31 @@ def adapter(
     vector(op, "lora_bias", lora_bias, lora_B.shape[0], "out_features")
     same_device(op, x.device, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
     probability(op, "dropout", dropout)
+
+
+def adapter_fits(
+    K: int,
+    N: int,
+    device: torch.device,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    dropout: float,
+) -> bool:
+    """What ``adapter`` asks for x [..., K] on ``device``."""
+    rank = lora_A.shape[0]
+    return (
+        lora_A.shape == (rank, K)
+        and lora_B.shape == (N, rank)
+        and rank > 0
+        and lora_A.device == device == lora_B.device
+        and lora_A.is_floating_point()
+        and lora_B.is_floating_point()
+        and vector_fits(lora_bias, N, device)
+        and isinstance(dropout, (float, int))
+        and dropout is not False
+        and 0.0 <= dropout < 1.0
+    )
 
 
 def probability(op: str, argument: str, value: float) -> None:

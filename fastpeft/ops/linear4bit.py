@@ -157,40 +157,48 @@ def _forward(
     return _calls.shaped(y, x.shape[:-1]), s
 
 
+_Adapter = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", float]
+"""lora_A, lora_B, lora_bias, dropout."""
+
+
 def _check(
-    op: str,
-    x: torch.Tensor,
-    weight: Weight4bit,
-    bias: torch.Tensor | None,
-    adapter: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
-    dropout: float = 0.0,
+    op: str, x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None
 ) -> None:
-    """Word what is wrong; called only when the quick test has failed."""
+    """Word what is wrong; called only when ``_fits`` is False."""
     _checks.activation(op, x)
     _checks.require_dtype(isinstance(weight, Weight4bit), op, "weight", "be a Weight4bit", type(weight).__name__)
-    shape = list(weight.shape)
-    _checks.require(
-        len(shape) == 2 and shape[1] == x.shape[-1], op, "weight",
-        f"have shape [out_features, in_features] = [any, {x.shape[-1]}]", shape,
-    )  # fmt: skip
+    shape, names = list(weight.shape), "have shape [out_features, in_features]"
+    _checks.require(len(shape) == 2, op, "weight", names, shape)
     weight.check(op)
+    sure = True, True
+    if adapter is not None:
+        _checks.matrix(op, "lora_A", adapter[0], (None, None), "[rank, in_features]")
+        sure = adapter[0].shape[1] != x.shape[-1], adapter[0].device != x.device
+    _checks.entrance(op, x, "weight", shape[1], weight.device, sure=sure)
+    _checks.require(shape[1] == x.shape[-1], op, "weight", f"{names} = [any, {x.shape[-1]}]", shape)
     N = shape[0]
     _checks.vector(op, "bias", bias, N, "out_features")
     _checks.same_device(op, x.device, weight=weight.packed, bias=bias)
     if adapter is not None:
-        _checks.adapter(op, x, N, *adapter, dropout)
+        _checks.adapter(op, x, N, *adapter)
 
 
-def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> bool:
-    """One cheap conjunction on the way of every call; the sizes of the weight's parts are what a kernel relies on."""
-    N, K = weight.shape
-    return (
-        x.shape[-1] == K
-        and x.dtype in _checks.FLOATS
-        and weight.sound()
-        and weight.packed.device == x.device
-        and (bias is None or (bias.shape == (N,) and bias.device == x.device and bias.is_floating_point()))
-    )
+def _fits(
+    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None
+) -> bool:
+    """What ``_check`` asks; the sizes of the weight's parts are what a kernel relies on."""
+    try:
+        (N, K), device = weight.shape, x.device
+        return (
+            x.shape[-1] == K
+            and x.dtype in _checks.FLOATS
+            and weight.sound()
+            and weight.packed.device == device
+            and (bias is None or _checks.vector_fits(bias, N, device))
+            and (adapter is None or _checks.adapter_fits(K, N, device, *adapter))
+        )
+    except _checks.UNFIT:
+        return False
 
 
 def _run(
@@ -234,11 +242,7 @@ def linear4bit(
     Raises     ValueError: shape, device or backend.  TypeError: dtype.
     """
     op = "linear4bit"
-    try:
-        fine = _fits(x, weight, bias)
-    except (AttributeError, TypeError, ValueError, IndexError):
-        fine = False
-    if not fine:
+    if not _fits(x, weight, bias):
         _check(op, x, weight, bias)
     return _run(op, x, weight, (None, None, None), bias, 1.0, 0.0, backend)
 
@@ -267,27 +271,8 @@ def linear4bit_lora(
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
     """
     op = "linear4bit_lora"
-    try:
-        N, K = weight.shape
-        rank = lora_A.shape[0]
-        device = x.device
-        fine = (
-            _fits(x, weight, bias)
-            and lora_A.shape == (rank, K)
-            and lora_B.shape == (N, rank)
-            and (
-                lora_bias is None
-                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
-            )
-            and 0.0 <= dropout < 1.0
-            and rank > 0
-            and lora_A.device == device == lora_B.device
-            and lora_A.is_floating_point()
-            and lora_B.is_floating_point()
-        )
-    except (AttributeError, TypeError, ValueError, IndexError):
-        fine = False
-    if not fine:
-        _check(op, x, weight, bias, (lora_A, lora_B, lora_bias), dropout)
+    adapter = lora_A, lora_B, lora_bias, dropout
+    if not _fits(x, weight, bias, adapter):
+        _check(op, x, weight, bias, adapter)
     scale, lora_B, lora_bias = _calls.fold_scale(op, scale, lora_B, lora_bias)
     return _run(op, x, weight, (lora_A, lora_B, lora_bias), bias, scale, dropout, backend)

@@ -90,13 +90,32 @@ def _forward(
     return _calls.shaped(y, x.shape[:-1]), s
 
 
-def _check(
-    x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None, dropout: float
-) -> None:
-    """Word what is wrong; called only when the quick test of ``lora_adapter`` has failed."""
+_Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", float]
+"""x, lora_A, lora_B, lora_bias, dropout."""
+
+
+def _check(given: _Given) -> None:
+    """Word what is wrong; called only when ``_fits`` is False."""
     op = "lora_adapter"
+    x, lora_A, lora_B, lora_bias, dropout = given
     _checks.activation(op, x)
+    _checks.matrix(op, "lora_A", lora_A, (None, None), "[rank, in_features]")
+    _checks.matrix(op, "lora_B", lora_B, (None, None), "[out_features, rank]")
+    sure = lora_A.shape[0] == lora_B.shape[1], lora_A.device == lora_B.device
+    _checks.entrance(op, x, "lora_A", lora_A.shape[1], lora_A.device, sure=sure)
     _checks.adapter(op, x, None, lora_A, lora_B, lora_bias, dropout)
+
+
+def _fits(given: _Given) -> bool:
+    """What ``_check`` asks: cheap on the way of every call, and traceable with symbolic sizes."""
+    x, lora_A, lora_B, lora_bias, dropout = given
+    try:
+        N, device = lora_B.shape[0], x.device
+        return x.dtype in _checks.FLOATS and _checks.adapter_fits(
+            x.shape[-1], N, device, lora_A, lora_B, lora_bias, dropout
+        )
+    except _checks.UNFIT:
+        return False
 
 
 def lora_adapter(
@@ -124,27 +143,10 @@ def lora_adapter(
     Cost       2MR(K + N) FLOP forward, twice that backward; x is read once and y written once each way
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
     """
-    # Cheap on the way of every call, and traceable with symbolic sizes, which the wording is not.
-    try:
-        device = x.device
-        N, rank = lora_B.shape
-        fine = (
-            lora_A.shape == (rank, x.shape[-1])
-            and 0.0 <= dropout < 1.0
-            and rank > 0
-            and lora_A.device == device == lora_B.device
-            and (
-                lora_bias is None
-                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
-            )
-            and x.dtype in _checks.FLOATS
-            and lora_A.is_floating_point()
-            and lora_B.is_floating_point()
-        )
-    except (AttributeError, TypeError, ValueError, IndexError):
-        fine = False
-    if not fine:
-        _check(x, lora_A, lora_B, lora_bias, dropout)
+    given: _Given = (x, lora_A, lora_B, lora_bias, dropout)
+    if not _fits(given):
+        _check(given)
+    device = x.device
     dtype = _calls.autocast_dtype(x, device.type) or x.dtype
     scale, lora_B, lora_bias = _calls.fold_scale("lora_adapter", scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None

@@ -142,22 +142,42 @@ def _forward(
     return _calls.shaped(y, x.shape[:-1]), s
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_bias: torch.Tensor | None,
-    dropout: float,
-) -> None:
-    """Word what is wrong; called only when the quick test of ``lora_linear`` has failed."""
+_Given = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", float
+]
+"""x, weight, lora_A, lora_B, bias, lora_bias, dropout."""
+
+
+def _check(given: _Given) -> None:
+    """Word what is wrong; called only when ``_fits`` is False."""
     op = "lora_linear"
+    x, weight, lora_A, lora_B, bias, lora_bias, dropout = given
     _checks.activation(op, x)
+    _checks.matrix(op, "weight", weight, (None, None), "[out_features, in_features]")
+    _checks.matrix(op, "lora_A", lora_A, (None, None), "[rank, in_features]")
+    sure = lora_A.shape[1] != x.shape[-1], lora_A.device != x.device
+    _checks.entrance(op, x, "weight", weight.shape[1], weight.device, sure=sure)
     _checks.matrix(op, "weight", weight, (None, x.shape[-1]), "[out_features, in_features]")
     _checks.vector(op, "bias", bias, weight.shape[0], "out_features")
     _checks.same_device(op, x.device, weight=weight, bias=bias)
     _checks.adapter(op, x, weight.shape[0], lora_A, lora_B, lora_bias, dropout)
+
+
+def _fits(given: _Given) -> bool:
+    """What ``_check`` asks: one cheap conjunction on the way of every call."""
+    x, weight, lora_A, lora_B, bias, lora_bias, dropout = given
+    try:
+        (N, K), device = weight.shape, x.device
+        return (
+            x.shape[-1] == K
+            and x.dtype in _checks.FLOATS
+            and weight.device == device
+            and weight.is_floating_point()
+            and (bias is None or _checks.vector_fits(bias, N, device))
+            and _checks.adapter_fits(K, N, device, lora_A, lora_B, lora_bias, dropout)
+        )
+    except _checks.UNFIT:
+        return False
 
 
 def lora_linear(
@@ -189,36 +209,15 @@ def lora_linear(
     Cost       2MNK + 2MR(K + N) FLOP forward, 2MNK + 4MR(K + N) backward; x and y are each moved at least once
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
     """
-    # One cheap conjunction on the way of every call; the wording is made only when it fails.
-    try:
-        K = x.shape[-1]
-        N = weight.shape[0]
-        rank = lora_A.shape[0]
-        device = x.device
-        fine = (
-            weight.shape == (N, K)
-            and lora_A.shape == (rank, K)
-            and lora_B.shape == (N, rank)
-            and (bias is None or (bias.shape == (N,) and bias.device == device and bias.is_floating_point()))
-            and (
-                lora_bias is None
-                or (lora_bias.shape == (N,) and lora_bias.device == device and lora_bias.is_floating_point())
-            )
-            and 0.0 <= dropout < 1.0
-            and rank > 0
-            and weight.device == device == lora_A.device == lora_B.device
-            and lora_A.is_floating_point()
-            and lora_B.is_floating_point()
-        )
-    except (AttributeError, TypeError, IndexError):
-        fine = False
-    if not fine:
-        _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
+    given: _Given = (x, weight, lora_A, lora_B, bias, lora_bias, dropout)
+    if not _fits(given):
+        _check(given)
+    device = x.device
     cast = _calls.autocast_dtype(x, device.type)
     dtype = cast or x.dtype
     if cast is None and weight.dtype != dtype:
-        _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
-        _checks.require_dtype(False, "lora_linear", "weight", f"have the dtype of x, {dtype}", weight.dtype)
+        rule = f"have the dtype of weight, {weight.dtype}, outside autocast"
+        _checks.require_dtype(False, "lora_linear", "x", rule, dtype)
     scale, lora_B, lora_bias = _calls.fold_scale("lora_linear", scale, lora_B, lora_bias)
     seed = _calls.draw_seed(device) if dropout else None
     chosen = dispatch.select(_FWD, backend, device.type, dtype, "lora_linear")

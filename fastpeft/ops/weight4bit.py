@@ -18,6 +18,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 
 _OP = "Weight4bit"
+_INTS = (int, torch.SymInt)
 _STATE = "quant_state.bitsandbytes__"
 _STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,8 +88,10 @@ class Weight4bit:
         return self.map(torch.clone)
 
     def sound(self) -> bool:
-        """What ``check`` asks, without words: one cheap conjunction on the way of every call."""
+        """What ``check`` asks, for a call: one cheap conjunction; where parts are no tensors it may raise (`UNFIT`)."""
         if self.quant_type not in QUANT_TYPES or type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            return False
+        if not all(isinstance(size, _INTS) and size >= 0 for size in self.shape):
             return False
         packed, scales, n = self.packed, self.scales, math.prod(self.shape)
         blocks, device, absmax, nested = -(-n // self.block_size), packed.device, scales[0], len(scales) == 4
@@ -120,7 +123,9 @@ class Weight4bit:
 
         Raises     ValueError, TypeError.
         """
-        shape, n = list(self.shape), torch.Size(self.shape).numel()
+        shape, n = list(self.shape), math.prod(self.shape)  # in Python's integers, which do not wrap
+        ints = all(isinstance(size, _INTS) for size in shape)
+        _checks.require_dtype(ints, op, f"{argument}.shape", "hold ints", shape)
         _checks.require(min(shape, default=0) >= 0, op, f"{argument}.shape", "hold no negative size", shape)
         _checks.one_of(op, f"{argument}.quant_type", self.quant_type, QUANT_TYPES)
         _checks.size_of(op, f"{argument}.block_size", self.block_size, BLOCK_SIZES)
