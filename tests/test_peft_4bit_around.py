@@ -84,10 +84,67 @@ def test_evaluation_does_not_repack(evaluate):
     accelerate(model)
     with torch.no_grad():
         evaluate(model)
-    assert all(layer.base_layer.support_avx512bf16_for_cpu == bnb.functional.has_avx512bf16() for layer in layers(model))
     assert not any(hasattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu") for layer in layers(model))
     for key, value in model.state_dict().items():
         assert torch.equal(value, keys[key]), key
+
+
+class Deep(nn.Module):
+    """Two layers of 4 bits above one with an adapter."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self):
+        super().__init__()
+        self.lin0, self.above, self.top = (
+            bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=F32, quant_type="nf4") for _ in range(3)
+        )
+        self.to("cpu")
+
+    def forward(self, x):
+        return self.top(torch.tanh(self.above(torch.tanh(self.lin0(x)))))
+
+
+def test_layers_without_adapter_are_not_repacked_while_the_model_trains(tmp_path):
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks only for a CPU with AVX-512-BF16")
+    model = get_peft_model(Deep(), LoraConfig(r=4, target_modules=["lin0"], init_lora_weights=False))
+    x = batch()["x"]
+
+    def losses(model, evaluate):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        found = []
+        for _ in range(4):
+            if evaluate:
+                with torch.no_grad():
+                    model.eval()(x)
+            loss = model.train()(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    ours, kinds = copy.deepcopy(model), [type(module) for module in model.modules()]
+    report = accelerate(ours)
+    names = [f"base_model.model.{name}" for name in ("lin0.base_layer", "above", "top")]
+    assert report.unpacked == names and not report.repacked
+    assert "3  4-bit layers kept from bitsandbytes' repacking" in str(report)
+    wanted = losses(copy.deepcopy(model), evaluate=False)
+    assert losses(ours, evaluate=True) == pytest.approx(wanted, rel=1e-4) and wanted[-1] < 0.99 * wanted[0]
+    twin = pickle.loads(pickle.dumps(ours))
+    assert [type(module) for module in twin.modules()] == kinds
+    assert restore(ours) == 1 and [type(module) for module in ours.modules()] == kinds
+    # Taken out, or where nothing trains, bitsandbytes does what it does.
+    for each in (ours, twin.requires_grad_(False)):
+        accelerate(twin)
+        with torch.no_grad():
+            each.eval()(x)
+        assert each.base_model.model.top.weight.quant_state.packing_format_for_cpu
+    report = accelerate(ours)
+    assert report.repacked == names and "3  4-bit layers repacked already" in str(report)
+    ours.state_dict()
+    assert accelerate(ours).unpacked == names
 
 
 def repack(base):

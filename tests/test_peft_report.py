@@ -15,8 +15,7 @@ from peft import IA3Config, LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 
 from fastpeft.integrations import Report, accelerate, restore  # noqa: E402
-from fastpeft.integrations.peft import kind as classes  # noqa: E402
-from fastpeft.integrations.peft import linear, reason  # noqa: E402
+from fastpeft.integrations.peft import inplace, linear, reason  # noqa: E402
 from fastpeft.integrations.peft.kinds import KINDS  # noqa: E402
 from peft_cases import TARGETS, Toy, lora_layers, toy  # noqa: E402
 
@@ -54,7 +53,7 @@ def test_idempotent():
     assert first.accelerated == second.accelerated == names(model)
     kinds = {type(layer) for layer in lora_layers(model)}
     accelerate(toy())
-    assert kinds == {classes.accelerated(linear.AcceleratedLinear, PeftLinear)}, "one class per source class"
+    assert kinds == {inplace.built(linear.AcceleratedLinear, PeftLinear)}, "one class per source class"
     assert (restore(model), restore(model)) == (3, 0)
 
 
@@ -87,7 +86,7 @@ def test_new_layers_need_another_call():
     model = get_peft_model(Toy(), LoraConfig(target_modules=["lin0"]))
     accelerate(model)
     model.add_adapter("late", LoraConfig(target_modules=["lin0", "conv"]))
-    assert [isinstance(layer, classes.Accelerated) for layer in lora_layers(model)] == [True, False]
+    assert [isinstance(layer, inplace.InPlace) for layer in lora_layers(model)] == [True, False]
     report = accelerate(model)
     assert report.changed == 1 and len(report.accelerated) == 1
     # "late" is not active yet, and the other layer has nothing else.
@@ -134,7 +133,7 @@ def test_restore_leaves_no_trace():
 
 def test_half_patched_is_put_back(monkeypatch):
     model = toy()
-    original = classes.accelerated
+    original = inplace.built
     made = []
 
     def failing(mixin, kind):
@@ -143,7 +142,7 @@ def test_half_patched_is_put_back(monkeypatch):
             raise KeyboardInterrupt
         return original(mixin, kind)
 
-    monkeypatch.setattr(classes, "accelerated", failing)
+    monkeypatch.setattr(inplace, "built", failing)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model)
     assert len(made) == 3 and {type(layer) for layer in lora_layers(model)} == {PeftLinear}

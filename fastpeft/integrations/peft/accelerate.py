@@ -6,7 +6,7 @@ import sys
 
 from torch.nn import Module
 
-from fastpeft.integrations.peft import gathered
+from fastpeft.integrations.peft import gathered, inplace, unpacked
 from fastpeft.integrations.peft import kind as classes
 from fastpeft.integrations.peft.factors import SHARDED
 from fastpeft.integrations.peft.hf_hooks import become
@@ -24,7 +24,8 @@ def _check(op: str, model: object) -> None:
 def accelerate(model: Module) -> Report:
     """Compute every PEFT ``lora.Linear`` under ``model`` that can be with `fastpeft.ops.lora_linear`.
 
-    And every ``lora.Linear4bit``, over a weight of bitsandbytes, with `fastpeft.ops.linear4bit_lora`.
+    And every ``lora.Linear4bit``, over a weight of bitsandbytes, with `fastpeft.ops.linear4bit_lora`. bitsandbytes' own
+    4-bit layers of a model that trains are kept from being repacked in eval mode (`unpacked`).
 
     model      any module: a PeftModel, a model with injected adapters, a single layer. Call it
                again after adding adapters to further layers: a second call changes only what is new
@@ -52,7 +53,7 @@ def accelerate(model: Module) -> Report:
                 found = kind_of(module)
                 assert found is not None
                 before.append((module, type(module)))
-                become(module, classes.accelerated(found.mixin, type(module)))
+                become(module, inplace.built(found.mixin, type(module)))
             why = reason(module)
             if why == SHARDED:
                 below = gathered.below_units(model) if below is None else below
@@ -62,23 +63,30 @@ def accelerate(model: Module) -> Report:
             else:
                 report.skipped[name] = why
                 report.waiting.append(name)
+        bases = [module.base_layer for module in model.modules() if isinstance(module, classes.Accelerated)]
+        for name, module in unpacked.keepable(model, bases).items():
+            before.append((module, type(module)))
+            become(module, unpacked.kept(module))
+            if module.weight.device.type == "cpu":
+                (report.repacked if unpacked.repacked(module) else report.unpacked).append(name)
     except BaseException:
         for module, own in before:
             become(module, own)
         raise
-    report.changed = len(before)
+    report.changed = sum(isinstance(module, classes.Accelerated) for module, _ in before)
     report.note = "no PEFT layers"
     return report
 
 
 def restore(model: Module) -> int:
-    """Give every accelerated layer under ``model`` the class that it had; nothing else had changed.
+    """Give every layer under ``model`` the class that it had before `accelerate`; nothing else had changed.
 
-    Returns    how many layers were changed back; 0 for a model that was not accelerated
+    Returns    how many PEFT layers were changed back; 0 for a model that was not accelerated
     Raises     TypeError: not a module
     """
     _check("restore", model)
-    changed = [module for module in model.modules() if isinstance(module, classes.Accelerated)]
+    changed = [module for module in model.modules() if isinstance(module, inplace.InPlace)]
+    layers = sum(isinstance(module, classes.Accelerated) for module in changed)
     for module in changed:
-        become(module, classes.source(type(module)))
-    return len(changed)
+        become(module, inplace.source(type(module)))
+    return layers

@@ -7,10 +7,7 @@ adapters need no notice. Whatever a call cannot prove to be the plain case goes 
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import sys
-import types
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 from torch.nn import Module
 
 from fastpeft.integrations.peft.hf_hooks import wraps
+from fastpeft.integrations.peft.inplace import InPlace, source
 
 TESTED = (Version("0.20"), Version("0.23"))
 """peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
@@ -94,55 +92,9 @@ def unfit(kind: Kind, module: Module) -> str | None:
     return kind.adopt(module)
 
 
-class Accelerated:
+class Accelerated(InPlace):
     """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin adds forward."""
 
     def _plain(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's own forward."""
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as PEFT's class: what reads the pickle needs no fastpeft."""
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        # copyreg.__newobj__, the usual function here, lets pickle insist on the object's own class.
-        make = copyreg._reconstructor  # type: ignore[attr-defined]
-        return make, (source(type(self)), object, None), *reduced[2:]
-
-    def __copy__(self: Any) -> Any:
-        """torch's own shallow copy, which ``__reduce_ex__`` would otherwise turn into PEFT's class."""
-        twin = self.__class__.__new__(self.__class__)
-        twin.__setstate__(self.__getstate__())
-        return twin
-
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        """torch's own deep copy, which ``__reduce_ex__`` would otherwise turn into PEFT's class."""
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
-
-_built: dict[tuple[type, type], type] = {}
-_sources: dict[type, type] = {}
-
-
-def accelerated(mixin: type[Accelerated], kind: type) -> type:
-    """The accelerated class of PEFT's class ``kind``, the same one at every call, under the name that ``kind`` has."""
-    key = (mixin, kind)
-    if key not in _built:
-        # repr, error messages and logs of PEFT and of its users print these.
-        names = {name: vars(kind)[name] for name in ("__module__", "__qualname__", "__doc__") if name in vars(kind)}
-        if hasattr(kind, "__deepcopy__"):
-            names["__deepcopy__"] = kind.__deepcopy__  # FSDP2 forbids it
-        built = types.new_class(kind.__name__, (mixin, kind), exec_body=lambda body: body.update(names))
-        _built[key], _sources[built] = built, kind
-    return _built[key]
-
-
-def source(kind: type) -> type:
-    """The class without us: what ``accelerated`` was given, also inside a class built on top since (FSDP2)."""
-    if kind not in _sources and issubclass(kind, Accelerated):
-        bases = tuple(source(base) for base in kind.__bases__)
-        body = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        _sources[kind] = types.new_class(kind.__name__, bases, exec_body=lambda new: new.update(body))
-    return _sources.get(kind, kind)

@@ -5,8 +5,8 @@
 The bytes and their scales are read at every call, as views: a few microseconds, so that nothing can be stale and no
 memory is kept that its owner has given up. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that
 loses bits of the scales, and the repacked product has no gradient of x. So it is not called for the plain case, nor for
-the base alone (adapters disabled or merged), and for what is left to PEFT it is kept from repacking. A model that holds
-its layers has imported it; fastpeft does not.
+the base alone (adapters disabled or merged), and for what is left to PEFT `unpacked` keeps it from repacking. A model
+that holds its layers has imported it; fastpeft does not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from fastpeft.integrations.peft.factors import weight_elsewhere
+from fastpeft.integrations.peft.inplace import source
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
 from fastpeft.integrations.peft.plain import DTYPES, PLAIN, observed
@@ -107,7 +108,7 @@ def _compute_dtype(base: Any, x: torch.Tensor) -> torch.dtype:
 
 def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4bit, Any, torch.dtype] | None:
     """The weight, the bias and the dtype of bitsandbytes' product; None where it is not ours to reproduce."""
-    early = BASES.get(type(base))
+    early = BASES.get(source(type(base)))
     if early is None:
         return None
     weight, bias = weight_4bit(base), base._parameters["bias"]
@@ -157,14 +158,7 @@ class AcceleratedLinear4bit(AcceleratedLoRA):
         y = None if args or kwargs else base_alone(self, x)
         if y is not None:
             return y
-        base = self._modules["base_layer"]
-        if base.training or not getattr(base, "support_avx512bf16_for_cpu", False):
-            return super()._plain(x, *args, **kwargs)
-        base.support_avx512bf16_for_cpu = False  # its one condition that is the layer's own
-        try:
-            return super()._plain(x, *args, **kwargs)
-        finally:
-            base.support_avx512bf16_for_cpu = True
+        return super()._plain(x, *args, **kwargs)
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
@@ -207,12 +201,12 @@ class Linear4bitKind(LoRAKind):
         kind = imported("bitsandbytes.nn.modules", "Linear4bit")
         if kind.forward.__module__ != kind.__module__:
             return f"bitsandbytes' Linear4bit.forward has been replaced by {kind.forward.__module__}"
-        if type(base) not in _bases() and not hasattr(base, "parametrizations"):
+        if source(type(base)) not in _bases() and not hasattr(base, "parametrizations"):
             return f"base layer {type(base).__module__}.{type(base).__qualname__} is not bitsandbytes' Linear4bit"
         return None
 
     def base_changed(self, base: Any) -> str | None:
-        if type(base) not in _bases():
+        if source(type(base)) not in _bases():
             return f"base layer {type(base).__name__} is not bitsandbytes' Linear4bit (parametrised?)"
         return None
 

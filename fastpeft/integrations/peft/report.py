@@ -59,6 +59,10 @@ class Report:
     """Those of ``skipped`` that have our class: they are computed by our operator as soon as their state allows it."""
     changed: int = 0
     """Layers whose class this call of ``accelerate`` changed; 0 when there was nothing new."""
+    unpacked: list[str] = field(default_factory=list)
+    """4-bit layers, with an adapter or without, that are from now on not repacked by an evaluation on a CPU."""
+    repacked: list[str] = field(default_factory=list)
+    """Those that an evaluation before ``accelerate`` has repacked: no gradient passes them until they are unpacked."""
     note: str = ""
     """Why there was nothing to look at, if so."""
 
@@ -75,4 +79,10 @@ class Report:
             lines.append(f"  {len(names):5d}  left to PEFT{later}: {why}")
             shown = [name or "(the model itself)" for name in names[:3]]
             lines.append("         " + ", ".join(shown) + (f", ... {len(names) - 3} more" if len(names) > 3 else ""))
+        for names, what in (
+            (self.unpacked, "4-bit layers kept from bitsandbytes' repacking in eval mode, which ends their gradients"),
+            (self.repacked, "4-bit layers repacked already: no gradient passes them until model.state_dict() unpacks"),
+        ):
+            if names:
+                lines.append(f"  {len(names):5d}  {what}")
         return "\n".join(lines)
