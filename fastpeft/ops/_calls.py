@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch.autograd import forward_ad
 
 from fastpeft.ops import _checks
 
@@ -39,43 +35,20 @@ def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch
     return dx if dx.dtype == dtype else dx.to(dtype)
 
 
-_TWICE = (
-    b"fastpeft: y must be differentiated once, got a second derivative: PEFT's own layers have one, which "
-    b"fastpeft.restore gives back"
-)
-
-
-def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """torch's once_differentiable with an error that says what can be done."""
-
-    def wrapped(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        with torch.no_grad():
-            gradients = backward(ctx, dy)
-        if not torch.is_grad_enabled() or not dy.requires_grad:
-            return gradients
-        fail = torch._C._functions.DelayedError(_TWICE, len(gradients))
-        views: list[Any] = [None if g is None else g.detach().requires_grad_() for g in gradients]
-        failing: tuple[Any, ...] = fail(*views)
-        return failing
-
-    return wrapped
-
-
-def forward_mode() -> bool:
-    """Inside forward-mode differentiation, which no_grad does not switch off: our Functions raise there."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
 def fold_scale(
-    op: str, scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None
+    op: str, scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None, compiling: bool
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-    """A 0-d tensor goes into the small factor, which keeps the value on the device: no host sync."""
-    if type(scale) is float:
-        return scale, lora_B, lora_bias
+    """A scale that is no plain number goes into the small factor, in fp32 at least.
+
+    A 0-d tensor so stays on the device, without a host sync. While torch.compile traces, a float does too: one that
+    changes is a symbol then, which an autograd.Function would make a constant of, and a graph for each value.
+    """
     _checks.scale(op, scale)
-    if isinstance(scale, torch.Tensor):
-        return 1.0, lora_B * scale, None if lora_bias is None else lora_bias * scale
-    return float(scale), lora_B, lora_bias
+    if not compiling and not isinstance(scale, torch.Tensor):
+        return float(scale), lora_B, lora_bias
+    if lora_B.element_size() < 4:
+        lora_B, lora_bias = lora_B.float(), None if lora_bias is None else lora_bias.float()
+    return 1.0, lora_B * scale, None if lora_bias is None else lora_bias * scale
 
 
 def draw_seed(device: torch.device | str) -> torch.Tensor:

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _calls, _checks, _library
+from fastpeft.ops import _calls, _checks, _derivatives, _library
+from fastpeft.ops._linear4bit import BWD, FWD, Function, apply, compute
 from fastpeft.ops.weight4bit import Weight4bit, blocks_of
-
-_FWD = "linear4bit_fwd"
-_BWD = "linear4bit_bwd"
 
 
 def _fake_fwd(
@@ -69,92 +67,8 @@ def _describe(
     return _library.described_linear(name, x, N, rank, p, strategy=blocks)
 
 
-_library.register(_FWD, _fake_fwd, describe=_describe)
-_library.register(_BWD, _fake_bwd)
-
-_Call = tuple[float, float, torch.dtype, str, str, int, int, int]
-"""scale, p, dtype, backend, quant_type, block_size, N, K."""
-
-
-class _Linear4bit(torch.autograd.Function):
-    """Saves x and s (and the parameters, the weight packed); the mask is drawn and the weight dequantised again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        a: torch.Tensor | None,
-        b: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        lora_bias: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        call: _Call,
-        packed: torch.Tensor,
-        *scales: torch.Tensor,
-    ) -> torch.Tensor:
-        y, s = _forward(x, a, b, bias, lora_bias, seed, call, packed, *scales)
-        need = ctx.needs_input_grad
-        # What no gradient asks for is not kept alive: a frozen A saves no x, a frozen B no s.
-        ctx.save_for_backward(x if need[1] else None, a, b, s if need[2] else None, seed, packed, *scales)
-        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
-        if need[3] or need[4]:
-            ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # `once` only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
-
-
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, a, b, s, seed, packed, *scales = ctx.saved_tensors
-    scale, p, dtype, backend, quant_type, block_size, N, K = ctx.call
-    need_dx, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
-    dy = _calls.rows(dy, N, dtype)
-    # What was not saved is not read; a launcher takes its sizes from the others.
-    x = dy.new_empty(0) if x is None else _calls.rows(x, K, dtype)
-    s = dy.new_empty(0) if s is None else s
-    dx, da, db, sums = _library.call(
-        _BWD, backend, dy, x, packed, scales, quant_type, block_size, K, a, b, s, scale, p, seed,
-        need_dx, need_da, need_db, need_bias or need_lora_bias,
-    )  # fmt: skip
-    return (
-        _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
-        da if need_da else None,
-        db if need_db else None,
-        sums.to(ctx.bias_dtypes[0]) if need_bias else None,
-        (sums * scale).to(ctx.bias_dtypes[1]) if need_lora_bias else None,
-        None,
-        None,
-        None,
-        *(None for _ in scales),
-    )
-
-
-_backward_once = _calls.once(_backward)
-
-# Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
-_apply = super(torch.autograd.Function, _Linear4bit).apply
-
-
-def _forward(
-    x: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lora_bias: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    call: _Call,
-    packed: torch.Tensor,
-    *scales: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, p, dtype, backend, quant_type, block_size, N, K = call
-    rows = _calls.rows(x, K, dtype)
-    y, s = _library.call(
-        _FWD, backend, rows, packed, [*scales], quant_type, block_size, N, a, b, bias, lora_bias, scale, p, seed
-    )
-    return _calls.shaped(y, x.shape[:-1]), s
+_library.register(FWD, _fake_fwd, describe=_describe)
+_library.register(BWD, _fake_bwd)
 
 
 _Adapter = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", float]
@@ -210,20 +124,25 @@ def _run(
     scale: float,
     dropout: float,
     backend: str | None,
+    compiling: bool,
 ) -> torch.Tensor:
     device = x.device
     dtype = _calls.autocast_dtype(x, device.type) or x.dtype
     seed = _calls.draw_seed(device) if dropout else None
-    chosen = dispatch.select(_FWD, backend, device.type, dtype, op)
     N, K = weight.shape
+    composed = _derivatives.composed(op, backend, compiling)
+    chosen = "eager" if composed else dispatch.select(FWD, backend, device.type, dtype, op)
     a, b, lora_bias = adapter
     call = (scale, dropout, dtype, chosen, weight.quant_type, weight.block_size, N, K)
     args: Any = (x, a, b, bias, lora_bias, seed, call, weight.packed, *weight.scales)
-    if not torch.is_grad_enabled() and not _calls.forward_mode():
-        return _forward(*args)[0]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _Linear4bit.apply(*args)
-    return _apply(*args)
+    if composed:
+        return compute(*args, run=_derivatives.run)[0]
+    if not torch.is_grad_enabled():
+        return compute(*args)[0]
+    if compiling:
+        return Function.apply(*args)
+    y = apply(*args)
+    return y[0] if type(y) is tuple else y
 
 
 def linear4bit(
@@ -236,7 +155,7 @@ def linear4bit(
     bias       [N] of any float dtype, or None
     backend    "cpp" | "cuda" | "triton" | "eager", or None for the first that serves
     Returns    y [..., N] in x.dtype, under autocast in its dtype; W rounded to that dtype, summed in fp32.
-               Differentiable once in x and bias.
+               Differentiable, any number of times, in x and bias.
     Saves      nothing but the packed weight
     Cost       2MNK FLOP and one dequantisation each way; x and y are each moved at least once
     Raises     ValueError: shape, device or backend.  TypeError: dtype.
@@ -244,7 +163,7 @@ def linear4bit(
     op = "linear4bit"
     if not _fits(x, weight, bias):
         _check(op, x, weight, bias)
-    return _run(op, x, weight, (None, None, None), bias, 1.0, 0.0, backend)
+    return _run(op, x, weight, (None, None, None), bias, 1.0, 0.0, backend, torch.compiler.is_compiling())
 
 
 def linear4bit_lora(
@@ -264,7 +183,8 @@ def linear4bit_lora(
     weight     Weight4bit of shape [N, K]; frozen
     x, lora_A, lora_B, bias, lora_bias, scale, dropout, backend    as in ``lora_linear``; bias of any float dtype
     Returns    y [..., N] in x.dtype, under autocast in its dtype; W rounded to that dtype, summed in fp32.
-               Differentiable once in every tensor but the weight and scale.
+               Differentiable, any number of times, in every tensor but the weight and a float scale; gradients of
+               gradients are the reference's
     Saves      x (the caller's own tensor), s = drop(x) Aᵀ [M, R], the seed and the packed weight; what no gradient
                needs is not saved
     Cost       2MNK + 2MR(K + N) FLOP forward, 2MNK + 4MR(K + N) backward, and one dequantisation each way
@@ -274,5 +194,7 @@ def linear4bit_lora(
     adapter = lora_A, lora_B, lora_bias, dropout
     if not _fits(x, weight, bias, adapter):
         _check(op, x, weight, bias, adapter)
-    scale, lora_B, lora_bias = _calls.fold_scale(op, scale, lora_B, lora_bias)
-    return _run(op, x, weight, (lora_A, lora_B, lora_bias), bias, scale, dropout, backend)
+    compiling = torch.compiler.is_compiling()
+    if type(scale) is not float or compiling:
+        scale, lora_B, lora_bias = _calls.fold_scale(op, scale, lora_B, lora_bias, compiling)
+    return _run(op, x, weight, (lora_A, lora_B, lora_bias), bias, scale, dropout, backend, compiling)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _calls, _checks, _library
+from fastpeft.ops import _calls, _checks, _derivatives, _library
+
+_Call = tuple[float, float, torch.dtype, str]
+"""scale, p, dtype, backend."""
 
 
 def _describe(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float) -> _library.Call:
@@ -22,7 +26,7 @@ _library.register_composed("lora_adapter", _describe)
 
 
 class _LoRAAdapter(torch.autograd.Function):
-    """Saves x and s (and the parameters); the mask is drawn again from the seed."""
+    """Saves what the needed gradients read; the mask is drawn again from the seed."""
 
     @staticmethod
     def forward(
@@ -31,42 +35,76 @@ class _LoRAAdapter(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         lora_bias: torch.Tensor | None,
-        scale: float,
-        p: float,
         seed: torch.Tensor | None,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> torch.Tensor:
-        y, s = _forward(x, a, b, lora_bias, scale, p, seed, dtype, backend)
-        need = ctx.needs_input_grad
-        # What no gradient asks for is not kept alive: a frozen A saves no x, a frozen B no s.
-        ctx.save_for_backward(x if need[1] else None, a, b, s if need[2] else None, seed)
-        ctx.call = (scale, p, dtype, backend, x.shape, x.dtype, None if lora_bias is None else lora_bias.dtype)
+        call: _Call,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        y, s = _forward(x, a, b, lora_bias, seed, call)
+        need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_a else None,
+            a if need_x else None,
+            b if need_x or need_a else None,
+            s if need_b else None,
+            seed,
+        )
+        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
+        if not need_x:
+            ctx.a_like = a.shape, a.dtype
+            if not need_a:
+                ctx.b_like = b.shape, b.dtype
+        if need_bias:
+            ctx.bias_dtype = None if lora_bias is None else lora_bias.dtype
+        if need_b and not (need_x and need_a) and _derivatives.linked(need_x, False, need_a):
+            ctx.set_materialize_grads(False)
+            return y, s
         return y
 
     @staticmethod
-    @_calls.once
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, s, seed = ctx.saved_tensors
-        scale, p, dtype, backend, shape, x_dtype, bias_dtype = ctx.call
-        need_dx, need_da, need_db, need_bias = ctx.needs_input_grad[:4]
-        dy = _calls.rows(dy, b.shape[0], dtype)
-        # What was not saved is not read; a launcher takes its sizes from the others.
-        s = dy.new_empty(0) if s is None else s
-        ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias)
-        da: Any = None
-        dx: Any = None
-        if need_dx or need_da:
-            x = dy.new_empty(0) if x is None else _calls.rows(x, a.shape[1], dtype)
-            da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
+    def backward(ctx: Any, dy: torch.Tensor, ds: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        return _derived(ctx, dy, ds) if _derivatives.derived(dy, ds) else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, a, b, s, seed = ctx.saved_tensors
+    scale, p, dtype, backend = ctx.call
+    need_dx, need_da, need_db, need_bias, _, _ = ctx.needs_input_grad
+    dy = _calls.rows(dy, dy.shape[-1], dtype)
+    # What was not saved is not read; a launcher takes its sizes from the others.
+    s = dy.new_empty(0) if s is None else s.contiguous()
+    if a is None:
+        a = _derivatives.stand_in(dy, ctx.a_like)
+        b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
+    ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias)
+    da = dx = dy
+    if need_dx or need_da:
+        x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
+        da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
+    return (
+        _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
+        da if need_da else None,
+        db if need_db else None,
+        (sums * scale).to(ctx.bias_dtype) if need_bias else None,
+        None,
+        None,
+    )
+
+
+def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The same by the reference's formula, to be differentiated again."""
+    x, a, b, s, seed = ctx.saved_tensors
+    scale, p, dtype, _ = ctx.call
+    need_dx, need_da, need_db, need_bias, _, _ = ctx.needs_input_grad
+    with _derivatives.formula(dy, b, ctx.shape, dtype) as dy:
+        x = None if x is None else _calls.rows(x, ctx.shape[-1], dtype)
+        if a is None:
+            a = _derivatives.stand_in(dy, ctx.a_like)
+            b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
+        dx, da, db = _derivatives.adapter(dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db)
         return (
-            _calls.like_input(dx, shape, x_dtype) if need_dx else None,
+            dx.reshape(ctx.shape).to(ctx.dtype) if need_dx else None,
             da if need_da else None,
             db if need_db else None,
-            (sums * scale).to(bias_dtype) if need_bias else None,
-            None,
-            None,
-            None,
+            (_derivatives.bias_gradient(dy) * scale).to(ctx.bias_dtype) if need_bias else None,
             None,
             None,
         )
@@ -77,16 +115,15 @@ def _forward(
     a: torch.Tensor,
     b: torch.Tensor,
     lora_bias: torch.Tensor | None,
-    scale: float,
-    p: float,
     seed: torch.Tensor | None,
-    dtype: torch.dtype,
-    backend: str,
+    call: _Call,
+    run: Callable[..., Any] = _library.launch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    scale, p, dtype, backend = call
     rows = _calls.rows(x, a.shape[1], dtype)
     _library.tell("lora_adapter", backend, rows, a, b, p)
-    s = _library.launch("lora_shrink", backend, rows, a, p, seed)
-    y = _library.launch("lora_expand", backend, s, b, None, lora_bias, scale)
+    s = run("lora_shrink", backend, rows, a, p, seed)
+    y = run("lora_expand", backend, s, b, None, lora_bias, scale)
     return _calls.shaped(y, x.shape[:-1]), s
 
 
@@ -137,8 +174,8 @@ def lora_adapter(
     scale      float or 0-d tensor, dimensionless
     dropout    probability in [0, 1) that an element of x is hidden from A; the contract of lora_linear
     backend    "cpp" | "triton" | "eager", or None for the first that serves
-    Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable once in every tensor
-               but a float scale.
+    Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable, any number of
+               times, in every tensor but a float scale; gradients of gradients are the reference's
     Saves      x (the caller's own tensor), s = drop(x) Aᵀ [M, R] and the seed; what no gradient needs is not saved
     Cost       2MR(K + N) FLOP forward, twice that backward; x is read once and y written once each way
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
@@ -148,10 +185,15 @@ def lora_adapter(
         _check(given)
     device = x.device
     dtype = _calls.autocast_dtype(x, device.type) or x.dtype
-    scale, lora_B, lora_bias = _calls.fold_scale("lora_adapter", scale, lora_B, lora_bias)
+    compiling = torch.compiler.is_compiling()
+    if type(scale) is not float or compiling:
+        scale, lora_B, lora_bias = _calls.fold_scale("lora_adapter", scale, lora_B, lora_bias, compiling)
     seed = _calls.draw_seed(device) if dropout else None
+    if _derivatives.composed("lora_adapter", backend, compiling):
+        return _forward(x, lora_A, lora_B, lora_bias, seed, (scale, dropout, dtype, "eager"), _derivatives.run)[0]
     chosen = dispatch.select("lora_shrink", backend, device.type, dtype, "lora_adapter")
-    call = (x, lora_A, lora_B, lora_bias, scale, dropout, seed, dtype, chosen)
-    if torch.is_grad_enabled() or _calls.forward_mode():
-        return _LoRAAdapter.apply(*call)
-    return _forward(*call)[0]
+    args = (x, lora_A, lora_B, lora_bias, seed, (scale, dropout, dtype, chosen))
+    if not torch.is_grad_enabled():
+        return _forward(*args)[0]
+    y = _LoRAAdapter.apply(*args)
+    return y[0] if type(y) is tuple else y

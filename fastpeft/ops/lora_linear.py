@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _calls, _checks, _library
+from fastpeft.ops import _calls, _checks, _derivatives, _library
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -64,7 +65,7 @@ _library.register(_BWD, _fake_bwd)
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves x and s (and the parameters); the mask is drawn again from the seed, the weight is never copied."""
+    """Saves what the needed gradients read, the weight uncopied; the mask is drawn again from the seed."""
 
     @staticmethod
     def forward(
@@ -77,38 +78,55 @@ class _LoRALinear(torch.autograd.Function):
         lora_bias: torch.Tensor | None,
         seed: torch.Tensor | None,
         call: tuple[float, float, torch.dtype, str],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = _forward(x, w, a, b, bias, lora_bias, seed, call)
-        need = ctx.needs_input_grad
-        # What no gradient asks for is not kept alive: frozen A and W save no x, frozen B saves no s.
-        ctx.save_for_backward(x if need[2] or need[1] else None, w, a, b, s if need[3] else None, seed)
+        need_x, need_w, need_a, need_b, need_bias, need_lora_bias, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_a or need_w else None,
+            w if need_x else None,
+            a if need_x else None,
+            b if need_x or need_a else None,
+            s if need_b else None,
+            seed,
+        )
         ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
-        if need[4] or need[5]:
+        if not need_x:
+            ctx.a_like = a.shape, a.dtype
+            if not need_a:
+                ctx.b_like = b.shape, b.dtype
+        if need_w:
+            ctx.weight_dtype = w.dtype
+        if need_bias or need_lora_bias:
             ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        if need_b and not (need_x and need_a) and _derivatives.linked(need_x, need_w, need_a):
+            ctx.set_materialize_grads(False)
+            return y, s
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # `once` only where a second derivative may be asked for: its no_grad costs a tiny call 5 %.
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+    def backward(ctx: Any, dy: torch.Tensor, ds: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        return _derived(ctx, dy, ds) if _derivatives.derived(dy, ds) else _backward(ctx, dy)
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, w, a, b, s, seed = ctx.saved_tensors
     scale, p, dtype, backend = ctx.call
-    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
-    dy = _calls.rows(dy, w.shape[0], dtype)
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, _, _ = ctx.needs_input_grad
+    dy = _calls.rows(dy, dy.shape[-1], dtype)
     # What was not saved is not read; a launcher takes its sizes from the others.
-    x = dy.new_empty(0) if x is None else _calls.rows(x, w.shape[1], dtype)
-    s = dy.new_empty(0) if s is None else s
-    cast = w if w.dtype == dtype else w.to(dtype)
+    x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
+    s = dy.new_empty(0) if s is None else s.contiguous()
+    if a is None:
+        a = _derivatives.stand_in(dy, ctx.a_like)
+        b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
+    w = a if w is None else w if w.dtype == dtype else w.to(dtype)
     dx, da, db, sums = _library.call(
-        _BWD, backend, dy, x, cast, a, b, s, scale, p, seed,
+        _BWD, backend, dy, x, w, a, b, s, scale, p, seed,
         need_dx, need_da, need_db, need_bias or need_lora_bias,
     )  # fmt: skip
     return (
         _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
-        (dy.t() @ x).to(w.dtype) if need_dw else None,
+        (dy.t() @ x).to(ctx.weight_dtype) if need_dw else None,
         da if need_da else None,
         db if need_db else None,
         sums.to(ctx.bias_dtypes[0]) if need_bias else None,
@@ -118,7 +136,29 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-_backward_once = _calls.once(_backward)
+def _derived(ctx: Any, dy: Any, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The same by the reference's formula, to be differentiated again."""
+    x, w, a, b, s, seed = ctx.saved_tensors
+    scale, p, dtype, _ = ctx.call
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, _, _ = ctx.needs_input_grad
+    with _derivatives.formula(dy, b, ctx.shape, dtype) as dy:
+        x = None if x is None else _calls.rows(x, ctx.shape[-1], dtype)
+        if a is None:
+            a = _derivatives.stand_in(dy, ctx.a_like)
+            b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
+        dx, da, db = _derivatives.adapter(dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+        sums = _derivatives.bias_gradient(dy) if need_bias or need_lora_bias else dy
+        return (
+            (dx + dy @ w.to(dtype)).reshape(ctx.shape).to(ctx.dtype) if need_dx else None,
+            (dy.t() @ x).to(ctx.weight_dtype) if need_dw else None,
+            da if need_da else None,
+            db if need_db else None,
+            sums.to(ctx.bias_dtypes[0]) if need_bias else None,
+            (sums * scale).to(ctx.bias_dtypes[1]) if need_lora_bias else None,
+            None,
+            None,
+        )
+
 
 # Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
@@ -133,12 +173,13 @@ def _forward(
     lora_bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     call: tuple[float, float, torch.dtype, str],
+    run: Callable[..., Any] = _library.call,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scale, p, dtype, backend = call
     rows = _calls.rows(x, w.shape[1], dtype)
     if w.dtype != dtype:
         w = w.to(dtype)
-    y, s = _library.call(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed)
+    y, s = run(_FWD, backend, rows, w, a, b, bias, lora_bias, scale, p, seed)
     return _calls.shaped(y, x.shape[:-1]), s
 
 
@@ -203,8 +244,8 @@ def lora_linear(
     dropout    probability in [0, 1) that an element of x is hidden from A; drawn anew at every call, from a seed that
                torch's generator of x's device gives; realised in steps of 1/65536, and unbiased
     backend    "cpp" | "triton" | "eager", or None for the first that serves
-    Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable once in every tensor
-               but scale.
+    Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable, any number of
+               times, in every tensor but a float scale; gradients of gradients are the reference's
     Saves      x (the caller's own tensor), s = drop(x) Aᵀ [M, R] and the seed; what no gradient needs is not saved
     Cost       2MNK + 2MR(K + N) FLOP forward, 2MNK + 4MR(K + N) backward; x and y are each moved at least once
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
@@ -218,12 +259,18 @@ def lora_linear(
     if cast is None and weight.dtype != dtype:
         rule = f"have the dtype of weight, {weight.dtype}, outside autocast"
         _checks.require_dtype(False, "lora_linear", "x", rule, dtype)
-    scale, lora_B, lora_bias = _calls.fold_scale("lora_linear", scale, lora_B, lora_bias)
+    compiling = torch.compiler.is_compiling()
+    if type(scale) is not float or compiling:
+        scale, lora_B, lora_bias = _calls.fold_scale("lora_linear", scale, lora_B, lora_bias, compiling)
     seed = _calls.draw_seed(device) if dropout else None
+    if _derivatives.composed("lora_linear", backend, compiling):
+        call = (scale, dropout, dtype, "eager")
+        return _forward(x, weight, lora_A, lora_B, bias, lora_bias, seed, call, _derivatives.run)[0]
     chosen = dispatch.select(_FWD, backend, device.type, dtype, "lora_linear")
     args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, (scale, dropout, dtype, chosen))
-    if not torch.is_grad_enabled() and not _calls.forward_mode():
+    if not torch.is_grad_enabled():
         return _forward(*args)[0]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if compiling:
         return _LoRALinear.apply(*args)
-    return _apply(*args)
+    y = _apply(*args)
+    return y[0] if type(y) is tuple else y

@@ -33,8 +33,8 @@ def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def keep_mask(seed: torch.Tensor, M: int, K: int, p: float, device: torch.device | str) -> torch.Tensor:
-    """Boolean mask ``[M, K]``; ``seed`` is an int64 tensor of one element."""
-    key = int(seed)
+    """Boolean mask ``[M, K]``; ``seed`` is an int64 tensor of one element, which stays on its device."""
+    key = seed.reshape(())
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
     groups = (K + 255) // 256
     row = torch.arange(M, device=device, dtype=torch.int64).view(M, 1)

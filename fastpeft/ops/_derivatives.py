@@ -1,0 +1,116 @@
+"""Where derivatives are not the launchers': second derivatives, torch.func, forward mode, exported programs.
+
+A call inside a transform, or traced for somebody without fastpeft, is `composed` of torch's own operations. A backward
+whose gradients may be differentiated again, or that is itself inside a transform, is `derived`: the same gradients by
+the reference's formula, on the saved tensors that carry the graph.
+
+What that formula reads beyond the first derivative is s = drop(x) Aᵀ with its graph. Where x and A are saved anyway, s
+is computed again. Where one of them is not (a frozen A needs no x, a frozen x no A), s is a second output of the
+Function, `linked`: its gradient comes back to the same backward, and no further tensor is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from fastpeft import dispatch
+from fastpeft.ops import _calls, _checks
+
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_compiling = torch.compiler.is_compiling
+_batched = torch._C._functorch.is_legacy_batchedtensor  # by which autograd.grad(..., is_grads_batched=True) maps
+
+
+def composed(op: str, backend: str | None, compiling: bool) -> bool:
+    """Whether a call must be made of torch's own operations: torch.func, forward mode, torch.jit.trace, torch.export.
+
+    Raises     ValueError: it must, and ``backend`` asks for other ones.
+    """
+    if not compiling:
+        if forward_ad._current_level < 0 and not _transforms() and not _tracing():
+            return False
+    elif not torch.compiler.is_exporting():
+        return False
+    asked = backend or dispatch.default
+    rule = "be None or 'eager' inside torch.func, forward-mode differentiation, torch.jit.trace and torch.export"
+    _checks.require(asked in (None, "eager"), op, "backend", rule, repr(asked))
+    return True
+
+
+def reference(launcher: str) -> Any:
+    """The launcher in plain PyTorch: differentiable, and known to every transform and tracer."""
+    return dispatch.load(launcher, "eager")
+
+
+reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.select
+
+
+def run(launcher: str, backend: str, *args: Any) -> Any:
+    """As ``_library.call``, for a call that is `composed`."""
+    return reference(launcher)(*args)
+
+
+def derived(dy: torch.Tensor | None, ds: torch.Tensor | None) -> bool:
+    """Whether a backward must go by the formula; dy is None, or ds is not, only where s is `linked`."""
+    if ds is not None or dy is None:
+        return True
+    if _compiling():  # torch.compile differentiates once
+        return False
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or _transforms() or _batched(dy)
+
+
+def linked(need_x: bool, need_w: bool, need_a: bool) -> bool:
+    """Whether s, where dB reads it, depends on a tensor that is differentiated and not saved."""
+    apart = not (need_a or need_w) if need_x else need_a
+    return apart and not _compiling()
+
+
+def stand_in(dy: torch.Tensor, like: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+    """For a factor whose values no gradient reads: a launcher asks it for shape and dtype alone."""
+    return dy.new_empty(like[0], dtype=like[1])
+
+
+@contextmanager
+def formula(dy: torch.Tensor | None, b: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """dy [M, N] in ``dtype``, zeros where only s was differentiated; autocast is off, as it is in a launcher."""
+    with torch.autocast(b.device.type if dy is None else dy.device.type, enabled=False):
+        if dy is None:
+            yield b.new_zeros(shape[:-1].numel(), b.shape[0], dtype=dtype)
+        else:
+            yield _calls.rows(dy, dy.shape[-1], dtype)
+
+
+def adapter(
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    s: torch.Tensor | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(the adapter's share of dx, da, db), differentiable; x, s: None where they were not saved."""
+    if need_db and need_dx and x is not None:  # and so A was saved as well
+        s = reference("lora_shrink")(x, a, p, seed)
+    empty = dy.new_empty(0)
+    through_b, db, _ = reference("lora_grad_b")(dy, empty if s is None else s, b, scale, need_db, False)
+    da, dx = reference("lora_grad_a")(
+        empty if x is None else x, through_b if ds is None else through_b + ds, a, p, seed, need_dx, need_da
+    )
+    return dx, da, db
+
+
+def bias_gradient(dy: torch.Tensor) -> torch.Tensor:
+    """Σ over the rows, in fp32 or fp64."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
