@@ -10,9 +10,6 @@ import torch
 from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks, _derivatives, _library
 
-_Call = tuple[float, float, torch.dtype, str]
-"""scale, p, dtype, backend."""
-
 
 def _describe(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, p: float) -> _library.Call:
     (M, K), (N, R), ours = x.shape, b.shape, "its two products, no base"
@@ -36,7 +33,7 @@ class _LoRAAdapter(torch.autograd.Function):
         b: torch.Tensor,
         lora_bias: torch.Tensor | None,
         seed: torch.Tensor | None,
-        call: _Call,
+        call: tuple[float, float, torch.dtype, str],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = _forward(x, a, b, lora_bias, seed, call)
         need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
@@ -116,7 +113,7 @@ def _forward(
     b: torch.Tensor,
     lora_bias: torch.Tensor | None,
     seed: torch.Tensor | None,
-    call: _Call,
+    call: tuple[float, float, torch.dtype, str],
     run: Callable[..., Any] = _library.launch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scale, p, dtype, backend = call

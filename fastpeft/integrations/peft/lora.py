@@ -16,7 +16,7 @@ import torch
 from fastpeft.integrations.peft import factors, gathered
 from fastpeft.integrations.peft.kind import Accelerated, Kind
 from fastpeft.integrations.peft.plain import DTYPES, PLAIN, globally_hooked, observed, transformed
-from fastpeft.ops import lora_adapter
+from fastpeft.ops.lora_adapter import lora_adapter
 
 
 class LoRAKind(Kind):
