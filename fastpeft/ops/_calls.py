@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastpeft.ops import _checks
@@ -26,6 +28,16 @@ def rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
 def shaped(y: torch.Tensor, leading: torch.Size) -> torch.Tensor:
     """[M, width] -> [*leading, width], and no view in autograd's eyes: a caller may add to it in place."""
     return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
+
+
+def nested(x: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``call``, which takes and gives rows [M, width], on all rows of a nested x at once; nested as x is."""
+    parts = x.unbind()
+    y = call(torch.cat([part.flatten(0, -2) for part in parts]))
+    split = y.split([part.shape[:-1].numel() for part in parts])
+    return torch.nested.as_nested_tensor(
+        [rows.view(*part.shape[:-1], -1) for rows, part in zip(split, parts, strict=True)]
+    )
 
 
 def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

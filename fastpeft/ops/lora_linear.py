@@ -217,7 +217,7 @@ def _fits(given: _Given) -> bool:
             and (bias is None or _checks.vector_fits(bias, N, device))
             and _checks.adapter_fits(K, N, device, lora_A, lora_B, lora_bias, dropout)
         )
-    except _checks.UNFIT:
+    except (*_checks.UNFIT, RuntimeError):  # RuntimeError: a nested x has no shape
         return False
 
 
@@ -235,7 +235,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """y = x Wᵀ + bias + scale · (drop(x) Aᵀ Bᵀ + lora_bias)            Hu et al. 2021, arXiv:2106.09685, eq. 3
 
-    x          [..., K]  fp32 | bf16 | fp16 (fp64 with the eager backend), any strides
+    x          [..., K]  fp32 | bf16 | fp16 (fp64 with the eager backend), any strides; or nested (torch.strided)
     weight     [N, K]    dtype of x outside autocast, any strides; frozen or trained
     lora_A     [R, K]    any float dtype and strides; R >= 1
     lora_B     [N, R]    any float dtype and strides
@@ -252,6 +252,9 @@ def lora_linear(
     """
     given: _Given = (x, weight, lora_A, lora_B, bias, lora_bias, dropout)
     if not _fits(given):
+        if isinstance(x, torch.Tensor) and x.is_nested:
+            rest: dict[str, Any] = {"scale": scale, "dropout": dropout, "backend": backend}
+            return _calls.nested(x, lambda rows: lora_linear(rows, weight, lora_A, lora_B, bias, lora_bias, **rest))
         _check(given)
     device = x.device
     cast = _calls.autocast_dtype(x, device.type)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from fastpeft.nn import init as schemes
+from fastpeft.nn._called import must_be_called
 from fastpeft.nn.config import OPTIONS, Config, refuse_unknown
 from fastpeft.ops import Weight4bit, _checks, linear4bit_lora, lora_adapter, lora_linear
 
@@ -84,6 +85,7 @@ class LoRAModule(nn.Module):
         self.use_rslora, self.init, self.layout = config.use_rslora, config.init, config.layout
         self.dropout_probability, self.backend = config.dropout, config.backend
         self._transposed, self._enabled = config.layout == "in_out", True
+        must_be_called(self)
         a, b = (config.rank, config.in_features), (config.out_features, config.rank)
         if self._transposed:
             a, b = a[::-1], b[::-1]

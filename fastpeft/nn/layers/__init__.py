@@ -1,7 +1,21 @@
 """Layers: each owns a base, its product, its merge and its files. No variant's name may enter here."""
 
+from fastpeft.nn.layers.lora_attention import LoRAMultiheadAttention
+from fastpeft.nn.layers.lora_cell import LoRAGRUCell, LoRALSTMCell, LoRARNNCell
 from fastpeft.nn.layers.lora_layer import LoRALayer
 from fastpeft.nn.layers.lora_linear import LoRALinear
+from fastpeft.nn.layers.lora_rnn import LoRAGRU, LoRALSTM, LoRARNN
 from fastpeft.nn.layers.qlora_linear import QLoRALinear
 
-__all__ = ["LoRALayer", "LoRALinear", "QLoRALinear"]
+__all__ = [
+    "LoRAGRU",
+    "LoRAGRUCell",
+    "LoRALSTM",
+    "LoRALSTMCell",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAMultiheadAttention",
+    "LoRARNN",
+    "LoRARNNCell",
+    "QLoRALinear",
+]

@@ -1,0 +1,33 @@
+"""How a module makes torch's fast path, which would read its weight and not call it, see that it must be called.
+
+In eval mode nn.TransformerEncoderLayer hands ``linear1.weight`` and the like to one fused operator, and what a LoRA
+module adds would silently be gone. It declines where a module inside it has a forward hook; so ours have one, which
+does nothing. Running hooks costs a call a microsecond, and nn.Module does it only where the dict of the hooks is true:
+the dict of a LoRA module is true only where it holds another one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+KEY: Any = "fastpeft.called"
+
+
+def called(module: nn.Module, args: Any) -> None:
+    """The hook: no change of the arguments."""
+
+
+class _Hooks(OrderedDict[Any, Callable[..., Any]]):
+    def __bool__(self) -> bool:
+        return len(self) > (KEY in self)
+
+
+def must_be_called(module: nn.Module) -> None:
+    """Give ``module`` the hook at no price a call; it survives deepcopy and pickle, others come and go beside it."""
+    hooks = _Hooks(module._forward_pre_hooks)
+    hooks[KEY] = called
+    module._forward_pre_hooks = hooks
