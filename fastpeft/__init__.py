@@ -24,6 +24,19 @@ from fastpeft.nn import (
     encoder_safe,
     lora_disabled,
 )
+from fastpeft.nn.prompts import (
+    PatternVerbalizer,
+    PrefixEncoder,
+    PrefixTuning,
+    PromptEmbedding,
+    PromptEncoder,
+    PTuningEmbedding,
+    freeze_body,
+    insert_prefix,
+    insert_prompt,
+    prepend_prompt,
+    remove_prompt,
+)
 
 _warn_of_hidden()
 
@@ -39,6 +52,12 @@ __all__ = [
     "LoRAMultiheadAttention",
     "LoRARNN",
     "LoRARNNCell",
+    "PTuningEmbedding",
+    "PatternVerbalizer",
+    "PrefixEncoder",
+    "PrefixTuning",
+    "PromptEmbedding",
+    "PromptEncoder",
     "QLoRALinear",
     "RankAllocator",
     "Report",
@@ -48,9 +67,14 @@ __all__ = [
     "enable_lora",
     "encoder_safe",
     "explain",
+    "freeze_body",
     "info",
+    "insert_prefix",
+    "insert_prompt",
     "lora_disabled",
     "ops",
+    "prepend_prompt",
     "release_workspace",
+    "remove_prompt",
     "restore",
 ]

@@ -1,0 +1,116 @@
+"""A prefix under transformers' gradient checkpointing, which hands its layers no cache.
+
+transformers gives a checkpointed layer ``cache=None``, because a cache that grows would grow a second time when the
+layer is recomputed. A prefix does not grow. So each self-attention that gets no cache is handed the prefix of its
+layer as a cache that keeps nothing, in the forward and, from what the checkpoint itself closes over, in the
+recomputation: the states are those of that very step, whatever runs in between.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.ops import _checks
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+_OTHER_KEYS = ("key_value_states", "encoder_hidden_states")
+States = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class PrefixOnly:
+    """What an attention asks of its layer's cache, answered by a prefix alone: ``update`` keeps nothing."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key, self.value = key, value
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.key.to(key), key], dim=-2), torch.cat([self.value.to(value), value], dim=-2)
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return int(self.key.shape[-2])
+
+
+class _Handed:
+    """A forward pre-hook of one attention: the prefix as its cache, where it attends to its own tokens without one."""
+
+    def __init__(self, names: tuple[str, ...], cache_name: str, cache: PrefixOnly) -> None:
+        self.names, self.cache_name, self.cache = names, cache_name, cache
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if any(given.get(name) is not None for name in (*_OTHER_KEYS, self.cache_name)):
+            return None
+        return (), {**given, self.cache_name: self.cache}
+
+
+def attentions(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
+    """Attention modules of ``model`` that take a cache, the names of their forward's arguments, and the cache's."""
+    found = []
+    for module in model.modules():
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        names = tuple(inspect.signature(module.forward).parameters)
+        cache = next((name for name in CACHE_NAMES if name in names), None)
+        if cache is not None and not any(hasattr(child, "layer_idx") for child in list(module.modules())[1:]):
+            found.append((module, names, cache))
+    return found
+
+
+@contextmanager
+def _handed_to(model: nn.Module, states: States) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, names, cache_name in attentions(model):
+            hook = _Handed(names, cache_name, PrefixOnly(*states[int(module.layer_idx)]))  # type: ignore[arg-type]
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+class _Recomputed:
+    """A layer's checkpoint function whose runs of the layer, the first and the recomputing one, see the prefix."""
+
+    def __init__(self, checkpoint: Callable[..., Any], model: nn.Module, states: States) -> None:
+        self.checkpoint, self.model, self.states = checkpoint, model, states
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _handed_to(self.model, self.states):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def checkpointed(model: nn.Module) -> list[Any]:
+    """The modules of ``model`` that checkpoint in this state."""
+    if not model.training:
+        return []
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+@contextmanager
+def seen_by(op: str, model: nn.Module, blocks: list[Any], states: States) -> Iterator[None]:
+    """Let the attentions of ``model`` see the prefix where ``blocks`` are checkpointed.
+
+    Raises     ValueError: reentrant checkpointing, which gives what a layer closes over no gradient
+    """
+    before = [(block, block.__dict__.get("_gradient_checkpointing_func")) for block in blocks]
+    for _, function in before:
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+        if function is not None and torch.is_grad_enabled():
+            rule = "be gradient checkpointing with use_reentrant=False, so that the prefix has a gradient"
+            _checks.require(reentrant is False, op, "checkpointing", rule, f"use_reentrant={reentrant}")
+    try:
+        for block, function in before:
+            if function is not None:
+                block._gradient_checkpointing_func = _Recomputed(function, model, states)
+        with _handed_to(model, states):
+            yield
+    finally:
+        for block, function in before:
+            if function is not None:
+                block._gradient_checkpointing_func = function

@@ -1,0 +1,210 @@
+"""Prompts and prefixes into transformers models, and out of them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from fastpeft.nn.config import flag
+from fastpeft.nn.prompts.checkpointing import CACHE_NAMES
+from fastpeft.nn.prompts.hosts import RECORD, Host, Inserted, host
+from fastpeft.nn.prompts.prefix import Prefix
+from fastpeft.nn.prompts.prefix_host import PrefixHost
+from fastpeft.nn.prompts.prompt_host import CrossHost, PromptHost
+from fastpeft.nn.prompts.virtual import Prompt
+from fastpeft.ops import _checks
+
+_UNEVEN = ("kv_lora_rank", "global_head_dim", "v_head_dim")
+_ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def insert_prompt(model: Any, prompt: Prompt, *, freeze_base: bool = True) -> Any:
+    """Put ``prompt`` before the embeddings of every sequence that ``model`` reads; change and return ``model``.
+
+    model      a transformers model that reads token ids: decoder, encoder (whose first token, which poolers read, is
+               then the prompt's), or encoder-decoder, whose encoder gets it
+    prompt     PromptEmbedding, PromptEncoder or PTuningEmbedding of the embeddings' width; becomes the submodule
+               ``model.prompt``, on their device
+    freeze_base    no parameter that the model had requires gradients afterwards
+
+    The forward and ``generate`` take what they took, and see P + T tokens: masks (2-D, or 4-D bool or added) get what
+    lets every token see the prompt, labels of one value a token get -100, span positions and ``position_ids`` move up
+    by P. Logits have P + T rows; those of an encoder-decoder as many as before. A cache holds the prompt after its
+    first call. ``prompt.disable()`` leaves it out.
+    Raises     ValueError: width, a second insertion, a name or forward in use.  TypeError: types.
+               Nothing is changed then
+    """
+    op = "insert_prompt"
+    _checks.require_dtype(isinstance(prompt, Prompt), op, "prompt", "be a prompt", type(prompt).__name__)
+    _check_model(op, model, "prompt", freeze_base)
+    nested = bool(model.config.is_encoder_decoder)
+    site = model.get_encoder() if nested else model
+    _check_forward(op, site)
+    embedding = site.get_input_embeddings()
+    width = embedding.weight.shape[1]
+    _checks.require(prompt.token_dim == width, op, "prompt", f"have token_dim {width}, the model's", prompt.token_dim)
+    record = Inserted(op, prompt, filler=_filler(model.config), first=_first(site), causal=_causal(site), nested=nested)
+    record.cache_name = _cache_name(site) or CACHE_NAMES[0]
+    record.trained = _freeze(model) if freeze_base else None
+    prompt.to(embedding.weight.device)
+    model.add_module("prompt", prompt)
+    for module in [embedding, *site.modules()]:
+        tied = getattr(module, "weight", None) is embedding.weight and isinstance(module, nn.Embedding)
+        if (tied or module is embedding) and record.rows not in module._forward_hooks.values():
+            module.register_forward_hook(record.rows)
+    _become(site, PromptHost, record)
+    if nested:
+        _become(model, CrossHost, record)
+    return model
+
+
+def insert_prefix(model: Any, prefix: Prefix, *, freeze_base: bool = True) -> Any:
+    """Let every self-attention of ``model`` see ``prefix`` before its own keys; change and return ``model``.
+
+    model      a transformers model whose attention takes cached keys and values: decoder, encoder (BERT, RoBERTa, …),
+               or encoder-decoder, whose decoder gets it
+    prefix     PrefixTuning or PrefixEncoder of the model's layers, key/value heads and head size; becomes the submodule
+               ``model.prefix``, on the embeddings' device
+    freeze_base    no parameter that the model had requires gradients afterwards
+
+    Real tokens' positions start at P. Outputs have as many rows as before. A layer with a sliding window sees the
+    prefix as far as its window reaches. A cache holds the prefix after its first call; ``generate`` takes any cache.
+    Under gradient checkpointing, which drops caches, every recomputed layer is handed its part of the prefix: the
+    gradient is the same; reentrant checkpointing has none and is refused.
+    Raises     ValueError: heads, width or layers, a model without such a cache, a second insertion.  TypeError: types.
+               Nothing is changed then
+    """
+    op = "insert_prefix"
+    _checks.require_dtype(isinstance(prefix, Prefix), op, "prefix", "be a prefix", type(prefix).__name__)
+    _check_model(op, model, "prefix", freeze_base)
+    site = model if _cache_name(model) else model.base_model
+    cache_name = _cache_name(site)
+    rule = "take cached keys and values in its forward"
+    _checks.require(cache_name is not None, op, "model", rule, type(model).__name__)
+    assert cache_name is not None
+    _check_forward(op, site)
+    _check_shape(op, model.config, prefix)
+    decoder = "decoder_" if model.config.is_encoder_decoder else ""
+    record = Inserted(op, prefix, causal=_causal(site), cache_name=cache_name, decoder=decoder)
+    record.trained = _freeze(model) if freeze_base else None
+    prefix.to(model.get_input_embeddings().weight.device)
+    model.add_module("prefix", prefix)
+    _become(site, PrefixHost, record)
+    if site is not model:
+        setattr(model, RECORD, record)
+    return model
+
+
+def remove_prompt(model: Any) -> Any:
+    """Take out what ``insert_prompt`` or ``insert_prefix`` put into ``model``, prompt or prefix; return ``model``.
+
+    Classes, forward, state-dict keys, hooks and ``requires_grad`` are as they were before the insertion; the prompt
+    itself stays what it has become.
+    Raises     ValueError: there is none.  TypeError: not a module
+    """
+    op = "remove_prompt"
+    _checks.require_dtype(isinstance(model, nn.Module), op, "model", "be an nn.Module", type(model).__name__)
+    record: Inserted | None = model.__dict__.get(RECORD)
+    _checks.require(record is not None, op, "model", "have a prompt or prefix of its own", "none")
+    assert record is not None
+    for module in model.modules():
+        if module.__dict__.get(RECORD) is record:
+            del module.__dict__[RECORD]
+            if isinstance(module, Host):
+                module.__class__ = type(module)._source  # type: ignore[attr-defined]
+        for key in [key for key, hook in module._forward_hooks.items() if hook is record.rows]:
+            del module._forward_hooks[key]
+    del model._modules["prompt" if isinstance(record.module, Prompt) else "prefix"]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if record.trained is not None and name in record.trained:
+            parameter.requires_grad_(record.trained[name])
+    return model
+
+
+def _check_model(op: str, model: Any, name: str, freeze_base: object) -> None:
+    known = isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_input_embeddings")
+    known = known and hasattr(model, "base_model_prefix") and not hasattr(model, "peft_config")
+    _checks.require_dtype(known, op, "model", "be a transformers model (below PEFT's)", type(model).__name__)
+    flag(op, "freeze_base", freeze_base)
+    held = [type(m.__dict__[RECORD].module).__name__ for m in model.modules() if RECORD in m.__dict__]
+    _checks.require(not held, op, "model", "have no prompt or prefix yet; remove_prompt first", held[:1])
+    _checks.require(not hasattr(model, name), op, "model", f"have no attribute named {name}", "one")
+    _check_forward(op, model)
+
+
+def _check_forward(op: str, model: Any) -> None:
+    """The class of a model is changed, which a forward of the instance's own would hide."""
+    own = "forward" in model.__dict__
+    rule = "run its class's forward; insert before accelerate's hooks, or anything else, replace it"
+    _checks.require(not own, op, "model", rule, "one set on the instance")
+
+
+def _cache_name(model: Any) -> str | None:
+    names = inspect.signature(type(model).forward).parameters
+    return next((name for name in CACHE_NAMES[:2] if name in names), None)
+
+
+def _causal(model: nn.Module) -> bool | None:
+    said = {held for module in model.modules() if isinstance(held := getattr(module, "is_causal", None), bool)}
+    return None if not said else True in said
+
+
+def _first(model: nn.Module) -> int:
+    """RoBERTa's positions begin after that of padding."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            padding: Any = module.padding_idx
+            return int(padding) + 1
+    return 0
+
+
+def _filler(config: Any) -> int:
+    """An id that no part of a model takes for a special one."""
+    special: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if name.endswith(("token_id", "token_index", "token_ids")) and value is not None:
+                special |= set(value if isinstance(value, (list, tuple)) else [value])
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def _one(config: Any, *names: str) -> int | None:
+    return next((held for name in names if isinstance(held := getattr(config, name, None), int)), None)
+
+
+def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
+    """The layers, heads and head size of what the model caches."""
+    text, both = config.get_text_config(decoder=True), bool(config.is_encoder_decoder)
+    uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
+    _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)
+    others = [kind for kind in getattr(text, "layer_types", None) or [] if kind not in _ATTENDING]
+    _checks.require(not others, op, "model", "have attention in every layer", others[:1])
+    own = ("num_decoder_layers", "decoder_layers") if both else ()
+    layers = _one(text, *own, "num_hidden_layers", "num_layers") or 0
+    layers -= getattr(text, "num_kv_shared_layers", None) or 0
+    queries = _one(text, *(("decoder_attention_heads",) if both else ()), "num_attention_heads", "num_heads") or 1
+    heads = _one(text, "num_key_value_heads", "num_kv_heads") or queries
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1
+    size = _one(text, "head_dim", "d_kv") or (_one(text, "hidden_size", "d_model") or 0) // queries
+    for name, want, got in (
+        ("num_layers", layers, prefix.num_layers),
+        ("num_kv_heads", heads, prefix.num_heads),
+        ("head_dim", size, prefix.head_dim),
+    ):
+        _checks.require(want == got, op, "prefix", f"have {name} {want}, the model's", got)
+
+
+def _freeze(model: nn.Module) -> dict[str, bool]:
+    before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return before
+
+
+def _become(model: Any, kind: Any, record: Inserted) -> None:
+    setattr(model, RECORD, record)
+    source: Any = type(model)
+    model.__class__ = host(source, kind)
