@@ -25,4 +25,11 @@ struct AdapterGrads {  // [0] where not needed
 AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
                          double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add);
 
+// y [M, N] = bias + scale · s bᵀ, or += scale · s bᵀ (`add`); bias: start_row, or null.
+void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float* bias, double scale, bool add);
+
+// da [R, K] = dsᵀ drop(x), and dx [M, K] = mask ∘ (ds a) / keep, or += the same (`add`); [0] where not needed.
+Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p, const optional<Tensor>& seed,
+                   bool need_dx, bool need_da, bool add);
+
 }  // namespace fastpeft

@@ -1,11 +1,10 @@
 // lora_shrink, lora_expand, lora_grad_b and lora_grad_a on the CPU.
 //
 // Signatures and meaning: fastpeft/reference/<op>.py.
-#include "tasks.h"
+#include "lora_adapter.h"
 
 namespace fastpeft {
 namespace {
-
 
 Tensor lora_shrink(Tensor x, Tensor a, double p, optional<Tensor> seed) {
   const int64_t M = x.size(0), K = x.size(1), R = a.size(0);
@@ -21,6 +20,8 @@ Tensor lora_shrink(Tensor x, Tensor a, double p, optional<Tensor> seed) {
   return s;
 }
 
+}  // namespace
+
 void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float* bias, double scale, bool add) {
   const int64_t R = s.size(1), N = b.size(0), ld = padded(R);
   const Tensor readable_b = readable(b);
@@ -32,6 +33,8 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float*
                      y.stride(0), N);
   });
 }
+
+namespace {
 
 Tensor lora_expand(Tensor s, Tensor b, optional<Tensor> bias, optional<Tensor> lora_bias, double scale) {
   Tensor y = empty_like(s, {s.size(0), b.size(0)});
@@ -68,10 +71,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
   return {ds, db, sums};
 }
 
-std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, optional<Tensor> seed, bool need_dx,
-                                       bool need_da) {
+}  // namespace
+
+Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p, const optional<Tensor>& seed,
+                   bool need_dx, bool need_da, bool add) {
   const int64_t M = ds.size(0), K = a.size(1), R = a.size(0), ld = padded(R);
-  Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a), dx = need_dx ? empty_like(ds, {M, K}) : nothing(ds);
+  Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a);
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a);
   const Panel panel(strided(readable_a), need_dx ? R : 0, K, Use::expand, type_of(dx));
@@ -88,13 +93,21 @@ std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, 
         if (need_da)
           kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, left, ld, part, grad.ld, nullptr);
         if (need_dx)
-          kernels().expand(left, ld, m0, m1, R, panel.data, panel.ld, nullptr, mask.factor, bits, false, dx.mutable_data_ptr(),
+          kernels().expand(left, ld, m0, m1, R, panel.data, panel.ld, nullptr, mask.factor, bits, add, dx.mutable_data_ptr(),
                            type_of(dx), K, K);
       });
     }
   });
   if (need_da) grad.finish(da, mask.factor, false);
-  return {da, dx};
+  return da;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, optional<Tensor> seed, bool need_dx,
+                                       bool need_da) {
+  const Tensor dx = need_dx ? empty_like(ds, {ds.size(0), a.size(1)}) : nothing(ds);
+  return {grad_a_into(dx, x, ds, a, p, seed, need_dx, need_da, false), dx};
 }
 
 }  // namespace

@@ -22,6 +22,8 @@ try:
     lora_grad_a = _ops.lora_grad_a.default._op
     lora_linear_fwd = _ops.lora_linear_fwd.default._op
     lora_linear_bwd = _ops.lora_linear_bwd.default._op
+    lora_between_fwd = _ops.lora_between_fwd.default._op
+    lora_between_bwd = _ops.lora_between_bwd.default._op
     quantize_4bit = _ops.quantize_4bit.default._op
     quantize_absmax = _ops.quantize_absmax.default._op
     dequantize_4bit = _ops.dequantize_4bit.default._op

@@ -73,6 +73,8 @@ ROWS: dict[str, Row] = {
     "lora_linear_fused_dx": Row("lora_linear_fused", (_FUSED, EAGER)),
     "lora_linear_fwd": Row("lora_linear", (CPP, TRITON, EAGER)),
     "lora_linear_bwd": Row("lora_linear", (CPP, TRITON, EAGER)),
+    "lora_between_fwd": Row("lora_between", (CPP, TRITON, EAGER)),
+    "lora_between_bwd": Row("lora_between", (CPP, TRITON, EAGER)),
     "quantize_4bit": Row("quantize_4bit", (CPP, _TRITON_BYTES, EAGER)),
     "quantize_absmax": Row("quantize_4bit", (CPP, _TRITON_BYTES, EAGER)),
     "dequantize_4bit": Row("dequantize_4bit", (CPP, CUDA, TRITON, EAGER)),

@@ -46,7 +46,7 @@ def lora_linear_fwd_strategy(x, w, a, b, bias, lora_bias, scale, p, seed):
     return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
 
 
-def _add_product(out, left, right):
+def add_product(out, left, right):
     """out += left right by the vendor's GEMM; with beta = 1 its read of out hides in the epilogue."""
     item = out.element_size()
     (M, J), N = left.shape, right.shape[1]
@@ -60,7 +60,7 @@ def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, *, strategy="au
     if resolve_strategy(strategy, x, w, a.shape[0], p) == "fused":
         return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale), s
     y = lora_expand(s, b, bias, lora_bias, scale)
-    _add_product(y, x, w.t())
+    add_product(y, x, w.t())
     return y, s
 
 
@@ -80,5 +80,5 @@ def lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db
     if need_ds:
         da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
     if need_dx:
-        _add_product(dx, dy, w)
+        add_product(dx, dy, w)
     return dx, da, db, dbias

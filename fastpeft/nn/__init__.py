@@ -1,7 +1,8 @@
 """Torch modules: parameters, initialisation, merging. The arithmetic of a call is in ``fastpeft.ops``."""
 
+from fastpeft.nn.bottleneck import Adapter, AdapterFusion
 from fastpeft.nn.encoder import encoder_safe
-from fastpeft.nn.factors import LoRAModule, RankAllocator
+from fastpeft.nn.factors import LoRAModule, RankAllocator, task
 from fastpeft.nn.layers import (
     LoRAGRU,
     LoRAGRUCell,
@@ -10,17 +11,36 @@ from fastpeft.nn.layers import (
     LoRALSTM,
     LoRALSTMCell,
     LoRAMultiheadAttention,
+    LoRAParametrization,
     LoRARNN,
     LoRARNNCell,
     QLoRALinear,
+    add_parametrization,
 )
 from fastpeft.nn.merge import Mergeable, MergeReport
 from fastpeft.nn.switch import disable_lora, enable_lora, lora_disabled
-from fastpeft.nn.variants import AdaLoRALayer, AdaLoRALinear
+from fastpeft.nn.variants import (
+    AdaLoRALayer,
+    AdaLoRALinear,
+    AttentionGuidedLoRALayer,
+    AttentionGuidedLoRALinear,
+    ConditionalLoRALayer,
+    ConditionalLoRALinear,
+    HyperLoRALayer,
+    HyperLoRALinear,
+)
 
 __all__ = [
     "AdaLoRALayer",
     "AdaLoRALinear",
+    "Adapter",
+    "AdapterFusion",
+    "AttentionGuidedLoRALayer",
+    "AttentionGuidedLoRALinear",
+    "ConditionalLoRALayer",
+    "ConditionalLoRALinear",
+    "HyperLoRALayer",
+    "HyperLoRALinear",
     "LoRAGRU",
     "LoRAGRUCell",
     "LoRALSTM",
@@ -29,14 +49,17 @@ __all__ = [
     "LoRALinear",
     "LoRAModule",
     "LoRAMultiheadAttention",
+    "LoRAParametrization",
     "LoRARNN",
     "LoRARNNCell",
     "MergeReport",
     "Mergeable",
     "QLoRALinear",
     "RankAllocator",
+    "add_parametrization",
     "disable_lora",
     "enable_lora",
     "encoder_safe",
     "lora_disabled",
+    "task",
 ]

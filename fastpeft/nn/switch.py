@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastpeft.nn.factors.base import LoRAModule
+from fastpeft.nn.layers.parametrization import LoRAParametrization
 from fastpeft.nn.merge import Mergeable
 from fastpeft.ops import _checks
 
 
-def _modules(module: nn.Module) -> list[LoRAModule]:
+def _modules(module: nn.Module) -> list[LoRAModule | LoRAParametrization]:
     _checks.require_dtype(isinstance(module, nn.Module), "lora", "module", "be an nn.Module", type(module).__name__)
-    return [child for child in module.modules() if isinstance(child, LoRAModule)]
+    return [child for child in module.modules() if isinstance(child, (LoRAModule, LoRAParametrization))]
 
 
 def enable_lora(module: nn.Module) -> int:
-    """``enable()`` on every LoRA module in ``module``; returns how many there are."""
+    """``enable()`` on every LoRA module and parametrization in ``module``; returns how many there are."""
     children = _modules(module)
     for child in children:
         child.enable()
@@ -26,7 +27,7 @@ def enable_lora(module: nn.Module) -> int:
 
 
 def disable_lora(module: nn.Module) -> int:
-    """``disable()`` on every LoRA module in ``module``; returns how many there are."""
+    """``disable()`` on every LoRA module and parametrization in ``module``; returns how many there are."""
     children = _modules(module)
     for child in children:
         child.disable()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from fastpeft.nn.factors.adaptive import Adaptive
+from fastpeft.nn.factors.conditional import Conditional
+from fastpeft.nn.factors.gated import Gated
+from fastpeft.nn.factors.hyper import Hyper
 from fastpeft.nn.layers import LoRALayer, LoRALinear
 
 
@@ -19,3 +22,30 @@ class AdaLoRALayer(Adaptive, LoRALayer):
 class AdaLoRALinear(Adaptive, LoRALinear):
     """LoRALinear with `Adaptive` ranks: AdaLoRALinear(original_layer, rank=8, ...), AdaLoRALinear(in, out, max_rank=16,
     min_rank=4), AdaLoRALinear.from_linear(layer, rank=16, ...); the forms of AdaLoRALayer."""
+
+
+class ConditionalLoRALayer(Conditional, LoRALayer):
+    """LoRALayer with `Conditional` factors: ConditionalLoRALayer(in_features, out_features, num_tasks, rank=4)."""
+
+
+class ConditionalLoRALinear(Conditional, LoRALinear):  # type: ignore[misc]  # merge takes the task, too
+    """LoRALinear with `Conditional` factors: ConditionalLoRALinear(in_features, out_features, num_tasks, rank=4),
+    ConditionalLoRALinear.from_linear(layer, num_tasks=3, ...)."""
+
+
+class HyperLoRALayer(Hyper, LoRALayer):
+    """LoRALayer with `Hyper` factors: HyperLoRALayer(in_features, out_features, rank=4, task_embedding_dim=16)."""
+
+
+class HyperLoRALinear(Hyper, LoRALinear):  # type: ignore[misc]  # merge takes the embedding, too
+    """LoRALinear with `Hyper` factors: HyperLoRALinear(in_features, out_features, rank=4, task_embedding_dim=16),
+    HyperLoRALinear.from_linear(layer, task_embedding_dim=16, ...)."""
+
+
+class AttentionGuidedLoRALayer(Gated, LoRALayer):
+    """LoRALayer with a gate: AttentionGuidedLoRALayer(in_features, out_features, rank=4, gate="softmax")."""
+
+
+class AttentionGuidedLoRALinear(Gated, LoRALinear):
+    """LoRALinear with a gate: AttentionGuidedLoRALinear(in_features, out_features, rank=4, gate="softmax"),
+    AttentionGuidedLoRALinear.from_linear(layer, gate="sigmoid", ...)."""

@@ -3,11 +3,13 @@
 from fastpeft.ops.dequantize_4bit import dequantize_4bit
 from fastpeft.ops.linear4bit import linear4bit, linear4bit_lora
 from fastpeft.ops.lora_adapter import lora_adapter
+from fastpeft.ops.lora_between import lora_between
 from fastpeft.ops.lora_expand import lora_expand, lora_expand_add
 from fastpeft.ops.lora_grad_a import lora_grad_a
 from fastpeft.ops.lora_grad_b import lora_grad_b
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.lora_linear_fused import lora_linear_fused_dx, lora_linear_fused_fwd
+from fastpeft.ops.lora_linear_grouped import lora_linear_grouped
 from fastpeft.ops.lora_shrink import lora_shrink
 from fastpeft.ops.quantize_4bit import quantize_4bit
 from fastpeft.ops.weight4bit import Weight4bit
@@ -18,6 +20,7 @@ __all__ = [
     "linear4bit",
     "linear4bit_lora",
     "lora_adapter",
+    "lora_between",
     "lora_expand",
     "lora_expand_add",
     "lora_grad_a",
@@ -25,6 +28,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_fused_dx",
     "lora_linear_fused_fwd",
+    "lora_linear_grouped",
     "lora_shrink",
     "quantize_4bit",
 ]

@@ -2,6 +2,18 @@
 
 from fastpeft.nn.factors.adaptive import Adaptive
 from fastpeft.nn.factors.base import LoRAModule
+from fastpeft.nn.factors.condition import task
+from fastpeft.nn.factors.conditional import Conditional
+from fastpeft.nn.factors.gated import Gated
+from fastpeft.nn.factors.hyper import Hyper
 from fastpeft.nn.factors.rank_allocator import RankAllocator
 
-__all__ = ["Adaptive", "LoRAModule", "RankAllocator"]
+__all__ = [
+    "Adaptive",
+    "Conditional",
+    "Gated",
+    "Hyper",
+    "LoRAModule",
+    "RankAllocator",
+    "task",
+]

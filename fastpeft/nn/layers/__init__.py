@@ -5,6 +5,7 @@ from fastpeft.nn.layers.lora_cell import LoRAGRUCell, LoRALSTMCell, LoRARNNCell
 from fastpeft.nn.layers.lora_layer import LoRALayer
 from fastpeft.nn.layers.lora_linear import LoRALinear
 from fastpeft.nn.layers.lora_rnn import LoRAGRU, LoRALSTM, LoRARNN
+from fastpeft.nn.layers.parametrization import LoRAParametrization, add_parametrization
 from fastpeft.nn.layers.qlora_linear import QLoRALinear
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",
+    "LoRAParametrization",
     "LoRARNN",
     "LoRARNNCell",
     "QLoRALinear",
+    "add_parametrization",
 ]
