@@ -94,6 +94,11 @@ def ask(part: Any, x: torch.Tensor) -> Asked:
     return weight, bias[0] if bias else None, handed if handed.dtype is x.dtype else x
 
 
+def flat(weight: Any) -> bool:
+    """Whether FSDP1 holds this parameter between two calls, as a part of one flat parameter."""
+    return bool(getattr(weight, "_fsdp_flattened", False))
+
+
 def below_units(model: Any) -> set[Any]:
     """Every module of ``model`` whose parameters ``fully_shard`` gathers when the module or one above it is called."""
     unit = imported("torch.distributed.fsdp", "FSDPModule")

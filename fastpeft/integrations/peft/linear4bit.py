@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
+from fastpeft.integrations.peft import gathered
 from fastpeft.integrations.peft.factors import weight_elsewhere
 from fastpeft.integrations.peft.inplace import source
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, observed
+from fastpeft.integrations.peft.plain import DTYPES, PLAIN, held, observed
 from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
 from fastpeft.ops.weight4bit import NESTED_BLOCK
 
@@ -54,13 +55,13 @@ def _bases() -> dict[type, bool]:
 
 def state_of(base: Any) -> Any:
     """The QuantState of the weight, or the one that the layer remembers where a wrapper (FSDP) has lost it."""
-    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    state = getattr(held(base, "weight"), "quant_state", None)
     return base.quant_state if state is None else state
 
 
 def weight_4bit(base: Any) -> Weight4bit | None:
     """The weight of a layer in ``BASES`` on the layer's own tensors; None where bitsandbytes must deal with it."""
-    w, state = base._parameters.get("weight"), state_of(base)
+    w, state = held(base, "weight"), state_of(base)
     if type(w) not in WEIGHTS or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     with _plain_torch():  # Params4bit sends every attribute through Python
@@ -111,7 +112,7 @@ def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4
     early = BASES.get(source(type(base)))
     if early is None:
         return None
-    weight, bias = weight_4bit(base), base._parameters["bias"]
+    weight, bias = weight_4bit(base), held(base, "bias")
     if (
         weight is None
         or weight.shape[1] != x.shape[-1]
@@ -214,7 +215,7 @@ class Linear4bitKind(LoRAKind):
         why = weight_elsewhere("base_layer", base)
         if why is not None:
             return why
-        w, state, bias = base._parameters["weight"], state_of(base), base._parameters["bias"]
+        w, state, bias = held(base, "weight"), state_of(base), held(base, "bias")
         if type(w) not in PLAIN and type(w) is not imported("bitsandbytes.nn.modules", "Params4bit"):
             return f"the weight of base_layer is a {type(w).__name__}"
         if bias is not None and type(bias) not in PLAIN:
@@ -228,7 +229,7 @@ class Linear4bitKind(LoRAKind):
             )
         if w.is_meta:
             return "the weight of base_layer is on the meta device"
-        if weight_4bit(base) is None:
+        if weight_4bit(base) is None and not gathered.flat(w):
             return "the quant_state of base_layer does not describe its weight (sharded?)"
         return None
 
