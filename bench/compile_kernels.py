@@ -4,7 +4,7 @@
 
 The launchers themselves name what is compiled: they run on meta tensors with their `launch` captured, so a kernel is
 compiled with the arguments, flags and tile it would really get. Every tile-table entry must be met on the way.
-Exits 1 on a spill, on shared memory over the limit, on a compile error or on a tile that no case reaches.
+Exits 1 on a spill, on shared memory over the limit, on a compile error or on a tile or kernel that no case reaches.
 Writes bench/results/kernels_triton<version>.json.
 """
 
@@ -27,10 +27,6 @@ _tree.ensure_importable()
 
 # A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPS = (
-    "_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "quantize_4bit",
-    "dequantize_4bit", "linear4bit_small",
-)  # fmt: skip
 M, N, K = 8192, 4096, 4096
 SCALE = 2.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -156,6 +152,7 @@ CASES = {
     "lora_linear_fused": linear_fused, "quantize_4bit": quantize_4bit, "dequantize_4bit": dequantize_4bit,
     "linear4bit_small": linear4bit_small,
 }  # fmt: skip
+OPS = ("_common", *CASES)
 RANKLESS = {"quantize_4bit", "dequantize_4bit", "linear4bit_small"}  # which one call for each dtype covers
 
 
@@ -283,11 +280,16 @@ def main():
                 size = f"{row['registers']:>3} reg {row['spilled']:>5} spill {row['shared'] / 1024:>6.1f} KB"
                 what = f"{row['kernel']:<31} {row['types']:<22} {row['config']}  {row['fault']}"
                 print(f"sm_{row['arch']:<3} {size} {what}", flush=True)
-    unmet = [] if options.arch else [f"{op} {key}" for op, t in tables.items() for key in t if (id(t), key) not in met]
+    unmet = [f"tile {op} {key}" for op, t in tables.items() for key in t if (id(t), key) not in met]
+    launched = {job["kernel"] for job in jobs}
+    sources = {op: (_tree.ROOT / "kernels" / f"{op}.py").read_text() for op in tables}
+    unmet += [f"kernel {name} of {op}" for op, text in sources.items()
+              for name in re.findall(r"def (_\w+_kernel)\(", text) if name not in launched]  # fmt: skip
+    unmet = [] if options.arch else unmet
     for entry in unmet:
-        print(f"no case reaches the tile {entry}")
+        print(f"no case reaches the {entry}")
     seconds = sum(row["seconds"] for row in rows)
-    total = f"{len(rows)} kernels compiled in {seconds:.0f} s, {faults} faults, {len(unmet)} tiles not reached"
+    total = f"{len(rows)} kernels compiled in {seconds:.0f} s, {faults} faults, {len(unmet)} not reached"
     print(f"triton {triton.__version__}: {total}")
     if not options.only and not options.arch:
         _tree.save_json(f"kernels_triton{triton.__version__}", {"triton": triton.__version__, "rows": rows})

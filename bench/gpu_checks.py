@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import gpu_checks_fourbit  # noqa: E402
+import gpu_checks_primitives  # noqa: E402
 import gpu_checks_twins  # noqa: E402
 from fastpeft import dispatch  # noqa: E402
 from fastpeft.testing import EPS, error  # noqa: E402
@@ -251,6 +252,7 @@ CHECKS: dict[str, Callable[[Ctx], str]] = {
     "autograd": check_autograd,
     "deterministic": check_deterministic,
     "CUDA graph": check_graph,
+    **gpu_checks_primitives.CHECKS,
     **gpu_checks_twins.CHECKS,
 }
 

@@ -81,3 +81,43 @@ def test_explain_4_bits(backend):
     assert call.strategy.endswith("nf4 in blocks of 64, absmax in 8 bits")
     model[0].disable()
     assert [call.op for call in fastpeft.explain(model, normal(5, 64)).calls] == ["linear4bit", "linear4bit_lora"]
+
+
+X, A, B, W = torch.ones(4, 64), torch.ones(2, 64), torch.ones(32, 2), torch.ones(32, 64)
+S, DY, Q = torch.ones(4, 2), torch.ones(4, 32), fastpeft.ops.quantize_4bit(torch.ones(32, 64))
+EXAMPLES = {
+    "dequantize_4bit": lambda ops: ops.dequantize_4bit(Q),
+    "linear4bit": lambda ops: ops.linear4bit(X, Q),
+    "linear4bit_lora": lambda ops: ops.linear4bit_lora(X, Q, A, B),
+    "lora_adapter": lambda ops: ops.lora_adapter(X, A, B),
+    "lora_between": lambda ops: ops.lora_between(X, A, B, torch.tanh, weight=W),
+    "lora_expand": lambda ops: ops.lora_expand(S, B),
+    "lora_expand_add": lambda ops: ops.lora_expand_add(DY.clone(), S, B),
+    "lora_grad_a": lambda ops: ops.lora_grad_a(X, S, A),
+    "lora_grad_b": lambda ops: ops.lora_grad_b(DY, S, B),
+    "lora_linear": lambda ops: ops.lora_linear(X, W, A, B),
+    "lora_linear_grouped": lambda ops: ops.lora_linear_grouped(X, W, A[None], B[None], torch.tensor([0])),
+    "lora_linear_fused_dx": lambda ops: ops.lora_linear_fused_dx(DY, W, S, A),
+    "lora_linear_fused_fwd": lambda ops: ops.lora_linear_fused_fwd(X, W, S, B),
+    "lora_shrink": lambda ops: ops.lora_shrink(X, A),
+    "quantize_4bit": lambda ops: ops.quantize_4bit(W),
+}  # fmt: skip
+
+# Made of other operators with torch's own operations between them: told by these.
+MADE_OF = {"lora_between": {"lora_shrink", "lora_between"}, "lora_linear_grouped": {"lora_adapter"}}
+
+
+@pytest.mark.parametrize("op", sorted(name for name in fastpeft.ops.__all__ if name != "Weight4bit"))
+def test_every_operator_is_explained(op):
+    """By its own name, or by those of what it is made of, and once."""
+    assert op in EXAMPLES, "a new operator has an example of a call here"
+
+    class Module(torch.nn.Module):
+        def forward(self):
+            return EXAMPLES[op](fastpeft.ops)
+
+    calls = fastpeft.explain(Module()).calls
+    assert {call.op for call in calls} == MADE_OF.get(op, {op})
+    for call in calls:
+        assert call.count == 1 and call.strategy and call.elements > 0
+        assert str(call).startswith(f"{call.op}: ")

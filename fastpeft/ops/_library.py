@@ -73,6 +73,7 @@ def register(
     describe   takes the launcher's arguments and tells ``fastpeft.explain`` what is computed (``described``); None for
                a backward, which no call of a module runs
     """
+    assert op in dispatch.ROWS, f"{op} has no row in fastpeft/dispatch.py"
     schema = torch.library.infer_schema(fake, mutates_args=mutates)
     _LIBRARY.define(f"{op}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
 
