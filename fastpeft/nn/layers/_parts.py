@@ -63,19 +63,24 @@ class LoRAPart(Mergeable):
         """x Wᵀ + bias, with the update where it acts."""
         return self._linear(x, weight, bias) if self.active else nn.functional.linear(x, weight, bias)
 
+    def base(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W and its bias in ``dtype``."""
+        bias = self.bias
+        return self.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def update(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+        """A, scaling · B and scaling · lora_bias in ``dtype``, or None; differentiable."""
+        if not self.active:
+            return None, None, None
+        (a, b), bias = self._pair(), self._lora_bias()
+        return a.to(dtype), b.to(dtype) * self.scaling, None if bias is None else bias.to(dtype) * self.scaling
+
     def effective(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W + scaling · B A and bias + scaling · lora_bias in ``dtype``, which is to be wide; differentiable."""
-        weight, bias = self.weight.to(dtype), self.bias
-        bias = None if bias is None else bias.to(dtype)
-        if not self.active:
-            return weight, bias
-        a, b = self._pair()
-        lora_bias = self._lora_bias()
-        if lora_bias is not None:
-            added = lora_bias.to(dtype) * self.scaling
-            bias = added if bias is None else bias + added
-        # The scale goes into the small factor, where it may be a tensor.
-        return torch.addmm(weight, b.to(dtype) * self.scaling, a.to(dtype)), bias
+        (weight, bias), (a, b, more) = self.base(dtype), self.update(dtype)
+        if more is not None:
+            bias = more if bias is None else bias + more
+        return weight if a is None else torch.addmm(weight, b, a), bias
 
     def reset_parameters(self) -> None:
         """Draw the factors anew by ``init``, with the scaling as it is now."""

@@ -1,9 +1,11 @@
 """LoRARNN, LoRALSTM, LoRAGRU: torch's recurrent layers over whole sequences with LoRA on every W_ih and W_hh.
 
-The time loop stays the vendor's (oneDNN, cuDNN, ATen), which takes weights and no adapters. So once a sequence each
+The time loop stays the vendor's (cuDNN, oneDNN, ATen), which takes weights and no adapters. So once a sequence each
 weight becomes W + scaling · B A, differentiable and in fp32 or wider, and the loop's dense dW goes on through that sum
 to dA and dB: 2 · gates · hidden · (in + hidden) · r FLOP each way. Dropout on what A reads cannot be merged; then x is
 widened by drop(x) Aᵀ, [T, N, in + r], and W_ih by scaling · B: the same sum, in one product.
+
+A GRU and an RNN on a CPU have no such loop but ATen's, a step at a time; there ours runs, fastpeft/ops/_recurrent.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastpeft.nn.layers._parts import LoRAPart, Parts, Site
 from fastpeft.ops import _calls, _checks, lora_adapter
+from fastpeft.ops._recurrent import recurrent
 
 _Self = TypeVar("_Self", bound="_Sequence")
 _LOOPS: dict[str, Any] = {"LSTM": _VF.lstm, "GRU": _VF.gru, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
@@ -110,6 +113,8 @@ class _Sequence(Parts):
 
     def _run(self, x: torch.Tensor, hidden: list[torch.Tensor], sizes: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The output and the last states in the dtype of x; through all layers at once unless A's input is dropped."""
+        if self._steps_here(x, sizes):
+            return self._steps(x, hidden[0])
         # torch.compile cannot train oneDNN's LSTM, which it takes unless x asks for a gradient; the widened x does.
         if not torch.compiler.is_compiling() and not any(self._drops(part) for part in self._adapters()):
             weights = [weight for names in self._all_weights for weight in self._weights(names, x.dtype)]
@@ -123,6 +128,38 @@ class _Sequence(Parts):
             x, states = self._loop(x, [h[here] for h in hidden], sizes, weights, 1)
             last.append(states)
         return x, [torch.cat(states) for states in zip(*last, strict=True)]
+
+    def _steps_here(self, x: torch.Tensor, sizes: Any) -> bool:
+        """Whether our own loop runs: where ATen's is a step at a time too, and nothing traces or transforms it."""
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return self.mode != "LSTM" and x.device.type == "cpu" and sizes is None and not traced
+
+    def _steps(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`_run` by our own loop: one lora_linear for all steps, and thin gradients of W_hh."""
+        x, D = x.transpose(0, 1) if self.batch_first else x, 1 + self.bidirectional
+        last: list[torch.Tensor] = []
+        for layer in range(self.num_layers):
+            if layer:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            found = []
+            for direction, names in enumerate(self._all_weights[layer * D : layer * D + D]):
+                ih, hh = self._pair_of(names)
+                gates = ih.product(x, *ih.base(x.dtype))
+                weight, bias = hh.base(x.dtype)
+                a, b, more = hh.update(x.dtype)
+                bias = weight.new_zeros(len(weight)) if bias is None else bias
+                bias = bias if more is None else bias + more
+                y = recurrent(gates.flip(0) if direction else gates, hidden[len(last)], weight, bias, a, b, self.mode)
+                last.append(y[-1])
+                found.append(y.flip(0) if direction else y)
+            x = torch.cat(found, -1) if direction else found[0]
+        return x.transpose(0, 1) if self.batch_first else x, [torch.stack(last)]
+
+    def _pair_of(self, names: list[str]) -> tuple[LoRAPart, LoRAPart]:
+        """The adapters of W_ih and W_hh, by the names of one layer's weights in one direction."""
+        ih, hh = (self._modules[name.replace("weight", "lora")] for name in names[:2])
+        assert isinstance(ih, LoRAPart) and isinstance(hh, LoRAPart)
+        return ih, hh
 
     def _drops(self, part: LoRAPart) -> bool:
         return part.active and part.training and part.dropout_probability > 0 and "weight_ih" in part.site.weight
@@ -141,8 +178,7 @@ class _Sequence(Parts):
 
     def _weights(self, names: list[str], dtype: torch.dtype) -> list[torch.Tensor]:
         """One layer's weights and biases in one direction, with their updates; where one bias is missing it is zero."""
-        parts: Any = [self._modules[name.replace("weight", "lora")] for name in names[:2]]
-        (w_ih, b_ih), (w_hh, b_hh) = (part.effective(dtype) for part in parts)
+        (w_ih, b_ih), (w_hh, b_hh) = (part.effective(dtype) for part in self._pair_of(names))
         found = [w_ih, w_hh]
         if b_ih is not None or b_hh is not None:
             found += [w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias for bias in (b_ih, b_hh)]
@@ -157,14 +193,13 @@ class _Sequence(Parts):
         shrunk: list[torch.Tensor] = []
         columns: list[torch.Tensor | None] = []
         for names in layer:
-            weights = self._weights(names, x.dtype)
-            part: Any = self._modules[names[0].replace("weight", "lora")]
+            weights, part = self._weights(names, x.dtype), self._pair_of(names)[0]
             columns.append(None)
             if part.active:
-                a, b = part.factors()
+                a, columns[-1], _ = part.update(x.dtype)
+                weights[0] = part.base(x.dtype)[0]
                 one, p = torch.eye(part.rank, device=x.device, dtype=x.dtype), part.dropout_probability
                 shrunk.append(lora_adapter(x, a, one, dropout=p if part.training else 0.0, backend=part.backend))
-                weights[0], columns[-1] = part.weight.to(x.dtype), b.to(x.dtype) * part.scaling
             found.append(weights)
         for own, weights in enumerate(found):
             wide = [c if i == own else torch.zeros_like(c) for i, c in enumerate(columns) if c is not None]

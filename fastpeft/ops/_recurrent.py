@@ -1,0 +1,136 @@
+"""The time loop of a GRU or RNN layer on a CPU, whose backward keeps every step's gates for one thin dA and dB.
+
+    gru        r, z = σ(gates_rz + h W_rzᵀ + b_rz), n = tanh(gates_n + r ∘ (h W_nᵀ + b_n)), h' = n + z ∘ (h - n)
+    rnn        h' = act(gates + h Wᵀ + b), act: tanh or relu                   W = weight + lora_B lora_A, merged once
+
+ATen's loop takes a dense dW of each step, 2 N G H FLOP, half of the step's own work. Here dg [T, N, G], the gradients
+of all steps' h Wᵀ + b, are kept, and dB = dgᵀ (h Aᵀ), dA = (dg B)ᵀ h are four thin products a sequence. What needs no
+recursion is computed for all steps at once; a step back is then one product and a few passes over [N, H].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def _gru(
+    gates: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All states [T + 1, N, H], and r, z, n and h W_nᵀ + b_n side by side [T, N, 4H]."""
+    T, N, H = gates.shape[0], *h.shape
+    states, kept, wt = gates.new_empty(T + 1, N, H), gates.new_empty(T, N, 4 * H), w.t()
+    states[0] = h
+    for t in range(T):
+        own = torch.addmm(bias, states[t], wt)
+        rz, n = kept[t, :, : 2 * H], kept[t, :, 2 * H : 3 * H]
+        torch.add(gates[t, :, : 2 * H], own[:, : 2 * H], out=rz).sigmoid_()
+        kept[t, :, 3 * H :] = own[:, 2 * H :]
+        torch.addcmul(gates[t, :, 2 * H :], rz[:, :H], own[:, 2 * H :], out=n).tanh_()
+        torch.lerp(n, states[t], rz[:, H:], out=states[t + 1])
+    return states, kept
+
+
+def _gru_backward(
+    dy: torch.Tensor, states: torch.Tensor, kept: torch.Tensor, w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    T, N, H = dy.shape
+    r, z, n, own = kept.split(H, -1)
+    to_n, to_z, to_r = (1 - z) * (1 - n * n), (states[:-1] - n) * z * (1 - z), own * r * (1 - r)
+    dgates, dg, dh = dy.new_empty(T, N, 3 * H), dy.new_empty(T, N, 3 * H), dy.new_zeros(N, H)
+    for t in range(T - 1, -1, -1):
+        dh = dh + dy[t]
+        dn = torch.mul(dh, to_n[t], out=dgates[t, :, 2 * H :])
+        torch.mul(dh, to_z[t], out=dgates[t, :, H : 2 * H])
+        torch.mul(dn, to_r[t], out=dgates[t, :, :H])
+        dg[t, :, : 2 * H] = dgates[t, :, : 2 * H]
+        torch.mul(dn, r[t], out=dg[t, :, 2 * H :])
+        dh = torch.addmm(dh * z[t], dg[t], w)
+    return dgates, dg, dh
+
+
+def _rnn(gates: torch.Tensor, h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, relu: bool) -> torch.Tensor:
+    """All states [T + 1, N, H]."""
+    states, wt = gates.new_empty(gates.shape[0] + 1, *h.shape), w.t()
+    states[0] = h
+    torch.add(gates, bias, out=states[1:])
+    for t in range(gates.shape[0]):
+        state = states[t + 1].addmm_(states[t], wt)
+        state.relu_() if relu else state.tanh_()
+    return states
+
+
+def _rnn_backward(
+    dy: torch.Tensor, states: torch.Tensor, w: torch.Tensor, relu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y = states[1:]
+    slope = (y > 0).to(y.dtype) if relu else 1 - y * y
+    dgates, dh = torch.empty_like(y), torch.zeros_like(y[0])
+    for t in range(dy.shape[0] - 1, -1, -1):
+        dh = torch.mul(dh + dy[t], slope[t], out=dgates[t]) @ w
+    return dgates, dgates, dh
+
+
+class _Recurrent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates: torch.Tensor,
+        h: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        mode: str,
+    ) -> torch.Tensor:
+        w = weight if a is None or b is None else torch.addmm(weight, b, a)
+        kept = None
+        if mode == "GRU":
+            states, kept = _gru(gates, h, w, bias)
+        else:
+            states = _rnn(gates, h, w, bias, mode == "RNN_RELU")
+        ctx.save_for_backward(states, kept, w, a, b)
+        ctx.mode = mode
+        return states[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, kept, w, a, b = ctx.saved_tensors
+        if ctx.mode == "GRU":
+            dgates, dg, dh = _gru_backward(dy, states, kept, w)
+        else:
+            dgates, dg, dh = _rnn_backward(dy, states, w, ctx.mode == "RNN_RELU")
+        need, rows, before = ctx.needs_input_grad, dg.flatten(0, 1), states[:-1].flatten(0, 1)
+        return (
+            dgates if need[0] else None,
+            dh if need[1] else None,
+            rows.t() @ before if need[2] else None,
+            rows.sum(0) if need[3] else None,
+            (rows @ b).t() @ before if need[4] else None,
+            rows.t() @ (before @ a.t()) if need[5] else None,
+            None,
+        )
+
+
+def recurrent(
+    gates: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    mode: str,
+) -> torch.Tensor:
+    """The states after each step, [T, N, H].
+
+    gates      [T, N, G] fp32 | fp64: what the input gives, with its bias; G = 3H for a GRU, H for an RNN
+    h          [N, H]    the first state
+    weight     [G, H], bias [G], lora_A [R, H], lora_B [G, R] with the scale in it, or both None: in the dtype of gates
+    mode       "GRU" | "RNN_TANH" | "RNN_RELU", as nn.RNNBase names them
+    Saves      the states, for a GRU its gates too [T, N, 4H], and the merged weight. Differentiable once.
+    """
+    states: torch.Tensor = _Recurrent.apply(gates, h, weight, bias, lora_A, lora_B, mode)
+    return states
