@@ -43,12 +43,22 @@ def composed(op: str, backend: str | None, compiling: bool) -> bool:
     return True
 
 
+_references: dict[str, Any] = {}
+
+
+def _load(launcher: str) -> bool:
+    _references[launcher] = dispatch.load(launcher, "eager")
+    return True
+
+
+# As dispatch.select: torch.compile must not trace an import. (A function that returns a function cannot be marked.)
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def reference(launcher: str) -> Any:
     """The launcher in plain PyTorch: differentiable, and known to every transform and tracer."""
-    return dispatch.load(launcher, "eager")
-
-
-reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.select
+    _load(launcher)
+    return _references[launcher]
 
 
 def run(launcher: str, backend: str, *args: Any) -> Any:

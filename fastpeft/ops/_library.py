@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
+from fastpeft.ops import _flops
 
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
 
@@ -63,7 +64,12 @@ _described: dict[str, Describe] = {}
 
 
 def register(
-    op: str, fake: Callable[..., Any], *, mutates: Sequence[str] = (), describe: Describe | None = None
+    op: str,
+    fake: Callable[..., Any],
+    *,
+    mutates: Sequence[str] = (),
+    describe: Describe | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Define the raw operator ``op``, whose row ``dispatch.ROWS`` holds.
 
@@ -72,6 +78,7 @@ def register(
     mutates    the arguments that the launcher writes
     describe   takes the launcher's arguments and tells ``fastpeft.explain`` what is computed (``described``); None for
                a backward, which no call of a module runs
+    flops      takes the launcher's arguments and gives what a FLOP counter adds; None: ``describe`` says
     """
     assert op in dispatch.ROWS, f"{op} has no row in fastpeft/dispatch.py"
     schema = torch.library.infer_schema(fake, mutates_args=mutates)
@@ -85,6 +92,9 @@ def register(
     torch.library.register_fake(f"fastpeft::{op}", fake, lib=_LIBRARY)
     if describe is not None:
         _described[op] = describe
+        flops = flops or (lambda *args: describe(*args).flop)
+    if flops is not None:
+        _flops.FORMULAS[op] = flops
 
 
 def register_composed(op: str, describe: Describe) -> None:
@@ -124,6 +134,8 @@ def launch(op: str, backend: str, *args: Any) -> Any:
     answered with shapes alone on the meta device.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or args[0].is_meta:
+        if not torch.compiler.is_compiling():
+            _flops.tell()
         return getattr(torch.ops.fastpeft, op).default(*args, backend)
     return dispatch.load(op, backend)(*args)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _calls, _checks, _derivatives, _library
+from fastpeft.ops import _calls, _checks, _derivatives, _flops, _library
 from fastpeft.ops._linear4bit import BWD, FWD, Function, apply, compute
 from fastpeft.ops.weight4bit import Weight4bit, blocks_of
 
@@ -67,8 +67,17 @@ def _describe(
     return _library.described_linear(name, x, N, rank, p, strategy=blocks)
 
 
+def _flops_bwd(
+    dy: torch.Tensor, x: object, packed: object, scales: object, quant_type: str, block_size: int, K: int,
+    a: torch.Tensor | None, b: object, s: object, scale: float, p: float, seed: object,
+    need_dx: bool, need_da: bool, need_db: bool, need_bias: bool,
+) -> int:  # fmt: skip
+    (M, N), rank = dy.shape, 0 if a is None else a.shape[0]
+    return _flops.backward(M, N, K, rank, need_dx, need_da, need_db)
+
+
 _library.register(FWD, _fake_fwd, describe=_describe)
-_library.register(BWD, _fake_bwd)
+_library.register(BWD, _fake_bwd, flops=_flops_bwd)
 
 
 _Adapter = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", float]
@@ -97,9 +106,7 @@ def _check(
         _checks.adapter(op, x, N, *adapter)
 
 
-def _fits(
-    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None
-) -> bool:
+def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None) -> bool:
     """What ``_check`` asks; the sizes of the weight's parts are what a kernel relies on."""
     try:
         (N, K), device = weight.shape, x.device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
-from fastpeft.ops import _calls, _checks, _derivatives, _library
+from fastpeft.ops import _calls, _checks, _derivatives, _flops, _library
 
 _FWD = "lora_linear_fwd"
 _BWD = "lora_linear_bwd"
@@ -60,8 +60,16 @@ def _describe(
     return _library.described_linear("lora_linear", x, w.shape[0], a.shape[0], p)
 
 
+def _flops_bwd(
+    dy: torch.Tensor, x: object, w: object, a: torch.Tensor, b: object, s: object, scale: float, p: float, seed: object,
+    need_dx: bool, need_da: bool, need_db: bool, need_bias: bool,
+) -> int:  # fmt: skip
+    (M, N), (R, K) = dy.shape, a.shape
+    return _flops.backward(M, N, K, R, need_dx, need_da, need_db)
+
+
 _library.register(_FWD, _fake_fwd, describe=_describe)
-_library.register(_BWD, _fake_bwd)
+_library.register(_BWD, _fake_bwd, flops=_flops_bwd)
 
 
 class _LoRALinear(torch.autograd.Function):
