@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import normal
@@ -46,6 +47,8 @@ def test_adapter_and_base_alone():
     )
     q = ops.quantize_4bit(w)
     assert counted(lambda x: ops.lora_adapter(x, a, b), x) == counted(lambda x: x @ a.t() @ b.t(), x)
+    between = counted(lambda x: ops.lora_between(x, a, b, torch.tanh, weight=w), x)
+    assert between == counted(lambda x: x @ w.t() + (x @ a.t()).tanh() @ b.t(), x)
     assert counted(lambda x: ops.linear4bit(x, q), x) == counted(lambda x: x @ w.t(), x)
     meta = [t.detach().to("meta") for t in (x, w, a, b)]
     with FlopCounterMode(display=False) as shapes_alone:

@@ -23,6 +23,7 @@ SHAPES = {"x": (4, 6), "weight": (5, 6), "lora_A": (2, 6), "lora_B": (5, 2), "bi
 TAKES = {
     "lora_linear": ("x", "weight", "lora_A", "lora_B", "bias", "lora_bias"),
     "lora_adapter": ("x", "lora_A", "lora_B", "lora_bias"),
+    "lora_between": ("x", "weight", "lora_A", "lora_B", "bias", "lora_bias"),
     "linear4bit": ("x", "bias"),
     "linear4bit_lora": ("x", "lora_A", "lora_B", "bias", "lora_bias"),
 }
@@ -35,6 +36,8 @@ def ours(op, p, backend):
         given = dict(zip(TAKES[op], tensors, strict=True))
         if "4bit" in op:
             given["weight"] = QUANTIZED
+        if op == "lora_between":
+            given["between"] = torch.tanh
         options = {} if op == "linear4bit" else {"scale": SCALE, "dropout": p}
         torch.manual_seed(1)
         return getattr(ops, op)(**given, **options, backend=backend)
@@ -54,7 +57,9 @@ def plain(op, p):
             return y
         torch.manual_seed(1)
         dropped = x * keep_mask(draw_seed("cpu"), *x.shape, p, "cpu") * keep_factor(p) if p else x
-        return y + SCALE * (dropped @ given["lora_A"].t() @ given["lora_B"].t() + given["lora_bias"])
+        s = dropped @ given["lora_A"].t()
+        s = s.tanh() if op == "lora_between" else s
+        return y + SCALE * (s @ given["lora_B"].t() + given["lora_bias"])
 
     return call
 

@@ -133,13 +133,14 @@ def test_another_backend_is_refused_inside():
 
 
 @pytest.mark.parametrize("backend", ["eager", *backends("linear4bit_fwd")])
-@pytest.mark.parametrize("op", ["lora_linear", "linear4bit_lora", "lora_adapter"])
+@pytest.mark.parametrize("op", ["lora_linear", "linear4bit_lora", "lora_adapter", "lora_between"])
 def test_saved_tensors_with_other_strides(op, backend):
     """What a hook hands back may lie otherwise: columns first, or a slice of something wider."""
     x, w, a, b = (normal(*shape).requires_grad_() for shape in ((5, K), (N, K), (R, K), (N, R)))
     q = ops.quantize_4bit(w.detach())
-    given = {"lora_linear": (x, w, a, b), "linear4bit_lora": (x, q, a, b), "lora_adapter": (x, a, b)}[op]
-    leaves = [t for t in given if isinstance(t, torch.Tensor)]
+    given = {"lora_linear": (x, w, a, b), "linear4bit_lora": (x, q, a, b), "lora_adapter": (x, a, b)}
+    given |= {"lora_between": (x, a, b, torch.sin)}
+    leaves = [t for t in given[op] if isinstance(t, torch.Tensor)]
 
     def across(t):
         return t.t().contiguous().t() if t.dim() == 2 else apart(t)
@@ -150,7 +151,7 @@ def test_saved_tensors_with_other_strides(op, backend):
     def gradients(unpack):
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
-            y = getattr(ops, op)(*given, dropout=0.3, backend=backend)
+            y = getattr(ops, op)(*given[op], dropout=0.3, backend=backend)
         return torch.autograd.grad(y.sin().sum(), leaves)
 
     gold = gradients(lambda t: t)
@@ -159,37 +160,40 @@ def test_saved_tensors_with_other_strides(op, backend):
 
 
 @pytest.mark.parametrize("backend", ["eager", *backends("linear4bit_fwd")])
-@pytest.mark.parametrize("op", ["lora_linear", "linear4bit_lora", "lora_adapter"])
+@pytest.mark.parametrize("op", ["lora_linear", "linear4bit_lora", "lora_adapter", "lora_between"])
 def test_saved_is_what_gradients_read(op, backend):
     """A tensor written to after the forward is an error where torch's own composition has one, and only there."""
-    names = {"lora_linear": "xwab", "linear4bit_lora": "xqab", "lora_adapter": "xab"}[op]
-    weights = {"x": normal(5, K), "w": normal(N, K), "a": normal(R, K), "b": normal(N, R)}
+    names = {"linear4bit_lora": "xqab", "lora_adapter": "xab"}.get(op, "xwab")
+    values = {"x": normal(5, K), "w": normal(N, K), "a": normal(R, K), "b": normal(N, R)}
+
+    def ours(x, w, a, b, q):
+        if op == "lora_between":
+            return ops.lora_between(x, a, b, torch.neg, weight=w, backend=backend)
+        base = {"lora_linear": (w,), "linear4bit_lora": (q,), "lora_adapter": ()}[op]
+        return getattr(ops, op)(x, *base, a, b, backend=backend)
+
+    def plain(x, w, a, b, q):
+        y = x @ a.t() @ b.t()
+        return y if op == "lora_adapter" else y + x @ w.t()
+
+    def refused(call, wanted, written):
+        leaves = {name: value.clone().requires_grad_(name in wanted) for name, value in values.items()}
+        q = ops.quantize_4bit(values["w"]) if "q" in names else None
+        y = call(**leaves, q=q)
+        with torch.no_grad():
+            target = q.packed if written == "q" and call is ours else leaves["w" if written == "q" else written]
+            target.add_(0)
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            return True
+        return False
+
     for wanted in ("x", "a", "b", "w", "ab", "xb", "xa", "xab", "wb", "wa"):
-        if "w" in wanted and "w" not in names:
-            continue
         for written in names:
-            outcomes = []
-            for ours in (True, False):
-                leaf = {k: v.clone().requires_grad_(k in wanted) for k, v in weights.items()}
-                x, a, b = leaf["x"], leaf["a"], leaf["b"]
-                q = ops.quantize_4bit(weights["w"]) if "q" in names else None
-                if ours:
-                    y = getattr(ops, op)(*(q if name == "q" else leaf[name] for name in names), backend=backend)
-                else:
-                    y = x @ a.t() @ b.t()
-                    if op != "lora_adapter":
-                        y = y + x @ leaf["w"].t()
-                with torch.no_grad():
-                    leaf["w" if written == "q" else written].add_(0)
-                    if q is not None and written == "q":
-                        q.packed.add_(0)
-                try:
-                    y.sum().backward()
-                    outcomes.append(True)
-                except RuntimeError as error:
-                    assert "modified by an inplace operation" in str(error)
-                    outcomes.append(False)
-            assert outcomes[0] == outcomes[1], (wanted, written, outcomes)
+            if "w" not in wanted or "w" in names:
+                assert refused(ours, wanted, written) == refused(plain, wanted, written), (wanted, written)
 
 
 @pytest.mark.parametrize("backend", ["eager", *backends("linear4bit_fwd")])

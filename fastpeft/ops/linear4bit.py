@@ -55,7 +55,7 @@ def _fake_bwd(
         dy.new_empty(0) if t is None else t.new_empty(t.shape if n else 0) for t, n in ((a, need_da), (b, need_db))
     )
     dx = dy.new_empty(dy.shape[0], K) if need_dx else dy.new_empty(0)
-    return dx, da, db, dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32)
+    return dx, da, db, dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32))
 
 
 def _describe(

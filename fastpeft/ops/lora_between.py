@@ -58,8 +58,21 @@ def _describe(
     return _library.described_linear("lora_between", x, w.shape[0], b.shape[1], 0.0)
 
 
-_library.register(_FWD, _fake_fwd, describe=_describe)
-_library.register(_BWD, _fake_bwd)
+def _flops_fwd(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor, *_: object) -> int:
+    (M, K), N = x.shape, w.shape[0]
+    return 2 * M * N * (K + s.shape[1])
+
+
+def _flops_bwd(
+    dy: torch.Tensor, x: object, w: object, ds: object, a: torch.Tensor, p: float, seed: object,
+    need_dx: bool, need_da: bool,
+) -> int:  # fmt: skip
+    (M, N), (R, K) = dy.shape, a.shape
+    return 2 * M * K * (N * need_dx + R * (need_dx + need_da))
+
+
+_library.register(_FWD, _fake_fwd, describe=_describe, flops=_flops_fwd)
+_library.register(_BWD, _fake_bwd, flops=_flops_bwd)
 
 
 class _Shrink(torch.autograd.Function):
@@ -81,11 +94,14 @@ class _Shrink(torch.autograd.Function):
         rows = _calls.rows(x, a.shape[1], dtype)
         s = _library.call("lora_shrink", backend, rows, a, p, seed)
         need_x, need_w, need_a, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_w or need_a else None, w, a, seed)
-        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
+        ctx.save_for_backward(x if need_w or need_a else None, w if need_x else None, a if need_x else None, seed)
+        ctx.call, ctx.shape, ctx.dtype, ctx.a_like = call, x.shape, x.dtype, (a.shape, a.dtype)
+        ctx.weight_dtype = None if w is None else w.dtype
         if w is None or not (need_x or need_w):
             return s
         ctx.set_materialize_grads(False)
+        if not (need_x or need_a):
+            ctx.mark_non_differentiable(s)
         return s, rows.new_empty(()).expand(rows.shape[0], w.shape[0])
 
     @staticmethod
@@ -97,7 +113,8 @@ class _Shrink(torch.autograd.Function):
         if some is None:
             return None, None, None, None, None
         run = _derivatives.run if _derivatives.derived(some, None) else _library.call
-        M, (R, K) = some.shape[0], a.shape
+        M, (R, K) = some.shape[0], ctx.a_like[0]
+        a = _derivatives.stand_in(some, ctx.a_like) if a is None else a
         x = some.new_empty(0, dtype=dtype) if x is None else _calls.rows(x, K, dtype)
         # What no gradient reached is a zero in the sum.
         ds = some.new_zeros(M, R, dtype=dtype) if ds is None else _calls.rows(ds, R, dtype).contiguous()
@@ -106,12 +123,12 @@ class _Shrink(torch.autograd.Function):
             if need_dx or need_da:
                 da, dx = run("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
         else:
-            dy = _calls.rows(dy, w.shape[0], dtype)
+            dy = _calls.rows(dy, dy.shape[1], dtype)
             if need_dx or need_da:
-                base = w if w.dtype == dtype else w.to(dtype)
+                base = a if w is None else w if w.dtype == dtype else w.to(dtype)
                 dx, da = run(_BWD, backend, dy, x, base, ds, a, p, seed, need_dx, need_da)
             if need_dw:
-                dw = (dy.t() @ x).to(w.dtype)
+                dw = (dy.t() @ x).to(ctx.weight_dtype)
         return (
             _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
             dw if need_dw and dy is not None else None,
@@ -141,8 +158,9 @@ class _Expand(torch.autograd.Function):
             y: torch.Tensor = _library.call("lora_expand", backend, h, b, bias, lora_bias, scale)
         else:
             y = _library.call(_FWD, backend, x, w, h, b, bias, lora_bias, scale)
-        ctx.save_for_backward(h if ctx.needs_input_grad[4] else None, b)
-        ctx.call = call
+        need_dh, need_db = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(h if need_db else None, b if need_dh else None)
+        ctx.call, ctx.b_like = call, (b.shape, b.dtype)
         ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
         return y
 
@@ -152,8 +170,9 @@ class _Expand(torch.autograd.Function):
         scale, backend = ctx.call
         need_token, _, _, need_dh, need_db, need_bias, need_lora_bias, _ = ctx.needs_input_grad
         run = _derivatives.run if _derivatives.derived(dy, None) else _library.call
-        rows = _calls.rows(dy, b.shape[0], dy.dtype)
-        h = rows.new_empty(0) if h is None else h
+        rows = _calls.rows(dy, dy.shape[1], dy.dtype)
+        b = _derivatives.stand_in(rows, ctx.b_like) if b is None else b
+        h = rows.new_empty(0) if h is None else h.contiguous()
         dh = db = sums = rows
         if need_dh or need_db or need_bias or need_lora_bias:
             dh, db, sums = run("lora_grad_b", backend, rows, h, b, scale, need_db, need_bias or need_lora_bias)
@@ -187,9 +206,7 @@ def _check(
     _checks.matrix(_OP, "lora_B", lora_B, (None if weight is None else weight.shape[0], None), "[out_features, rank]")
     _checks.vector(_OP, "bias", bias, lora_B.shape[0], "out_features")
     _checks.vector(_OP, "lora_bias", lora_bias, lora_B.shape[0], "out_features")
-    _checks.same_device(
-        _OP, x.device, lora_A=lora_A, lora_B=lora_B, weight=weight, bias=bias, lora_bias=lora_bias
-    )
+    _checks.same_device(_OP, x.device, lora_A=lora_A, lora_B=lora_B, weight=weight, bias=bias, lora_bias=lora_bias)
     _checks.probability(_OP, "dropout", dropout)
 
 

@@ -16,7 +16,7 @@ def _fake(
     return (
         dy.new_empty(dy.shape[0], b.shape[1]),
         b.new_empty(b.shape) if need_db else b.new_empty(0),
-        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32),
+        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32)),
     )
 
 

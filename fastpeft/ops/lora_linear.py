@@ -49,7 +49,7 @@ def _fake_bwd(
         dy.new_empty(dy.shape[0], w.shape[1]) if need_dx else dy.new_empty(0),
         a.new_empty(a.shape) if need_da else a.new_empty(0),
         b.new_empty(b.shape) if need_db else b.new_empty(0),
-        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.float32),
+        dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32)),
     )
 
 

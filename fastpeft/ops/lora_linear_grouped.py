@@ -144,9 +144,7 @@ def _segments(
             parts.append(part.new_zeros(part.shape[0], lora_B.shape[1], dtype=dtype))
             continue
         own_bias = None if lora_bias is None else lora_bias[t]
-        parts.append(
-            lora_adapter(part, lora_A[t], lora_B[t], own_bias, scale=scale, dropout=dropout, backend=backend)
-        )
+        parts.append(lora_adapter(part, lora_A[t], lora_B[t], own_bias, scale=scale, dropout=dropout, backend=backend))
     y = torch.cat(parts) if parts else flat.new_zeros(0, lora_B.shape[1], dtype=dtype)
     if order is not None:
         y = y[order.argsort()]

@@ -51,13 +51,17 @@ def linear4bit_bwd(
     need_db: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32; [0] where not needed."""
+    """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32 or fp64; [0] where not needed."""
     N = dy.shape[1]
     w = dy
     if need_dx:
         w = weight_of(packed, scales, quant_type, block_size, N * K).view(N, K).to(dy.dtype)
     if a is None or b is None:
         dx = dy @ w if need_dx else dy.new_empty(0)
-        dbias = dy.sum(0, dtype=torch.float32) if need_bias else dy.new_empty(0, dtype=torch.float32)
+        dbias = (
+            dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+            if need_bias
+            else dy.new_empty(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        )
         return dx, dy.new_empty(0), dy.new_empty(0), dbias
     return lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias)

@@ -41,7 +41,7 @@ def lora_linear_bwd(
     need_db: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32; [0] where not needed."""
+    """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32 or fp64; [0] where not needed."""
     ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias)
     da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
     if need_dx:
