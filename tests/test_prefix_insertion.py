@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.nn.prompts import PrefixTuning, insert_prefix, remove_prompt
+from fastpeft.nn.prompts import PrefixTuning, insert_prefix, insert_prompt, remove_prompt
 from prompt_cases import (
     DECODERS,
     ENCODERS,
@@ -288,6 +288,15 @@ def test_starting_from_real_tokens():
     torch.testing.assert_close(ours(ids[:, P:]).logits, base(ids).logits[:, P:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_as_many_tokens_as_positions(name):
+    """A table of 48 positions, of which RoBERTa leaves two out, takes P tokens less."""
+    ours, most = insert_prefix(model(name), prefix(name)), 48 - P - 2 * (name == "roberta")
+    ours(batch(name, T=most)[0])
+    with pytest.raises(ValueError, match=f"input_ids must have at most {most} tokens .* got {most + 1}"):
+        ours(batch(name, T=most + 1)[0])
+
+
 def test_compile():
     ours, (ids, mask, labels) = insert_prefix(model("llama"), prefix("llama", "projected")), batch("llama")
     loss = ours(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -295,6 +304,25 @@ def test_compile():
     again = compiled(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(gradients(ours.prefix, again), gradients(ours.prefix, loss), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_compiled_decoding(kind):
+    """A step over a static cache is one graph, compiled once: nothing in it reads how long the cache is."""
+    options = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    if not hasattr(options, "_compile_all_devices"):
+        pytest.skip("this transformers compiles on GPUs alone")
+    options._compile_all_devices = True
+    ours = (
+        insert_prefix(model("llama"), prefix("llama")) if kind == "prefix" else insert_prompt(model("llama"), prompt())
+    )
+    ids, mask, _ = batch("llama", left=2)
+    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    gold = ours.generate(ids, **given)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(ours.generate(ids, cache_implementation="static", compile_config=options, **given), gold)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def distilbert():

@@ -318,6 +318,15 @@ def test_training_moves_the_prompt_alone():
     }
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_as_many_tokens_as_positions(name):
+    """A table of 48 positions, of which RoBERTa leaves two out, takes P tokens less."""
+    ours, most = insert_prompt(model(name), prompt()), 48 - P - 2 * (name == "roberta")
+    ours(batch(name, T=most)[0])
+    with pytest.raises(ValueError, match=f"input_ids must have at most {most} tokens .* got {most + 1}"):
+        ours(batch(name, T=most + 1)[0])
+
+
 def test_compile():
     ours, (ids, mask, labels) = insert_prompt(model("llama"), prompt("mlp")), batch("llama")
     loss = ours(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -344,6 +353,7 @@ def hooked():
     [
         (lambda: insert_prompt(model("gpt2"), PromptEmbedding(3, 8)), ValueError, "prompt must have token_dim 16, the model's, got 8"),
         (lambda: insert_prompt(model("gpt2"), prefix("gpt2")), TypeError, "prompt must be a prompt, got PrefixTuning"),
+        (lambda: insert_prompt(transformers.ViTModel(transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)), prompt()), ValueError, "model must read input_ids, got pixel_values"),
         (lambda: insert_prompt(nn.Linear(4, 4), prompt()), TypeError, "model must be a transformers model .* got Linear"),
         (lambda: insert_prompt(model("gpt2"), prompt(), freeze_base=1), TypeError, "freeze_base must be True or False"),
         (lambda: insert_prompt(insert_prompt(model("t5"), prompt()), prompt()), ValueError, "have no prompt or prefix yet"),

@@ -8,6 +8,7 @@ recomputation: the states are those of that very step, whatever runs in between.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,24 +50,29 @@ class _Handed:
         return (), {**given, self.cache_name: self.cache}
 
 
-def attentions(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], str]]:
-    """Attention modules of ``model`` that take a cache, the names of their forward's arguments, and the cache's."""
+@functools.cache
+def _names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _hooks(model: nn.Module, states: States) -> list[tuple[nn.Module, _Handed]]:
+    """The attentions of ``model`` that take a cache, and the hook that hands each its part of the prefix."""
     found = []
     for module in model.modules():
-        if not isinstance(getattr(module, "layer_idx", None), int):
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
             continue
-        names = tuple(inspect.signature(module.forward).parameters)
-        cache = next((name for name in CACHE_NAMES if name in names), None)
-        if cache is not None and not any(hasattr(child, "layer_idx") for child in list(module.modules())[1:]):
-            found.append((module, names, cache))
+        names = _names(type(module).forward)
+        cache_name = next((name for name in CACHE_NAMES if name in names), None)
+        if cache_name is not None and not any(hasattr(child, "layer_idx") for child in list(module.modules())[1:]):
+            found.append((module, _Handed(names, cache_name, PrefixOnly(*states[layer]))))
     return found
 
 
 @contextmanager
-def _handed_to(model: nn.Module, states: States) -> Iterator[None]:
+def _handed(hooks: list[tuple[nn.Module, _Handed]]) -> Iterator[None]:
     with ExitStack() as stack:
-        for module, names, cache_name in attentions(model):
-            hook = _Handed(names, cache_name, PrefixOnly(*states[int(module.layer_idx)]))  # type: ignore[arg-type]
+        for module, hook in hooks:
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -74,12 +80,12 @@ def _handed_to(model: nn.Module, states: States) -> Iterator[None]:
 class _Recomputed:
     """A layer's checkpoint function whose runs of the layer, the first and the recomputing one, see the prefix."""
 
-    def __init__(self, checkpoint: Callable[..., Any], model: nn.Module, states: States) -> None:
-        self.checkpoint, self.model, self.states = checkpoint, model, states
+    def __init__(self, checkpoint: Callable[..., Any], hooks: list[tuple[nn.Module, _Handed]]) -> None:
+        self.checkpoint, self.hooks = checkpoint, hooks
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with _handed_to(self.model, self.states):
+            with _handed(self.hooks):
                 return function(*args, **kwargs)
 
         return self.checkpoint(run, *args, **kwargs)
@@ -104,11 +110,14 @@ def seen_by(op: str, model: nn.Module, blocks: list[Any], states: States) -> Ite
         if function is not None and torch.is_grad_enabled():
             rule = "be gradient checkpointing with use_reentrant=False, so that the prefix has a gradient"
             _checks.require(reentrant is False, op, "checkpointing", rule, f"use_reentrant={reentrant}")
+    hooks = _hooks(model, states)
     try:
         for block, function in before:
             if function is not None:
-                block._gradient_checkpointing_func = _Recomputed(function, model, states)
-        with _handed_to(model, states):
+                inside = set(block.modules())
+                own = [(module, hook) for module, hook in hooks if module in inside]
+                block._gradient_checkpointing_func = _Recomputed(function, own)
+        with _handed(hooks):
             yield
     finally:
         for block, function in before:

@@ -23,6 +23,8 @@ from fastpeft.ops import _checks
 
 RECORD = "_fastpeft_virtual_tokens"
 READY = "_fastpeft_prepared"
+CACHE_POSITION = "cache_position"
+"""Where the tokens of a call go in the cache: an argument of older transformers' forwards."""
 
 
 class Rows:
@@ -45,6 +47,7 @@ class Inserted:
 
     filler     the id that stands for a virtual token        first    the position of the model's first token
     causal     whether its attention is; None: it does not say        nested    the encoder of a larger model
+    most       rows of its table of positions; None: it has none
     decoder    what a decoder's mask and positions are called by: "decoder_" in an encoder-decoder
     trained    which parameters required gradients before the base was frozen; None: it was not
     """
@@ -56,21 +59,30 @@ class Inserted:
     first: int = 0
     causal: bool | None = None
     nested: bool = False
+    most: int | None = None
     cache_name: str = CACHE_NAMES[0]
     decoder: str = ""
     trained: dict[str, bool] | None = None
 
 
-def length(cache: Any) -> int:
-    """How many entries a cache holds; waits for the device where a static cache counts there."""
-    return 0 if cache is None else int(cache.get_seq_length())
+def _entries(op: str, cache: Any) -> Any:
+    """How many entries a cache holds: a tensor on the device where a static cache counts there."""
+    linear = getattr(cache, "is_linear", None)
+    rule = "hold keys and values; a recurrent model generates with use_cache=False"
+    _checks.require(not (linear and all(linear)), op, "cache", rule, type(cache).__name__)
+    return cache.get_seq_length()
 
 
-def started(cache: Any, first: bool) -> bool:
+def length(op: str, cache: Any) -> int:
+    """How many entries a cache holds; waits for the device where it counts there."""
+    return 0 if cache is None else int(_entries(op, cache))
+
+
+def started(op: str, cache: Any, first: bool) -> bool:
     """Whether virtual tokens are in the cache already; ``first``: it might be the first call of a generation."""
     if cache is None:
         return False
-    entries = cache.get_seq_length()
+    entries = _entries(op, cache)
     return (not first or int(entries) > 0) if isinstance(entries, torch.Tensor) else entries > 0
 
 
@@ -80,10 +92,15 @@ def tokens(kwargs: dict[str, Any], prefix: str = "") -> torch.Size | None:
     return ids.shape if ids is not None else None if embeddings is None else embeddings.shape[:-1]
 
 
-def check_room(op: str, cache: Any, needed: int) -> None:
-    """A static cache must hold the virtual tokens too; one that slides, or grows, holds what it must."""
+def check_room(record: Inserted, cache: Any, T: int) -> None:
+    """The table of positions and a static cache must have room for the virtual tokens too."""
+    op, needed = record.op, record.module.num_virtual_tokens + T
+    fits = record.most is None or needed <= record.most
+    rule = f"have at most {(record.most or 0) - needed + T} tokens beside the virtual ones, for {record.most} positions"
+    _checks.require(fits, op, "input_ids", rule, T)
     cache = getattr(cache, "self_attention_cache", cache)
     ask = getattr(cache, "get_max_length", None) or getattr(cache, "get_max_cache_shape", None)
+    # A layer that slides holds what it must, and one that grows says -1.
     most = -1 if ask is None or any(getattr(cache, "is_sliding", [])) else ask()
     full = most is not None and 0 < most < needed
     _checks.require(not full, op, "cache", f"have room for {needed} entries, the virtual tokens included", most)
@@ -99,9 +116,9 @@ def lengthen(record: Inserted, kwargs: dict[str, Any], seen: int | None) -> None
     if isinstance(mask, torch.Tensor) and (seen is None or mask.shape[-1] != seen + P):
         check_mask(record, mask)
         kwargs[name] = prepend.ones_left(mask, P) if mask.dim() == 2 else prepend.prefix_columns(mask, P)
-    positions = kwargs.get(record.decoder + "position_ids")
-    if positions is not None:
-        kwargs[record.decoder + "position_ids"] = positions + P
+    for name in (record.decoder + "position_ids", CACHE_POSITION):
+        if kwargs.get(name) is not None:
+            kwargs[name] = kwargs[name] + P
 
 
 def check_mask(record: Inserted, mask: object) -> None:
@@ -168,10 +185,17 @@ def roomier(model: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
 def started_inputs(record: Inserted, inner: Callable[..., Any], kwargs: dict[str, Any], counted: bool = True) -> Any:
     """The inputs of a decoding step, or of a text that goes on where a cache ends."""
+    position = kwargs.pop(CACHE_POSITION, None)
     lengthen(record, kwargs, None)
     if counted and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
         # Counted from the cache's length, which has the virtual tokens in it.
         kwargs["next_sequence_length"] += record.module.num_virtual_tokens
-    inputs = inner(**kwargs)
+    if position is None:
+        inputs = inner(**kwargs)
+    else:
+        # It slices the caller's ids as well, so it moves afterwards, and a 4-D mask is left to the forward.
+        inputs = inner(**kwargs, cache_position=position)
+        inputs[CACHE_POSITION] = position + record.module.num_virtual_tokens
+        inputs[record.decoder + "attention_mask"] = kwargs.get(record.decoder + "attention_mask")
     inputs[READY] = True
     return inputs

@@ -17,6 +17,7 @@ from fastpeft.nn.prompts.virtual import Prompt
 from fastpeft.ops import _checks
 
 _UNEVEN = ("kv_lora_rank", "global_head_dim", "v_head_dim")
+_TABLES = ("wpe", "position_embeddings", "embed_positions")
 _ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -46,6 +47,7 @@ def insert_prompt(model: Any, prompt: Prompt, *, freeze_base: bool = True) -> An
     width = embedding.weight.shape[1]
     _checks.require(prompt.token_dim == width, op, "prompt", f"have token_dim {width}, the model's", prompt.token_dim)
     record = Inserted(op, prompt, filler=_filler(model.config), first=_first(site), causal=_causal(site), nested=nested)
+    record.most = _most(site)
     record.cache_name = _cache_name(site) or CACHE_NAMES[0]
     record.trained = _freeze(model) if freeze_base else None
     prompt.to(embedding.weight.device)
@@ -84,10 +86,13 @@ def insert_prefix(model: Any, prefix: Prefix, *, freeze_base: bool = True) -> An
     rule = "take cached keys and values in its forward"
     _checks.require(cache_name is not None, op, "model", rule, type(model).__name__)
     assert cache_name is not None
+    counts = not any(hasattr(module, "get_rope_index") for module in model.modules())
+    _checks.require(counts, op, "model", "count positions from its cache's length, not by images", type(model).__name__)
     _check_forward(op, site)
     _check_shape(op, model.config, prefix)
     decoder = "decoder_" if model.config.is_encoder_decoder else ""
     record = Inserted(op, prefix, causal=_causal(site), cache_name=cache_name, decoder=decoder)
+    record.most = _most(model.get_decoder() if decoder else site)
     record.trained = _freeze(model) if freeze_base else None
     prefix.to(model.get_input_embeddings().weight.device)
     model.add_module("prefix", prefix)
@@ -127,6 +132,8 @@ def _check_model(op: str, model: Any, name: str, freeze_base: object) -> None:
     known = isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_input_embeddings")
     known = known and hasattr(model, "base_model_prefix") and not hasattr(model, "peft_config")
     _checks.require_dtype(known, op, "model", "be a transformers model (below PEFT's)", type(model).__name__)
+    reads = getattr(model, "main_input_name", None)
+    _checks.require(reads == "input_ids", op, "model", "read input_ids", reads)
     flag(op, "freeze_base", freeze_base)
     held = [type(m.__dict__[RECORD].module).__name__ for m in model.modules() if RECORD in m.__dict__]
     _checks.require(not held, op, "model", "have no prompt or prefix yet; remove_prompt first", held[:1])
@@ -160,6 +167,14 @@ def _first(model: nn.Module) -> int:
     return 0
 
 
+def _most(model: nn.Module) -> int | None:
+    """How many tokens a learned table of positions knows, where there is one."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (getattr(module, "offset", 0) or _first(model))
+    return None
+
+
 def _filler(config: Any) -> int:
     """An id that no part of a model takes for a special one."""
     special: set[int] = set()
@@ -176,7 +191,8 @@ def _one(config: Any, *names: str) -> int | None:
 
 def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
     """The layers, heads and head size of what the model caches."""
-    text, both = config.get_text_config(decoder=True), bool(config.is_encoder_decoder)
+    both = bool(config.is_encoder_decoder)
+    text = config if both else config.get_text_config(decoder=True)
     uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
     _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)
     others = [kind for kind in getattr(text, "layer_types", None) or [] if kind not in _ATTENDING]

@@ -40,10 +40,10 @@ class PrefixHost(Host):
         if like is None:
             return inner(**kwargs)
         B, T = like.shape[:2]
-        if held := length(cache):
+        if held := length(record.op, cache):
             lengthen(record, kwargs, held - P + T)
             return inner(**kwargs)
-        check_room(record.op, cache, P + T)
+        check_room(record, cache, T)
         made, states = cache is None, self._states(prefix, B)
         cache = kwargs[record.cache_name] = _new_cache(self) if made else cache
         _fill(cache, states)
@@ -84,7 +84,7 @@ class PrefixHost(Host):
         cache = kwargs.get(record.cache_name)
         if not record.module.enabled or cache is None:
             return inner(**kwargs)
-        begun = started(cache, kwargs.get("is_first_iteration", True))
+        begun = started(record.op, cache, kwargs.get("is_first_iteration", True))
         if not begun:
             given = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") and not record.decoder else None
             _fill(cache, self._states(record.module, (kwargs["input_ids"] if given is None else given).shape[0]))

@@ -15,6 +15,7 @@ import torch
 
 from fastpeft.nn.prompts import prepend
 from fastpeft.nn.prompts.hosts import (
+    CACHE_POSITION,
     READY,
     RECORD,
     Host,
@@ -52,10 +53,11 @@ class PromptHost(Host):
         if ready or not prompt.enabled or shape is None:
             return inner(**kwargs)
         cache, T = renamed(kwargs, record.cache_name), shape[-1]
-        if held := length(cache):
+        if held := length(record.op, cache):
             lengthen(record, kwargs, held - prompt.num_virtual_tokens + T)
             return inner(**kwargs)
-        check_room(record.op, cache, prompt.num_virtual_tokens + T)
+        kwargs.pop(CACHE_POSITION, None)
+        check_room(record, cache, T)
         rows = functools.partial(prompt, shape[:-1].numel())
         self._lengthen_all(record, kwargs, shape)
         if kwargs.get("input_ids") is None:
@@ -98,7 +100,7 @@ class PromptHost(Host):
         record: Inserted = getattr(self, RECORD)
         if not record.module.enabled:
             return inner(**kwargs)
-        if started(kwargs.get(record.cache_name), kwargs.get("is_first_iteration", True)):
+        if started(record.op, kwargs.get(record.cache_name), kwargs.get("is_first_iteration", True)):
             return started_inputs(record, inner, kwargs)
         mask = kwargs.get("attention_mask")
         inputs = inner(**kwargs)
