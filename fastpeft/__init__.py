@@ -4,7 +4,7 @@ from fastpeft import ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
-from fastpeft.integrations import Report, accelerate, restore
+from fastpeft.integrations import Report, Status, accelerate, reason, restore, status
 from fastpeft.nn import (
     AdaLoRALayer,
     AdaLoRALinear,
@@ -81,6 +81,7 @@ __all__ = [
     "QLoRALinear",
     "RankAllocator",
     "Report",
+    "Status",
     "__version__",
     "accelerate",
     "add_parametrization",
@@ -95,8 +96,10 @@ __all__ = [
     "lora_disabled",
     "ops",
     "prepend_prompt",
+    "reason",
     "release_workspace",
     "remove_prompt",
     "restore",
+    "status",
     "task",
 ]

@@ -39,10 +39,11 @@ def _accelerate_what_peft_makes() -> None:
 
     from fastpeft.integrations import accelerate
     from fastpeft.integrations.peft import linear, reason
+    from fastpeft.integrations.peft.kind import Accelerated
 
     made = peft_layer.Linear.__init__
     operator = linear.lora_linear
-    forward = linear.AcceleratedLinear.forward
+    forward = Accelerated.forward
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
@@ -65,7 +66,7 @@ def _accelerate_what_peft_makes() -> None:
 
     peft_layer.Linear.__init__ = init
     linear.lora_linear = counting_operator
-    linear.AcceleratedLinear.forward = counting_forward  # type: ignore[method-assign]
+    Accelerated.forward = counting_forward  # type: ignore[method-assign]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

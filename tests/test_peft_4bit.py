@@ -66,7 +66,7 @@ STATES = {
         2,
     ),
     "two, evaluating": ({"adapters": 2, "lora_dropout": 0.3}, lambda m: (set_two(m), m.eval()), 2),
-    "two with dropout": ({"adapters": 2, "lora_dropout": 0.3}, set_two, 0),
+    "two with dropout": ({"adapters": 2, "lora_dropout": 0.3}, set_two, 2),
     "none active": ({}, lambda m: m.base_model.set_adapter([]), 0),
     "one of two deleted": ({"adapters": 2}, lambda m: (m.set_adapter("second"), m.delete_adapter("default")), 2),
     "adapter added": ({}, lambda m: m.add_adapter("late", LoraConfig(r=2, target_modules=TARGETS)), 2),

@@ -136,11 +136,11 @@ def test_half_patched_is_put_back(monkeypatch):
     original = inplace.built
     made = []
 
-    def failing(mixin, kind):
-        made.append(kind)
+    def failing(mixin, own):
+        made.append(own)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return original(mixin, kind)
+        return original(mixin, own)
 
     monkeypatch.setattr(inplace, "built", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -227,7 +227,10 @@ def test_reason_of_a_call():
     layer = lora_layers(toy())[0]
     x = torch.randn(3, 20)
     assert reason(layer, x) is None
-    assert reason(layer, x, kwargs={"adapter_names": ["default"] * 3}) == "mixed batch (adapter_names)"
+    assert reason(layer, x, kwargs={"adapter_names": ["default"] * 3}) is None
+    assert reason(layer, x, kwargs={"adapter_names": ["__base__"] * 3}) == "no active adapter"
+    for mixed in (["default", "default", "__base__"], ["default"] * 2):
+        assert reason(layer, x, kwargs={"adapter_names": mixed}) == "mixed batch (adapter_names)"
     assert reason(layer, x, kwargs={"alora_offsets": None}) == "extra arguments (alora_offsets)"
     assert reason(layer, x.double()) == "the input is torch.float64"
     assert reason(layer, x.bfloat16()) == "the input and the base weight have different dtypes"

@@ -77,9 +77,9 @@ STATES = {
         3,
     ),
     "two with dropout": (
-        {"adapters": 2, "lora_dropout": 0.3},
+        {"adapters": 2, "lora_dropout": 0.3, "lora_bias": True},
         lambda m: m.base_model.set_adapter(["default", "second"]),
-        0,
+        3,
     ),
     "none active": ({}, lambda m: m.base_model.set_adapter([]), 0),
     "absent active": ({}, lambda m: [setattr(x, "_active_adapter", ["other"]) for x in lora_layers(m)], 0),

@@ -1,5 +1,5 @@
 """Other people's models: put our operators in, take them out. One folder a library; nothing else may enter."""
 
-from fastpeft.integrations.peft import Report, accelerate, reason, restore
+from fastpeft.integrations.peft import Report, Status, accelerate, reason, restore, status
 
-__all__ = ["Report", "accelerate", "reason", "restore"]
+__all__ = ["Report", "Status", "accelerate", "reason", "restore", "status"]

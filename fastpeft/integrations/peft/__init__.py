@@ -7,5 +7,6 @@ holds their layers has. One file a kind of layer; `kinds` lists them, and everyt
 
 from fastpeft.integrations.peft.accelerate import accelerate, restore
 from fastpeft.integrations.peft.report import Report, reason
+from fastpeft.integrations.peft.status import Status, status
 
-__all__ = ["Report", "accelerate", "reason", "restore"]
+__all__ = ["Report", "Status", "accelerate", "reason", "restore", "status"]

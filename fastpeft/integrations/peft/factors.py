@@ -9,10 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import Dropout, Linear
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.modules.linear import Linear
 
 from fastpeft.integrations.peft import gathered
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, drop_probability, held, hooked, scalable
+from fastpeft.integrations.peft.hf_hooks import changes_nothing
+from fastpeft.integrations.peft.plain import (
+    DTYPES,
+    MISSING,
+    PLAIN,
+    STRIDED,
+    bias_unfit,
+    drop_probability,
+    held,
+    hooked,
+    scalable,
+    undroppable,
+)
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", Any, float]
 """x, A [R, K], B [N, R], the bias of lora_B, the scale (float or 0-d tensor), p of the dropout. x is the one given, but
@@ -20,7 +34,7 @@ for what `gathered.ask` adds to its graph."""
 
 SHARDED = "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
 
-_compiling = torch.compiler.is_compiling
+_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def active(layer: Any) -> list[str]:
@@ -29,32 +43,81 @@ def active(layer: Any) -> list[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name in layer.lora_A]
 
 
+def named(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The one adapter that ``adapter_names``, which PEFT passes to every layer, names for each sample of x; or None."""
+    names = kwargs.get("adapter_names")
+    if args or len(kwargs) != 1 or not isinstance(names, (list, tuple)) or not names or type(x) not in PLAIN:
+        return None
+    first = names[0]
+    fits = x.dim() > 0 and x.shape[0] == len(names)
+    return first if fits and type(first) is str and names.count(first) == len(names) else None
+
+
 def read(layer: Any, name: str, x: Any) -> Factors | None:
     """The factors of the adapter ``name``, which the layer has; None: PEFT's modules must be called."""
     modules = layer._modules
     lora_A = modules["lora_A"]._modules[name]
     lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
+    # Every look-up counts here: the attributes of a module cost three times the items of its dictionary.
+    of_A, of_B, of_dropout = lora_A.__dict__, lora_B.__dict__, dropout.__dict__
+    if (
+        type(lora_A) is not Linear
+        or type(lora_B) is not Linear
+        # `hooked` twice, without its calls
+        or of_A["_forward_hooks"]
+        or of_A["_forward_pre_hooks"]
+        or of_A["_backward_hooks"]
+        or of_A["_backward_pre_hooks"]
+        or ("forward" in of_A and not changes_nothing(lora_A))
+        or of_B["_forward_hooks"]
+        or of_B["_forward_pre_hooks"]
+        or of_B["_backward_hooks"]
+        or of_B["_backward_pre_hooks"]
+        or ("forward" in of_B and not changes_nothing(lora_B))
+    ):
+        return _gathered(layer, name, x, lora_A, lora_B, dropout)
+    a_parameters, b_parameters = of_A["_parameters"], of_B["_parameters"]
+    a, b, bias = a_parameters.get("weight"), b_parameters.get("weight"), b_parameters.get("bias", MISSING)
+    if a is None or b is None or bias is MISSING:
+        a, b, bias = held(lora_A, "weight"), held(lora_B, "weight"), held(lora_B, "bias")
     p = drop_probability(dropout)
     scale = layer.scaling[name]
     if (
         p is None
         or name in layer.lora_variant
         or not (type(scale) is float or scalable(scale))
-        or (hooked(dropout) and not gathered.passes(dropout))
+        or (a_parameters["bias"] if "bias" in a_parameters else held(lora_A, "bias")) is not None
+        or of_dropout["_forward_hooks"]
+        or of_dropout["_forward_pre_hooks"]
+        or of_dropout["_backward_hooks"]
+        or of_dropout["_backward_pre_hooks"]
+        or ("forward" in of_dropout and not changes_nothing(dropout))
     ):
         return None
-    a: Any
-    b: Any
-    bias: Any
-    if type(lora_A) is Linear and type(lora_B) is Linear and not (hooked(lora_A) or hooked(lora_B)):
-        a, b, bias = lora_A._parameters.get("weight"), lora_B._parameters.get("weight"), lora_B._parameters["bias"]
-    elif _linear(lora_A) and _linear(lora_B) and type(x) in PLAIN and x.dtype in DTYPES and not _compiling():
-        a, _, x = _ask(lora_A, x)
-        b, bias, a = _ask(lora_B, a)
-    else:
+    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b, bias) else None
+
+
+def _gathered(layer: Any, name: str, x: Any, lora_A: Any, lora_B: Any, dropout: Any) -> Factors | None:
+    """`read` where lora_A, lora_B or the dropout is not a plain module: those that gather are asked."""
+    p = drop_probability(dropout)
+    scale = layer.scaling[name]
+    if (
+        p is None
+        or name in layer.lora_variant
+        or not scalable(scale)
+        or (hooked(dropout) and not gathered.passes(dropout))
+        or not (_linear(lora_A) and _linear(lora_B))
+        or lora_A.bias is not None
+        or type(x) not in PLAIN
+        or x.dtype not in DTYPES
+        or x.layout is not STRIDED
+        or _dynamo()
+    ):
         return None
-    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b) else None
+    a, _, x = _ask(lora_A, x)
+    b, bias, a = _ask(lora_B, a)
+    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b, bias) else None
 
 
 def _linear(part: Any) -> bool:
@@ -67,18 +130,25 @@ def _ask(part: Any, x: torch.Tensor) -> gathered.Asked:
     return gathered.ask(part, x) if hooked(part) or type(part) is not Linear else (part.weight, part.bias, x)
 
 
-def _adaptable(layer: Any, x: Any, a: Any, b: Any) -> bool:
+def _adaptable(layer: Any, x: Any, a: Any, b: Any, bias: Any) -> bool:
     """Whether PEFT would multiply x with these factors without an error, and one operator can."""
-    if type(x) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
+    if not (
+        (type(x) is Tensor or type(x) is Parameter)
+        and (type(a) is Parameter or type(a) is Tensor)
+        and (type(b) is Parameter or type(b) is Tensor)
+        and (bias is None or type(bias) in PLAIN)
+    ):
         return False
-    adapter, device = a.dtype, x.device
+    adapter, dtype, device = a.dtype, x.dtype, x.device
     return (
-        x.dtype in DTYPES
-        and adapter in DTYPES
+        dtype in DTYPES
         and b.dtype is adapter
-        and (adapter is x.dtype or layer.cast_input_dtype_enabled)
+        and (adapter is dtype or (adapter in DTYPES and layer.cast_input_dtype_enabled))
         and a.device == device
         and b.device == device
+        and x.layout is STRIDED
+        and a.layout is STRIDED
+        and b.layout is STRIDED
         and not x.is_nested
     )
 
@@ -95,7 +165,7 @@ def modules_of(layer: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def unreadable(layer: Any, names: list[str]) -> str | None:
-    """What keeps these adapters, all that are active, from being `read`, whatever the input; weights apart."""
+    """What keeps these adapters, all that a call uses, from being `read`, whatever the input; weights apart."""
     for name in names:
         if name in layer.lora_variant:
             return f"variant {type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
@@ -110,12 +180,9 @@ def unreadable(layer: Any, names: list[str]) -> str | None:
         if why is not None:
             return why
     for role, dropout in dropouts.items():
-        p = drop_probability(dropout)
-        if p is None:
-            known = isinstance(dropout, Dropout)
-            return f"{role} drops everything" if known else f"{role} is a {type(dropout).__name__}"
-        if p and len(names) > 1:
-            return "several active adapters with dropout in training"
+        why = undroppable(role, dropout)
+        if why is not None:
+            return why
     return None
 
 
@@ -134,7 +201,7 @@ def called(role: str, part: Any) -> str | None:
 def weight_elsewhere(role: str, part: Any) -> str | None:
     """Who else has the weight of a module that holds A, B or W."""
     w = held(part, "weight")
-    if w is None:
+    if w is None or w is MISSING:
         return f"{role} holds no parameter named weight"
     if hasattr(w, "ds_id"):
         return f"the weight of {role} is partitioned by DeepSpeed"
@@ -149,8 +216,20 @@ def weight_unreadable(role: str, part: Any) -> str | None:
     w = held(part, "weight")
     if type(w) not in PLAIN:
         return f"the weight of {role} is a {type(w).__name__}"
-    if w.is_meta:
-        return f"the weight of {role} is on the meta device"
+    if w.layout is not STRIDED:
+        return f"the weight of {role} is sparse ({w.layout})"
     if w.dtype not in DTYPES:
         return f"the weight of {role} is {w.dtype}"
+    return None
+
+
+def biases_unfit(layer: Any, names: list[str]) -> str | None:
+    """What is wrong with the biases of these adapters' modules."""
+    for role, part in modules_of(layer, names)[0].items():
+        bias = part.bias if gathered.factor(part) else held(part, "bias")
+        if role.startswith("lora_A") and bias is not None:
+            return f"{role} has a bias" if bias is not MISSING else f"{role} holds no bias"
+        why = bias_unfit(role, bias)
+        if why is not None:
+            return why
     return None

@@ -25,6 +25,7 @@ class InPlace:
         """torch's own shallow copy, which ``__reduce_ex__`` would otherwise turn into the class that was there."""
         twin = self.__class__.__new__(self.__class__)
         twin.__setstate__(self.__getstate__())
+        self._copied_to(twin)
         return twin
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
@@ -32,7 +33,15 @@ class InPlace:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self._copied_to(twin)
         return twin
+
+    def _copied_to(self, twin: Any) -> None:
+        """Called with each copy that has been made."""
+
+    @classmethod
+    def _given_before(cls, kind: type) -> None:
+        """Called once with the class that this one, just built, has been put before."""
 
 
 _built: dict[tuple[type, type], type] = {}
@@ -47,7 +56,8 @@ def built(mixin: type[InPlace], kind: type) -> type:
         names = {name: vars(kind)[name] for name in ("__module__", "__qualname__", "__doc__") if name in vars(kind)}
         if hasattr(kind, "__deepcopy__"):
             names["__deepcopy__"] = kind.__deepcopy__  # FSDP2 forbids it
-        made = types.new_class(kind.__name__, (mixin, kind), exec_body=lambda body: body.update(names))
+        made: Any = types.new_class(kind.__name__, (mixin, kind), exec_body=lambda body: body.update(names))
+        made._given_before(kind)
         _built[key], _sources[made] = made, kind
     return _built[key]
 

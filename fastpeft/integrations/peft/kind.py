@@ -8,20 +8,30 @@ adapters need no notice. Whatever a call cannot prove to be the plain case goes 
 from __future__ import annotations
 
 import sys
+import types
 from abc import ABC, abstractmethod
+from operator import attrgetter
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
 from torch.nn import Module
 
+from fastpeft.integrations.peft import calls
 from fastpeft.integrations.peft.hf_hooks import wraps
 from fastpeft.integrations.peft.inplace import InPlace, source
+from fastpeft.integrations.peft.plain import original, replaced
 
 TESTED = (Version("0.20"), Version("0.23"))
 """peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
 
 # What a layer's class must have from PEFT's own class for its forward to be the one that we replace.
 _METHODS = ("forward", "_check_forward_args", "_cast_input_dtype", "merged", "disable_adapters", "active_adapters")
+_methods_of = attrgetter(*_METHODS)
+_BYPASSED = "forward has been replaced on the layer itself"
+
+_dynamo = torch.compiler.is_dynamo_compiling
+_records = calls.RECORDS
 
 
 def imported(module: str, name: str) -> Any:
@@ -32,6 +42,10 @@ def imported(module: str, name: str) -> Any:
 def is_peft_layer(module: Module) -> bool:
     kind = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
     return kind is not None and isinstance(module, kind)
+
+
+def nested(base: Any) -> str | None:
+    return f"its base layer is itself an adapter layer ({type(base).__name__})" if is_peft_layer(base) else None
 
 
 class Kind(ABC):
@@ -55,12 +69,8 @@ class Kind(ABC):
         """What keeps the layer, whose class and forward are PEFT's own, from being given our class at all."""
 
     @abstractmethod
-    def state(self, layer: Any) -> str | None:
-        """What in the layer's present state sends a call to PEFT's forward."""
-
-    @abstractmethod
-    def call(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What in one call, of a layer whose `state` is fine, sends it to PEFT's forward."""
+    def reason(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What sends this call of a layer that was adopted to PEFT's forward; without x (None), any call."""
 
 
 def label(module: Module) -> str:
@@ -80,21 +90,72 @@ def unfit(kind: Kind, module: Module) -> str | None:
         known = False
     if not known:
         return f"peft {version} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
-    if plain.forward.__module__ != plain.__module__:
-        return f"lora.{plain.__name__}.forward has been replaced by {plain.forward.__module__}"
+    why = replaced(f"lora.{plain.__name__}", plain, "forward", original(plain, "forward"))
+    if why is not None:
+        return why
     if any(getattr(own, method, None) is not getattr(plain, method) for method in _METHODS):
         return f"{label(module)} has a forward of its own"
     if "forward" in vars(module) and not wraps(module, type(module), own):
-        return "forward has been replaced on the layer itself"
-    base = module.base_layer
-    if is_peft_layer(base):  # type: ignore[arg-type]
-        return f"its base layer is itself an adapter layer ({type(base).__name__})"
-    return kind.adopt(module)
+        return _BYPASSED
+    return nested(module.base_layer) or kind.adopt(module)
+
+
+def bypassed(module: Module) -> str | None:
+    """Whether a forward kept in an accelerated layer takes its calls away from ours; not if it leads back to ours."""
+    found: Any = vars(module).get("forward")
+    if found is None or wraps(module, type(module)):
+        return None
+    while found is not None:
+        if isinstance(found, types.MethodType) and found.__self__ is module and found.__func__ is Accelerated.forward:
+            return None
+        found = getattr(found, "__wrapped__", None)  # what functools.wraps leaves
+    return _BYPASSED
+
+
+def changed(module: Any) -> str | None:
+    """What of PEFT's class of an accelerated layer is not what it was when the layer got ours."""
+    plain = module._source
+    for method, before in zip(_METHODS, module._methods, strict=True):
+        why = replaced(label(module), plain, method, before)
+        if why is not None:
+            return why
+    return None
 
 
 class Accelerated(InPlace):
-    """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin adds forward."""
+    """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin serves."""
+
+    _kind: Kind
+    _source: Any
+    """PEFT's class of the layer, and its `_METHODS` when this class was made."""
+    _methods: tuple[Any, ...]
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Accelerated):  # after `restore`, called by something that kept this method
+            return type(self).forward(self, x, *args, **kwargs)
+        if _dynamo():
+            y = self._served(x, args, kwargs) if self._source.forward is self._methods[0] else None
+            calls.traced(y is not None)
+            return self._plain(x, *args, **kwargs) if y is None else y
+        if _methods_of(self._source) == self._methods:
+            y = self._served(x, args, kwargs)
+            if y is not None:
+                (_records.get(id(self)) or calls.open_record(self)).served.add()
+                return y
+        calls.left(self, self._kind.reason(self, x, args, kwargs) or changed(self) or "unknown")
+        return self._plain(x, *args, **kwargs)
+
+    def _served(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The layer by our operators; None: not the plain case."""
+        raise NotImplementedError
 
     def _plain(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's own forward."""
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _copied_to(self, twin: Any) -> None:
+        calls.copied(self, twin)
+
+    @classmethod
+    def _given_before(cls, kind: type) -> None:
+        cls._source, cls._methods = kind, _methods_of(kind)

@@ -22,7 +22,17 @@ from fastpeft.integrations.peft.factors import weight_elsewhere
 from fastpeft.integrations.peft.inplace import source
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.lora import AcceleratedLoRA, LoRAKind
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, held, observed
+from fastpeft.integrations.peft.plain import (
+    DTYPES,
+    PLAIN,
+    STRIDED,
+    bias_unfit,
+    held,
+    hooked,
+    observed,
+    original,
+    replaced,
+)
 from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
 from fastpeft.ops.weight4bit import NESTED_BLOCK
 
@@ -34,6 +44,12 @@ TESTED = (Version("0.49"), Version("0.51"))
 # Exact types; `Linear4bitKind.register` adds to both.
 BASES: dict[type, bool] = {}
 WEIGHTS: set[type] = set(PLAIN)
+
+# What `Linear4bitKind.register` finds: bitsandbytes, its Linear4bit, the forward of that and the product that it calls.
+_library: Any = None
+_linear4bit: Any = None
+_forward: Any = None
+_matmul: Any = None
 
 _compiling = torch.compiler.is_compiling
 _plain_torch = torch._C.DisableTorchFunctionSubclass
@@ -51,6 +67,15 @@ def _bases() -> dict[type, bool]:
     modules: Any = sys.modules["bitsandbytes.nn.modules"]
     early = (_version() or TESTED[1]) < Version("0.50")
     return dict.fromkeys((modules.Linear4bit, modules.LinearNF4, modules.LinearFP4), early)
+
+
+def _replaced() -> str | None:
+    """What of bitsandbytes somebody has replaced that our product stands in for."""
+    kind = imported("bitsandbytes.nn.modules", "Linear4bit")
+    library: Any = sys.modules["bitsandbytes"]
+    return replaced("bitsandbytes' Linear4bit", kind, "forward", original(kind, "forward")) or replaced(
+        "bitsandbytes", library, "matmul_4bit", original(library.autograd._functions, "matmul_4bit")
+    )
 
 
 def state_of(base: Any) -> Any:
@@ -115,9 +140,11 @@ def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4
     weight, bias = weight_4bit(base), held(base, "bias")
     if (
         weight is None
+        or _linear4bit.forward is not _forward
+        or _library.matmul_4bit is not _matmul
         or weight.shape[1] != x.shape[-1]
         or weight.packed.device != x.device
-        or (bias is not None and type(bias) not in PLAIN)
+        or not (bias is None or type(bias) in PLAIN)
         or _unserved(x, adapter, base.compute_dtype) is not None
     ):
         return None
@@ -140,8 +167,10 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
         not is_alone(layer)
         or type(x) not in PLAIN
         or x.dtype not in DTYPES
+        or x.layout is not STRIDED
         or x.is_nested
-        or observed(base)
+        or hooked(base)
+        or observed()
     ):
         return None
     operands = _operands(base, x, x.dtype)
@@ -155,11 +184,8 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
 class AcceleratedLinear4bit(AcceleratedLoRA):
     """Comes before PEFT's ``lora.Linear4bit``."""
 
-    def _plain(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = None if args or kwargs else base_alone(self, x)
-        if y is not None:
-            return y
-        return super()._plain(x, *args, **kwargs)
+    def _alone(self: Any, x: torch.Tensor, base: Any) -> torch.Tensor | None:
+        return base_alone(self, x)
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
@@ -188,6 +214,10 @@ class Linear4bitKind(LoRAKind):
 
     def register(self) -> None:
         if self.peft_class() is not None:
+            global _library, _linear4bit, _forward, _matmul
+            _library, _linear4bit = sys.modules["bitsandbytes"], imported("bitsandbytes.nn.modules", "Linear4bit")
+            _forward = original(_linear4bit, "forward")
+            _matmul = original(_library.autograd._functions, "matmul_4bit")
             BASES.update(_bases())
             WEIGHTS.add(imported("bitsandbytes.nn.modules", "Params4bit"))
 
@@ -199,9 +229,9 @@ class Linear4bitKind(LoRAKind):
         if version is None or not TESTED[0] <= version < TESTED[1]:
             found = imported("bitsandbytes", "__version__") or "unknown"
             return f"bitsandbytes {found} is outside the tested range >={TESTED[0]},<{TESTED[1]}"
-        kind = imported("bitsandbytes.nn.modules", "Linear4bit")
-        if kind.forward.__module__ != kind.__module__:
-            return f"bitsandbytes' Linear4bit.forward has been replaced by {kind.forward.__module__}"
+        why = _replaced()
+        if why is not None:
+            return why
         if source(type(base)) not in _bases() and not hasattr(base, "parametrizations"):
             return f"base layer {type(base).__module__}.{type(base).__qualname__} is not bitsandbytes' Linear4bit"
         return None
@@ -209,7 +239,7 @@ class Linear4bitKind(LoRAKind):
     def base_changed(self, base: Any) -> str | None:
         if source(type(base)) not in _bases():
             return f"base layer {type(base).__name__} is not bitsandbytes' Linear4bit (parametrised?)"
-        return None
+        return _replaced()
 
     def base_unreadable(self, base: Any) -> str | None:
         why = weight_elsewhere("base_layer", base)
@@ -218,8 +248,9 @@ class Linear4bitKind(LoRAKind):
         w, state, bias = held(base, "weight"), state_of(base), held(base, "bias")
         if type(w) not in PLAIN and type(w) is not imported("bitsandbytes.nn.modules", "Params4bit"):
             return f"the weight of base_layer is a {type(w).__name__}"
-        if bias is not None and type(bias) not in PLAIN:
-            return f"the bias of base_layer is a {type(bias).__name__}"
+        why = bias_unfit("base_layer", bias)
+        if why is not None:
+            return why
         if state is None:
             return "the weight of base_layer has not been quantised yet, or has lost its quant_state"
         if getattr(state, "packing_format_for_cpu", False):
@@ -242,3 +273,4 @@ class Linear4bitKind(LoRAKind):
 
 
 KIND = Linear4bitKind()
+AcceleratedLinear4bit._kind = KIND

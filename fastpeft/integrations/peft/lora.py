@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from fastpeft.integrations.peft import factors, gathered
-from fastpeft.integrations.peft.kind import Accelerated, Kind
-from fastpeft.integrations.peft.plain import DTYPES, PLAIN, globally_hooked, observed, transformed
+from fastpeft.integrations.peft.kind import Accelerated, Kind, nested
+from fastpeft.integrations.peft.plain import DTYPES, PLAIN, STRIDED, hooked, observed, observer
 from fastpeft.ops.lora_adapter import lora_adapter
+
+_dynamo = torch.compiler.is_dynamo_compiling
 
 
 class LoRAKind(Kind):
@@ -38,22 +40,39 @@ class LoRAKind(Kind):
     def base_uncallable(self, layer: Any, x: torch.Tensor, adapter: torch.dtype | None) -> str | None:
         """What in a call with ``x`` the base cannot serve; ``adapter``: the dtype of A, None where it has no say."""
 
-    def state(self, layer: Any) -> str | None:
+    def any_call(self, layer: Any, names: list[str]) -> str | None:
+        """What is wrong with a call whatever its input will be, of a layer whose state is fine."""
+        return None
+
+    def reason(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         names: list[str] = []
+        if args or (kwargs and kwargs.keys() != {"adapter_names"}):
+            return f"extra arguments ({', '.join(kwargs) or 'positional'})"
         if not self.alone(layer):
-            names = factors.active(layer)
             if layer._disable_adapters:
                 return "adapters are disabled"
             if layer.merged_adapters:
                 return "adapters are merged into the base weight"
+            names = factors.active(layer)
+            if kwargs.get("adapter_names") is not None:
+                one = factors.named(x, args, kwargs)
+                if one is None:
+                    return "mixed batch (adapter_names)"
+                names = [one] if one in layer.lora_A else []
             if not names:
                 return "no active adapter"
+        elif kwargs:
+            return "extra arguments (adapter_names)"
         base = layer.base_layer
         return (
-            self.base_changed(base)
+            nested(base)
+            or self.base_changed(base)
+            or observer()
             or factors.called("base_layer", base)
             or factors.unreadable(layer, names)
             or self.weights(layer, names)
+            or factors.biases_unfit(layer, names)
+            or (self.any_call(layer, names) if x is None else self._call(layer, names, x))
         )
 
     def weights(self, layer: Any, names: list[str]) -> str | None:
@@ -66,21 +85,24 @@ class LoRAKind(Kind):
         whys = sorted((why for why in found if why is not None), key=factors.SHARDED.__eq__)
         if whys:
             return whys[0]
-        weights = [part.weight for part in parts.values()]
-        if len({w.device for w in (base.weight, *weights)}) > 1:
-            return "the weights are on different devices"
-        if len({w.dtype for w in weights}) > 1:
+        weights = {role: part.weight for role, part in parts.items()}
+        if len({w.dtype for w in weights.values()}) > 1:
             return "the weights of the adapters have different dtypes"
+        weights["base_layer"] = base.weight
+        if len({w.device for w in weights.values()}) > 1:
+            for role, w in weights.items():
+                if w.is_meta:
+                    return f"the weight of {role} is on the meta device"
+            return "the weights are on different devices"
         return None
 
-    def call(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if args or kwargs:
-            return f"extra arguments ({', '.join(kwargs) or 'positional'})"
-        if type(x) not in PLAIN or x.is_nested:
+    def _call(self, layer: Any, names: list[str], x: Any) -> str | None:
+        """What in one call, of a layer whose state is fine, sends it to PEFT's forward."""
+        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_nested:
             return "the input is not a plain dense tensor"
         if x.dtype not in DTYPES:
             return f"the input is {x.dtype}"
-        adapter = None if self.alone(layer) else layer.lora_A[factors.active(layer)[0]].weight.dtype
+        adapter = layer.lora_A[names[0]].weight.dtype if names else None
         if adapter not in (None, x.dtype) and not layer.cast_input_dtype_enabled:
             return "the input and the adapter have different dtypes and casting the input is disabled"
         if x.device != layer.base_layer.weight.device:
@@ -91,24 +113,46 @@ class LoRAKind(Kind):
 class AcceleratedLoRA(Accelerated):
     """The forward of these kinds: reads the plain case, and hands the rest to PEFT."""
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        active = self._active_adapter
-        name = active if type(active) is str else active[0] if len(active) == 1 else None
-        if args or kwargs or self._disable_adapters or self.merged_adapters:
-            return self._plain(x, *args, **kwargs)
+    def _served(self: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         modules = self._modules
         base = modules["base_layer"]
-        fused = self._fused if not observed(base) else _beside if _apart(base) else None
-        y = None
-        if fused is not None:
-            if name is None:
-                y = _several(self, x, base, active, fused)
-            elif name in modules["lora_A"]._modules:
-                found = factors.read(self, name, x)
-                if found is not None:
-                    x, *rest = found
-                    y = fused(x, base, *rest)
-        return self._plain(x) if y is None else y
+        if self._disable_adapters or self.merged_adapters:
+            return None if args or kwargs else self._alone(x, base)
+        active: Any = self._active_adapter
+        if args or kwargs:
+            if args or kwargs != {"adapter_names": None}:
+                active = factors.named(x, args, kwargs)
+            if active is None:
+                return None
+        of = base.__dict__
+        fused = self._fused
+        if (
+            of["_forward_hooks"]
+            or of["_forward_pre_hooks"]
+            or of["_backward_hooks"]
+            or of["_backward_pre_hooks"]
+            or "forward" in of
+        ) and hooked(base):
+            if _dynamo() or not gathered.gathers(base):
+                return None
+            fused = _beside
+        if observed():
+            return None
+        name = active if type(active) is str else active[0] if len(active) == 1 else None
+        if name is None:
+            return self._several(x, base, active, fused)
+        if name not in modules["lora_A"]._modules:
+            return None
+        found = factors.read(self, name, x)
+        if found is None:
+            return None
+        x, a, b, lora_bias, scale, p = found
+        y: torch.Tensor | None = fused(x, base, a, b, lora_bias, scale, p)
+        return y
+
+    def _alone(self, x: torch.Tensor, base: Any) -> torch.Tensor | None:
+        """The product of the base where adapters are disabled or merged, if it is ours."""
+        return None
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
@@ -116,10 +160,33 @@ class AcceleratedLoRA(Accelerated):
         """The whole layer with one adapter that could be read; None: the base is not the plain case."""
         raise NotImplementedError
 
+    def _several(self: Any, x: torch.Tensor, base: Any, active: list[str], fused: Any) -> torch.Tensor | None:
+        """Several active adapters. None: not the plain case.
 
-def _apart(base: Any) -> bool:
-    """Whether the base has to be called, and only to gather its own weight."""
-    return gathered.gathers(base) and not (globally_hooked() or transformed() or torch.compiler.is_compiling())
+        Those without dropout are one adapter of the summed rank: B takes the scales, which differ. Each of the others
+        draws its own mask, as in PEFT, in the order of the list.
+        """
+        found: list[Adapter] = []
+        for name in active:
+            if name in self._modules["lora_A"]._modules:
+                read = factors.read(self, name, x)
+                # PEFT casts x to each adapter's dtype in turn, so that an earlier bf16 adapter rounds a later one's x.
+                if read is None or (found and read[1].dtype is not found[0][0].dtype):
+                    return None
+                x = read[0]
+                found.append(read[1:])
+        if not found:
+            return None
+        plain = [each for each in found if not each[-1]]
+        dropped = [each for each in found if each[-1]]
+        first = _joined(plain) if plain else dropped.pop(0)
+        y: torch.Tensor | None = fused(x, base, *first)
+        if y is None:
+            return None
+        for a, b, lora_bias, scale, p in dropped:
+            part = lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)
+            y = y + (part if part.dtype is y.dtype else part.to(y.dtype))
+        return y
 
 
 def _beside(x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float) -> torch.Tensor:
@@ -128,30 +195,17 @@ def _beside(x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: A
     return (y + lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)).to(y.dtype)
 
 
-def _several(layer: Any, x: torch.Tensor, base: Any, active: list[str], fused: Any) -> torch.Tensor | None:
-    """Several active adapters and no dropout: one adapter of the summed rank. None: not the plain case.
+Adapter = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", Any, float]
 
-    B takes the scales, which differ between adapters; the ranks need not be equal either.
-    """
-    a_parts: list[torch.Tensor] = []
-    b_parts: list[torch.Tensor] = []
+
+def _joined(found: list[Adapter]) -> Adapter:
+    """Adapters without dropout as one."""
+    if len(found) == 1:
+        return found[0]
     lora_bias = None
-    for name in active:
-        if name not in layer._modules["lora_A"]._modules:
-            continue
-        found = factors.read(layer, name, x)
-        if found is None:
-            return None
-        x, a, b, bias, scale, p = found
-        # PEFT casts x to each adapter's dtype in turn, so that an earlier bf16 adapter rounds a later one's x.
-        if p or (a_parts and a.dtype is not a_parts[0].dtype):
-            return None
-        a_parts.append(a)
-        b_parts.append(b * scale)
+    for _, _, bias, scale, _ in found:
         if bias is not None:
-            scaled = bias * scale
-            lora_bias = scaled if lora_bias is None else lora_bias + scaled
-    if not a_parts:
-        return None
-    y: torch.Tensor | None = fused(x, base, torch.cat(a_parts), torch.cat(b_parts, dim=1), lora_bias, 1.0, 0.0)
-    return y
+            lora_bias = bias * scale if lora_bias is None else lora_bias + bias * scale
+    a = torch.cat([each[0] for each in found])
+    b = torch.cat([each[1] * each[3] for each in found], dim=1)
+    return a, b, lora_bias, 1.0, 0.0

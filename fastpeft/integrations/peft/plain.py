@@ -1,27 +1,72 @@
-"""The plain case: what a call must be for one operator to compute what the modules called one by one would."""
+"""The plain case: what a call must be for one operator to compute what the modules called one by one would.
+
+Whatever a fused call would skip is asked for at every call, as it may have come since the layer got our class: hooks,
+functions of torch that somebody has replaced, modes that see each function, transforms that do not know our operators.
+A question that is on the way of every call stands beside the one that words its answer, and the two agree.
+"""
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn import Dropout, Identity, Parameter
+from torch.nn import Parameter, functional
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.dropout import Dropout
+from torch.nn.modules.linear import Identity, Linear
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastpeft.integrations.peft.hf_hooks import changes_nothing
 
 # Exact types only: a subclass (DTensor, a quantised or a traced tensor) may mean something else by the same attributes.
 PLAIN = frozenset((torch.Tensor, Parameter))
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+STRIDED = torch.strided
 # torch never rebinds these dictionaries, so that the names stay true.
 _global_hooks = torch_module._global_forward_hooks
 _global_pre_hooks = torch_module._global_forward_pre_hooks
 _global_backward_hooks = torch_module._global_backward_hooks
 _global_backward_pre_hooks = torch_module._global_backward_pre_hooks
-_compiling = torch.compiler.is_compiling
-_tracing = torch._C._get_tracing_state
-_transform = torch._C._functorch.peek_interpreter_stack
+_dynamo = torch.compiler.is_dynamo_compiling
+_tracing = torch._C._is_tracing
+_transform = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
+_function_mode = torch._C._get_function_stack_at
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def original(holder: type | ModuleType, name: str) -> Any:
+    """``name`` of a class or module as its library made it; None where somebody has put another function there.
+
+    A function of Python counts as the library's if it comes from the same file as any other beside it.
+    """
+    found = getattr(holder, name)
+    if isinstance(found, BuiltinFunctionType):
+        return found
+    homes = [home for home in getattr(holder, "__mro__", (holder,)) if name in vars(home)]
+    beside = [vars(home)[other] for home in homes[:1] for other in vars(home) if other != name]
+    files = {other.__code__.co_filename for other in beside if hasattr(other, "__code__")}
+    file = getattr(getattr(found, "__code__", None), "co_filename", None)
+    return found if not files or file in files else None
+
+
+def replaced(label: str, holder: type | ModuleType, name: str, expected: Any) -> str | None:
+    """What to say where ``name`` of the holder is not what was expected there."""
+    found = getattr(holder, name)
+    if found is expected and found is not None:
+        return None
+    return f"{label}.{name} has been replaced by {getattr(found, '__module__', None) or type(found).__name__}"
+
+
+_FORWARD = original(Linear, "forward")
+_CALL = original(Linear, "__call__")
+_LINEAR = original(functional, "linear") if isinstance(functional.linear, BuiltinFunctionType) else None
+_IDENTITY = original(Identity, "forward")
+_DROPOUT = original(Dropout, "forward")
+_DROP = original(functional, "dropout")
 
 
 def hooked(module: Any) -> bool:
@@ -35,31 +80,98 @@ def hooked(module: Any) -> bool:
     )
 
 
-def globally_hooked() -> bool:
-    """Whether torch runs hooks for every module called, which a fused call would not call."""
-    return bool(_global_hooks or _global_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks)
+def observed() -> bool:
+    """Whether calling a module, or torch's functions, does more than their own arithmetic; hooks of a module apart."""
+    return bool(
+        _global_hooks
+        or _global_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or Linear.forward is not _FORWARD
+        or Linear.__call__ is not _CALL
+        or (functional.linear is not _LINEAR and not _same_linear())
+        or (_function_modes() and _foreign_function_mode())
+        # Dynamo cannot trace these, and none of them is on inside of it.
+        or (
+            not _dynamo()
+            and (
+                _tracing()
+                or _transform()
+                or forward_ad._current_level >= 0
+                or (_dispatch_modes() and _foreign_dispatch_mode())
+            )
+        )
+    )
 
 
-def transformed() -> bool:
-    """Inside torch.jit.trace, torch.func or forward-mode differentiation, which do not know our operator."""
-    return not _compiling() and bool(_tracing() or _transform() or forward_ad._current_level >= 0)
+def observer() -> str | None:
+    """`observed` in words."""
+    if _global_hooks or _global_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+        return "global module hooks are registered"
+    if _tracing() or _transform() or forward_ad._current_level >= 0:
+        return "inside torch.jit.trace, torch.func or forward-mode differentiation"
+    mode = _foreign_function_mode() or _foreign_dispatch_mode()
+    if mode is not None:
+        return f"inside {type(mode).__name__}, a mode that may change what functions of torch do"
+    return (
+        replaced("torch.nn.Linear", Linear, "forward", _FORWARD)
+        or replaced("torch.nn.Linear", Linear, "__call__", _CALL)
+        or (None if _same_linear() else replaced("torch.nn.functional", functional, "linear", _LINEAR))
+    )
 
 
-def observed(base: Any) -> bool:
-    """Whether hooks of ``base`` or of every module, or a `transformed` call, have to see the modules called."""
-    return hooked(base) or globally_hooked() or transformed()
+def _same_linear() -> bool:
+    """Whether F.linear is the one that ZeRO-3 puts there: the same product, which saves less."""
+    return getattr(functional.linear, "__module__", "") == "deepspeed.runtime.zero.linear"
+
+
+def _foreign_function_mode() -> Any:
+    """The first active TorchFunctionMode that is not torch's own default device, which changes no arithmetic."""
+    for index in range(_function_modes()):
+        mode = _function_mode(index)
+        if type(mode) is not DeviceContext:
+            return mode
+    return None
+
+
+def _foreign_dispatch_mode() -> Any:
+    """The first active TorchDispatchMode that is not torch's: torch's own know every registered operator."""
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__module__.partition(".")[0] != "torch":
+            return mode
+    return None
 
 
 def drop_probability(dropout: Any) -> float | None:
     """p of this call; None where ``dropout`` is a module that we do not know, or drops everything."""
     kind = type(dropout)
     if kind is Identity:
-        return 0.0
-    if kind is not Dropout:
+        return 0.0 if Identity.forward is _IDENTITY else None
+    if kind is not Dropout or Dropout.forward is not _DROPOUT or functional.dropout is not _DROP:
         return None
     if not dropout.training:
         return 0.0
-    return dropout.p if dropout.p < 1.0 else None
+    return dropout.p if dropout.p < 1.0 and not dropout.inplace else None
+
+
+def undroppable(role: str, dropout: Any) -> str | None:
+    """`drop_probability` in words."""
+    if drop_probability(dropout) is not None:
+        return None
+    if type(dropout) not in (Identity, Dropout):
+        return f"{role} is a {type(dropout).__name__}"
+    return (
+        replaced("torch.nn.Identity", Identity, "forward", _IDENTITY)
+        or replaced("torch.nn.Dropout", Dropout, "forward", _DROPOUT)
+        or replaced("torch.nn.functional", functional, "dropout", _DROP)
+        or (f"{role} drops everything" if dropout.p >= 1.0 else f"{role} changes its input in place")
+    )
+
+
+def held(module: Any, name: str) -> Any:
+    """A parameter of ``module``, or the tensor that FSDP1 has put in its place; `MISSING` if there is neither."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module.__dict__.get(name, MISSING)
 
 
 def scalable(scale: Any) -> bool:
@@ -69,13 +181,12 @@ def scalable(scale: Any) -> bool:
     return isinstance(scale, (int, float))
 
 
-def held(module: Any, name: str) -> Any:
-    """A parameter of ``module``, or the tensor that FSDP1 has put in its place; None if there is none."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else module.__dict__.get(name)
+MISSING: Any = object()
+"""What stands for a parameter that a module does not have, not even as None."""
 
 
-def matching(x: torch.Tensor, w: Any) -> bool:
-    """Whether PEFT would multiply x with the base weight without an error."""
-    device = x.device
-    return type(w) in PLAIN and (w.dtype is x.dtype or torch.is_autocast_enabled(device.type)) and w.device == device
+def bias_unfit(role: str, bias: Any) -> str | None:
+    """What keeps a bias from being one that an operator reads; one of a dtype or shape that is not fine, it refuses."""
+    if bias is None or type(bias) in PLAIN:
+        return None
+    return f"{role} holds no bias" if bias is MISSING else f"the bias of {role} is a {type(bias).__name__}"

@@ -8,19 +8,20 @@ from typing import Any
 from torch.nn import Module
 
 from fastpeft.integrations.peft import kind as classes
-from fastpeft.integrations.peft import plain
 from fastpeft.integrations.peft.kinds import kind_of
 
 
 def unfit(module: Module) -> str | None:
-    """What keeps a PEFT layer from being given our class at all; None if it may have it."""
+    """What keeps a PEFT layer from having our class and its calls; None if it may."""
     kind = kind_of(module)
-    if kind is not None:
-        return classes.unfit(kind, module)
-    label = classes.label(module)
-    if label == "lora.Linear8bitLt":
-        return f"{label}: bitsandbytes multiplies 8-bit weights in integers, with a threshold for outliers"
-    return f"{label} is not PEFT's lora.Linear"
+    if kind is None:
+        label = classes.label(module)
+        if label == "lora.Linear8bitLt":
+            return f"{label}: bitsandbytes multiplies 8-bit weights in integers, with a threshold for outliers"
+        return f"{label} is not PEFT's lora.Linear"
+    if isinstance(module, classes.Accelerated):
+        return classes.bypassed(module) or classes.changed(module)
+    return classes.unfit(kind, module)
 
 
 def reason(
@@ -35,19 +36,16 @@ def reason(
         return answer
     kind = kind_of(module)
     assert kind is not None, "only layers of a kind are fit"
-    if kwargs and kwargs.get("adapter_names") is not None:
-        answer = "mixed batch (adapter_names)"
-    answer = answer or kind.state(module)
-    if answer is None and plain.globally_hooked():
-        answer = "global module hooks are registered"
-    if answer is None and plain.transformed():
-        answer = "inside torch.jit.trace, torch.func or forward-mode differentiation"
-    if answer is None and x is not None:
-        answer = kind.call(module, x, args, kwargs or {})
-    return answer
+    return kind.reason(module, x, args, kwargs or {})
 
 
-@dataclass
+def grouped(names: list[str]) -> str:
+    """A line that shows some of these layers."""
+    shown = ", ".join(name or "(the model itself)" for name in names[:3])
+    return f"         {shown}" + (f", ... {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@dataclass(repr=False)
 class Report:
     """What ``accelerate`` found; names are those of ``model.named_modules()``."""
 
@@ -77,8 +75,7 @@ class Report:
         for why, names in sorted(groups.items(), key=lambda item: -len(item[1])):
             later = ", for now" if set(names) <= set(self.waiting) else ""
             lines.append(f"  {len(names):5d}  left to PEFT{later}: {why}")
-            shown = [name or "(the model itself)" for name in names[:3]]
-            lines.append("         " + ", ".join(shown) + (f", ... {len(names) - 3} more" if len(names) > 3 else ""))
+            lines.append(grouped(names))
         for names, what in (
             (self.unpacked, "4-bit layers kept from bitsandbytes' repacking in eval mode, which ends their gradients"),
             (self.repacked, "4-bit layers repacked already: no gradient passes them until model.state_dict() unpacks"),
@@ -86,3 +83,5 @@ class Report:
             if names:
                 lines.append(f"  {len(names):5d}  {what}")
         return "\n".join(lines)
+
+    __repr__ = __str__

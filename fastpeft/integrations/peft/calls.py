@@ -1,0 +1,117 @@
+"""How many calls each accelerated layer has served and left, and why: kept beside the layers, nothing on them.
+
+A copy of a layer counts anew; a layer that is gone takes its counts along. Counting is one step of the interpreter, in
+any thread, and does not exist for torch.compile, whose graphs run none of this: they are counted as they are traced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+import weakref
+from typing import Any
+
+
+class Counter:
+    """Counts in any thread without a lock; only a reader needs one."""
+
+    __slots__ = ("_read", "add")
+
+    def __init__(self) -> None:
+        self.add = itertools.count().__next__  # one step, where += is two that another thread may come between
+        self._read = 0
+
+    def value(self) -> int:
+        found = self.add() - self._read
+        self._read += 1
+        return found
+
+
+class Calls:
+    """The counts of one layer, its name in the model that was accelerated, and the reasons that its user knows."""
+
+    __slots__ = ("alive", "left", "name", "served", "told")
+
+    def __init__(self, name: str, told: set[str], alive: Any) -> None:
+        self.name, self.told, self.alive = name, told, alive
+        self.served = Counter()
+        self.left: dict[str, Counter] = {}
+
+
+RECORDS: dict[int, Calls] = {}
+"""id of a living layer -> its counts: the cheapest look-up there is, and none that a deepcopy or a pickle could see."""
+
+GRAPHS = {True: Counter(), False: Counter()}
+"""How often torch.compile has traced a call that was (True), or was not (False), one of our operators."""
+
+_lock = threading.RLock()  # a warning may run anything
+_told: set[str] = set()
+
+
+def open_record(layer: Any, name: str = "", told: set[str] | None = None) -> Calls:
+    """The record of the layer, made if there is none; ``told`` is shared by the layers of one call of accelerate."""
+    key = id(layer)
+    with _lock:
+        record = RECORDS.get(key)
+        if record is None:
+            alive = weakref.ref(layer, lambda _: RECORDS.pop(key, None))
+            record = RECORDS[key] = Calls(name, _told if told is None else told, alive)
+        elif told is not None:
+            told |= record.told
+            record.name, record.told = name, told
+    return record
+
+
+def copied(layer: Any, twin: Any) -> None:
+    """A copy's user has been told what the user of ``layer`` has."""
+    record = RECORDS.get(id(layer))
+    if record is not None:
+        open_record(twin, record.name, record.told)
+
+
+def left(layer: Any, why: str) -> None:
+    """Count a call that goes to PEFT's forward, and warn of a reason that is new to the model."""
+    record = RECORDS.get(id(layer)) or open_record(layer)
+    counter = record.left.get(why)
+    if counter is None:
+        with _lock:
+            counter = record.left.setdefault(why, Counter())
+            new = why not in record.told
+            record.told.add(why)
+        if new:
+            where = f"{record.name}: " if record.name else ""
+            warnings.warn(
+                f"fastpeft: {where}a call was left to PEFT's own forward: {why} (said once; fastpeft.status(model) "
+                "counts such calls)",
+                stacklevel=2,
+            )
+    counter.add()
+
+
+def traced(served: bool) -> None:
+    """Count a call that torch.compile traces: a constant to Dynamo, which runs this instead of tracing it."""
+    GRAPHS[served].add()
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo.
+traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def count(layer: Any) -> tuple[int, dict[str, int]]:
+    """(calls served, reason -> calls left) of a layer."""
+    with _lock:
+        record = RECORDS.get(id(layer))
+        if record is None:
+            return 0, {}
+        return record.served.value(), {why: counter.value() for why, counter in record.left.items()}
+
+
+def graphs() -> tuple[int, int]:
+    """(calls traced as ours, as PEFT's) by torch.compile in this process."""
+    with _lock:
+        return GRAPHS[True].value(), GRAPHS[False].value()
+
+
+def forget(layer: Any) -> None:
+    RECORDS.pop(id(layer), None)
