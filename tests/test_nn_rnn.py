@@ -166,6 +166,21 @@ def test_sequence_is_torchs_with_merged_weights(case, form):
         gradients(module, truth, factors, given, hx)
 
 
+@pytest.mark.parametrize("kind", [*CELLS, *LAYERS])
+def test_wide_adapters_a_tensor_of_a_scale_and_writing_into_the_output(kind):
+    module = adapted(kind, torch.bfloat16)
+    part = next(iter(module.parts().values()))
+    assert part.lora_A.dtype == torch.float32
+    x = torch.randn(*(() if kind in CELLS else (T,)), N, I, dtype=torch.bfloat16)
+    y = flat(module(x))[0]
+    for part in module.parts().values():
+        part.scaling = torch.tensor(part.scaling)
+    again = flat(module(x))[0]
+    torch.testing.assert_close(again, y)
+    (again.mul_(2.0) if kind in LAYERS else again).sum().backward()
+    assert y.dtype == torch.bfloat16 and part.lora_B.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_base_that_is_trained_too(kind):
     base = LAYERS[kind](I, H, dtype=torch.float64)
@@ -330,6 +345,10 @@ def test_from_sizes():
     assert not torch.equal(layer(x)[0], off)
 
 
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.GRU(I, H), "weight_hh_l0")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -345,6 +364,8 @@ def test_from_sizes():
         (lambda: LoRAGRU(I, H)(torch.randn(T, N, I), torch.randn(N, H)), ValueError, "hx must have 3 dimensions"),
         (lambda: LoRAGRU(I, H)(torch.randn(T, N, I), torch.randn(1, 1, H)), RuntimeError, "Expected hidden size"),
         (lambda: LoRAGRU(I, H)(torch.randn(T, N, I).double()), ValueError, "dtype"),
+        (lambda: LoRAGRU(I, H)(torch.randn(0, N, I)), ValueError, "input must have at least one step"),
+        (lambda: LoRAGRU.from_rnn(parametrized()), ValueError, "weight_hh_l0 must be a plain Parameter"),
     ],
 )
 def test_bad_input(call, error, text):

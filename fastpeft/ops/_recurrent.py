@@ -93,7 +93,8 @@ class _Recurrent(torch.autograd.Function):
             states = _rnn(gates, h, w, bias, mode == "RNN_RELU")
         ctx.save_for_backward(states, kept, w, a, b)
         ctx.mode = mode
-        return states[1:]
+        # A copy, as ATen's: a caller may write into it.
+        return states[1:].clone()
 
     @staticmethod
     @once_differentiable

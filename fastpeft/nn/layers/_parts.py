@@ -163,7 +163,10 @@ class Parts(nn.Module):
             layer = self.TORCH(**{name: size(op, name, base.get(name)) for name in self.SIZES} | base)
         sites, configs = self._sites(layer, **own), {}
         for name, site in sites.items():
-            weight = layer.get_parameter(site.weight)
+            weight = dict(layer.named_parameters()).get(site.weight)
+            rule = "be a plain Parameter of original_layer (no parametrization)"
+            _checks.require(weight is not None, op, site.weight, rule, type(layer).__name__)
+            assert weight is not None
             N, K = weight.shape
             layout = "out_in" if adapting else "in_out"
             config = Config.of(op, K, N, dict(options), layout=layout, base=True)

@@ -74,6 +74,7 @@ class _Sequence(Parts):
         _checks.require(packed or x.dim() in (2, 3), op, "input", "have 2 or 3 dimensions", x.dim())
         batched, dim = packed or x.dim() == 3, 0 if self.batch_first else 1
         x = x if batched else x.unsqueeze(dim)
+        _checks.require(x.shape[0 if packed else 1 - dim] > 0, op, "input", "have at least one step", list(x.shape))
         hidden = self._hidden(x, hx, sizes, batched)
         held: Any = self
         held.check_forward_args(x, tuple(hidden) if self.mode == "LSTM" else hidden[0], sizes)
@@ -228,7 +229,8 @@ class LoRARNN(_Sequence, nn.RNN):
     Raises     TypeError: original_layer is no plain layer of torch, a type, or an unknown option.  ValueError: a range,
                or a layer with hooks; nothing has been changed then.  RuntimeError, ValueError: shapes, as torch.
 
-    torch.compile follows it under ``torch._dynamo.config.allow_rnn``, as it does torch's.
+    torch.compile follows it under ``torch._dynamo.config.allow_rnn``, as it does torch's. On CUDA the loop is cuDNN's,
+    which copies the weights into one buffer at each call, says so once, and rounds them to TF32 where torch lets it.
     """
 
     TORCH = nn.RNN
