@@ -301,6 +301,17 @@ def test_dtypes(name):
     assert all(grad.dtype == torch.float32 for grad in gradients(half.prompt, loss).values())
 
 
+def test_mode_is_the_models():
+    """A new prompt drops nothing in a model that is in eval mode, as a loaded one is."""
+    ours, (ids, _, _) = insert_prompt(model("llama"), prompt(dropout=0.5)), batch("llama")
+    assert not ours.prompt.training and torch.equal(ours(ids).logits, ours(ids).logits)
+    remove_prompt(ours)
+    insert_prefix(ours, prefix("llama", dropout=0.5))
+    assert not ours.prefix.training and torch.equal(ours(ids).logits, ours(ids).logits)
+    ours.train()
+    assert ours.prefix.training and not torch.equal(ours(ids).logits, ours(ids).logits)
+
+
 def test_training_moves_the_prompt_alone():
     ours, (ids, mask, labels) = insert_prompt(model("gpt2"), prompt(dropout=0.1)).train(), batch("gpt2")
     before = copy.deepcopy(ours.state_dict())

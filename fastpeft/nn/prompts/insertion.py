@@ -27,7 +27,7 @@ def insert_prompt(model: Any, prompt: Prompt, *, freeze_base: bool = True) -> An
     model      a transformers model that reads token ids: decoder, encoder (whose first token, which poolers read, is
                then the prompt's), or encoder-decoder, whose encoder gets it
     prompt     PromptEmbedding, PromptEncoder or PTuningEmbedding of the embeddings' width; becomes the submodule
-               ``model.prompt``, on their device
+               ``model.prompt``, on their device and in the model's mode
     freeze_base    no parameter that the model had requires gradients afterwards
 
     The forward and ``generate`` take what they took, and see P + T tokens: masks (2-D, or 4-D bool or added) get what
@@ -49,9 +49,7 @@ def insert_prompt(model: Any, prompt: Prompt, *, freeze_base: bool = True) -> An
     record = Inserted(op, prompt, filler=_filler(model.config), first=_first(site), causal=_causal(site), nested=nested)
     record.most = _most(site)
     record.cache_name = _cache_name(site) or CACHE_NAMES[0]
-    record.trained = _freeze(model) if freeze_base else None
-    prompt.to(embedding.weight.device)
-    model.add_module("prompt", prompt)
+    _join(model, "prompt", prompt, record, freeze_base)
     for module in [embedding, *site.modules()]:
         tied = getattr(module, "weight", None) is embedding.weight and isinstance(module, nn.Embedding)
         if (tied or module is embedding) and record.rows not in module._forward_hooks.values():
@@ -68,7 +66,7 @@ def insert_prefix(model: Any, prefix: Prefix, *, freeze_base: bool = True) -> An
     model      a transformers model whose attention takes cached keys and values: decoder, encoder (BERT, RoBERTa, …),
                or encoder-decoder, whose decoder gets it
     prefix     PrefixTuning or PrefixEncoder of the model's layers, key/value heads and head size; becomes the submodule
-               ``model.prefix``, on the embeddings' device
+               ``model.prefix``, on the embeddings' device and in the model's mode
     freeze_base    no parameter that the model had requires gradients afterwards
 
     Real tokens' positions start at P. Outputs have as many rows as before. A layer with a sliding window sees the
@@ -93,9 +91,7 @@ def insert_prefix(model: Any, prefix: Prefix, *, freeze_base: bool = True) -> An
     decoder = "decoder_" if model.config.is_encoder_decoder else ""
     record = Inserted(op, prefix, causal=_causal(site), cache_name=cache_name, decoder=decoder)
     record.most = _most(model.get_decoder() if decoder else site)
-    record.trained = _freeze(model) if freeze_base else None
-    prefix.to(model.get_input_embeddings().weight.device)
-    model.add_module("prefix", prefix)
+    _join(model, "prefix", prefix, record, freeze_base)
     _become(site, PrefixHost, record)
     if site is not model:
         setattr(model, RECORD, record)
@@ -192,7 +188,7 @@ def _one(config: Any, *names: str) -> int | None:
 def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
     """The layers, heads and head size of what the model caches."""
     both = bool(config.is_encoder_decoder)
-    text = config if both else config.get_text_config(decoder=True)
+    text = (getattr(config, "decoder", None) or config) if both else config.get_text_config(decoder=True)
     uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
     _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)
     others = [kind for kind in getattr(text, "layer_types", None) or [] if kind not in _ATTENDING]
@@ -213,11 +209,14 @@ def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
         _checks.require(want == got, op, "prefix", f"have {name} {want}, the model's", got)
 
 
-def _freeze(model: nn.Module) -> dict[str, bool]:
-    before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return before
+def _join(model: Any, name: str, module: nn.Module, record: Inserted, freeze_base: bool) -> None:
+    """Make ``module`` a part of ``model``, on its device and in its mode, and freeze what was there before."""
+    module.to(model.get_input_embeddings().weight.device).train(model.training)
+    if freeze_base:
+        record.trained = {key: p.requires_grad for key, p in model.named_parameters(remove_duplicate=False)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    model.add_module(name, module)
 
 
 def _become(model: Any, kind: Any, record: Inserted) -> None:
