@@ -126,6 +126,17 @@ def tell(op: str, backend: str, *args: Any) -> None:
         seen(call)
 
 
+# Looked up once: a tiny call would spend one per cent on the attributes of torch.
+_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def _dispatched(op: str, backend: str, args: tuple[Any, ...]) -> Any:
+    if not _compiling():
+        _flops.tell()
+    return getattr(torch.ops.fastpeft, op).default(*args, backend)
+
+
 def launch(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator: through the dispatcher where something watches it, else the launcher itself.
 
@@ -133,10 +144,8 @@ def launch(op: str, backend: str, *args: Any) -> Any:
     only to be recorded in a graph, seen by a dispatch mode (fake tensors, FLOP counters, selective checkpointing), or
     answered with shapes alone on the meta device.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or args[0].is_meta:
-        if not torch.compiler.is_compiling():
-            _flops.tell()
-        return getattr(torch.ops.fastpeft, op).default(*args, backend)
+    if _compiling() or _modes() or args[0].is_meta:
+        return _dispatched(op, backend, args)
     return dispatch.load(op, backend)(*args)
 
 
@@ -144,4 +153,6 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator, and tell those who watch."""
     if _watchers:
         tell(op, backend, *args)
-    return launch(op, backend, *args)
+    if _compiling() or _modes() or args[0].is_meta:  # `launch` without its frame
+        return _dispatched(op, backend, args)
+    return dispatch.load(op, backend)(*args)
