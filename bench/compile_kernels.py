@@ -24,6 +24,7 @@ import torch
 import _tree
 
 _tree.ensure_importable()
+from compile_conv import convolution  # noqa: E402
 
 # A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -150,7 +151,7 @@ DTYPES = [
 CASES = {
     "lora_shrink": shrink, "lora_expand": expand, "lora_grad_b": grad_b, "lora_grad_a": grad_a,
     "lora_linear_fused": linear_fused, "quantize_4bit": quantize_4bit, "dequantize_4bit": dequantize_4bit,
-    "linear4bit_small": linear4bit_small,
+    "linear4bit_small": linear4bit_small, "conv_shrink": convolution, "conv_grad_a": convolution,
 }  # fmt: skip
 OPS = ("_common", *CASES)
 RANKLESS = {"quantize_4bit", "dequantize_4bit", "linear4bit_small"}  # which one call for each dtype covers
@@ -243,7 +244,8 @@ def compile_job(job):
         for n, t in job["signature"].items()
         if n in ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "w_ptr", "out_ptr", "x_desc", "dy_desc")
     ]
-    row |= {"types": " ".join(types), "config": " ".join(f"{k}={int(v)}" for k, v in shown.items())}
+    config = (f"{k}={v if isinstance(v, tuple) else int(v)}" for k, v in shown.items())
+    row |= {"types": " ".join(types), "config": " ".join(config)}
     started = time.perf_counter()
     try:
         source = ASTSource(kernel, job["signature"], job["constexprs"], job["attrs"])

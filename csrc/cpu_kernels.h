@@ -60,6 +60,9 @@ struct Kernels {
   // The keep mask of rows [m0, m1) to `bits`, row m0 first, ld bytes apart; ld is a multiple of kCols / 8 that covers width.
   void (*draw)(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld);
 
+  // out[m - m0, k] = scale * mask(x)[m, k], or += the same where `add`, in x's type; out starts at row m0, `stride` elements a row.
+  void (*drop)(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride);
+
   // s[m, 0:R] = scale * sum_k mask(x)[m, k] * panel[k, 0:R] for m in [m0, m1): shrink with panel = aᵀ, ds with panel = b;
   // `s` is fp32 [rows, ldp] of this task with row m0 first, or null; ldp = padded(R).
   // Where `grad` is not null, the same read of x adds  grad[r, k] += left[m, r] * mask(x)[m, k]  for r < R (fp32 [R, ldg]),

@@ -295,6 +295,6 @@ constexpr const FourBitBlocks* kBlocks = nullptr;
 
 constexpr FourBitKernels kFourBit = {encode, decode, absmax, product_in_pairs, few_rows, arrange, product, kTiles, kBytes, kBlocks};
 
-constexpr Kernels kTable = {FP_TABLE, pack, draw, reduce, expand, to_float, from_float, dots, &kFourBit};
+constexpr Kernels kTable = {FP_TABLE, pack, draw, drop, reduce, expand, to_float, from_float, dots, &kFourBit};
 
 }  // namespace

@@ -115,4 +115,22 @@ void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, in
 
 inline vf masked(vf x, vu mask) { return reinterpret_cast<vf>(reinterpret_cast<vu>(x) & mask); }
 
+template <Type T>
+void drop_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride) {
+  for (int64_t m = m0; m < m1; ++m)
+    for (int64_t column = 0; column < width; column += kLanes) {
+      const int64_t n = width - column, to = (m - m0) * stride + column;
+      const uint8_t* bits = mask.row(m - m0, 0);
+      vf value = scale * load_some<T>(x.data, m * x.stride + column, n);
+      if (bits) value = masked(value, get_bits(bits, column));
+      if (add) value += load_some<T>(out, to, n);
+      store_some<T>(out, to, value, n);
+    }
+}
+
+void drop(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride) {
+  auto as = x.type == Type::f32 ? drop_as<Type::f32> : x.type == Type::bf16 ? drop_as<Type::bf16> : drop_as<Type::f16>;
+  as(x, m0, m1, width, mask, scale, add, out, stride);
+}
+
 }  // namespace

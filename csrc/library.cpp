@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
   m.def("lora_between_fwd(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale) -> Tensor");
   m.def("lora_between_bwd(Tensor dy, Tensor x, Tensor w, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da) -> "
         "(Tensor, Tensor)");
+  m.def("dropout_rows(Tensor x, float p, Tensor seed, int first_row, bool add, Tensor(a!) out) -> ()");
   m.def("quantize_4bit(Tensor w, str quant_type, int block_size) -> (Tensor, Tensor)");
   m.def("quantize_absmax(Tensor values, Tensor code) -> (Tensor, Tensor)");
   m.def("dequantize_4bit(Tensor packed, Tensor[] scales, str quant_type, int block_size, Tensor(a!) out) -> ()");

@@ -24,6 +24,7 @@ try:
     lora_linear_bwd = _ops.lora_linear_bwd.default._op
     lora_between_fwd = _ops.lora_between_fwd.default._op
     lora_between_bwd = _ops.lora_between_bwd.default._op
+    dropout_rows = _ops.dropout_rows.default._op
     quantize_4bit = _ops.quantize_4bit.default._op
     quantize_absmax = _ops.quantize_absmax.default._op
     dequantize_4bit = _ops.dequantize_4bit.default._op
@@ -41,13 +42,13 @@ except AttributeError as missing:  # not an ImportError, which would pass for an
         f"build it again (pip install --no-build-isolation .) or remove {_C.__file__}"
     ) from missing
 
-_NATIVE = {
+NATIVE = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 # A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of
 # its speed.
-_C.set_native_gemm(_NATIVE["bfloat16"], _NATIVE["float16"])
+_C.set_native_gemm(NATIVE["bfloat16"], NATIVE["float16"])
 
 
 _FOURBIT = {
@@ -62,7 +63,7 @@ _FOURBIT = {
 def lora_linear_fwd_strategy(x: torch.Tensor, *_: Any) -> str:
     """What ``lora_linear_fwd`` of these arguments does, in words."""
     name = str(x.dtype).removeprefix("torch.")
-    if _NATIVE.get(name, True):
+    if NATIVE.get(name, True):
         return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
     return f"upcast: accumulate in fp32, as this processor has no {name} arithmetic"
 

@@ -58,6 +58,8 @@ TRITON = Backend("triton", "fastpeft.kernels.{file}")
 EAGER = Backend("eager", "fastpeft.reference.{file}", dtypes=None)
 # The fused GEMM exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
 _FUSED = replace(TRITON, dtypes=_HALF, gpus="fastpeft.kernels.lora_linear_fused:gpus_unmet")
+# On the CPU a thin convolution is the vendor's, around csrc's dropout.
+_CPP_CONV = replace(CPP, module="fastpeft._native_conv")
 # CUDA's products with a packed weight are those of the 16-bit matrix units.
 _CUDA_HALF = replace(CUDA, dtypes=_HALF)
 # It takes bfloat16 and gives bytes: nothing is multiplied or rounded to bfloat16.
@@ -71,6 +73,8 @@ ROWS: dict[str, Row] = {
     "lora_grad_a": Row("lora_grad_a", (CPP, TRITON, EAGER)),
     "lora_linear_fused_fwd": Row("lora_linear_fused", (_FUSED, EAGER)),
     "lora_linear_fused_dx": Row("lora_linear_fused", (_FUSED, EAGER)),
+    "conv_shrink": Row("conv_shrink", (_CPP_CONV, TRITON, EAGER)),
+    "conv_grad_a": Row("conv_grad_a", (_CPP_CONV, TRITON, EAGER)),
     "lora_linear_fwd": Row("lora_linear", (CPP, TRITON, EAGER)),
     "lora_linear_bwd": Row("lora_linear", (CPP, TRITON, EAGER)),
     "lora_between_fwd": Row("lora_between", (CPP, TRITON, EAGER)),

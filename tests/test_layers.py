@@ -21,6 +21,7 @@ ALLOWED = {
     "fastpeft._installed": set(),
     "fastpeft._extension": {"fastpeft._C", "fastpeft._installed", "fastpeft._version"},
     "fastpeft._native": {"fastpeft._extension"},
+    "fastpeft._native_conv": {"fastpeft._native"},
     "fastpeft._cuda_gpus": {"fastpeft._extension", "fastpeft._installed"},
     "fastpeft._cuda": {"fastpeft._cuda_gpus", "fastpeft.kernels"},
     "fastpeft._version": set(),

@@ -1,9 +1,12 @@
 """The operators: each checks its input, picks a backend once, and is differentiable where its docstring says so."""
 
+from fastpeft.ops.conv_grad_a import conv_grad_a
+from fastpeft.ops.conv_shrink import conv_shrink
 from fastpeft.ops.dequantize_4bit import dequantize_4bit
 from fastpeft.ops.linear4bit import linear4bit, linear4bit_lora
 from fastpeft.ops.lora_adapter import lora_adapter
 from fastpeft.ops.lora_between import lora_between
+from fastpeft.ops.lora_conv2d import lora_conv1d, lora_conv2d, lora_conv3d
 from fastpeft.ops.lora_expand import lora_expand, lora_expand_add
 from fastpeft.ops.lora_grad_a import lora_grad_a
 from fastpeft.ops.lora_grad_b import lora_grad_b
@@ -16,11 +19,16 @@ from fastpeft.ops.weight4bit import Weight4bit
 
 __all__ = [
     "Weight4bit",
+    "conv_grad_a",
+    "conv_shrink",
     "dequantize_4bit",
     "linear4bit",
     "linear4bit_lora",
     "lora_adapter",
     "lora_between",
+    "lora_conv1d",
+    "lora_conv2d",
+    "lora_conv3d",
     "lora_expand",
     "lora_expand_add",
     "lora_grad_a",

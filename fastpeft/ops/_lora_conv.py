@@ -1,0 +1,247 @@
+"""A convolution with an adapter and its gradients: the base product, which is the vendor's, and the primitives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from fastpeft.ops import _derivatives, _library
+from fastpeft.ops._geometry import Geometry, rows_of
+
+Run = Callable[..., Any]
+"""launcher, backend and arguments: `_library.launch`, or `_derivatives.run`."""
+
+
+class Call(NamedTuple):
+    geometry: Geometry
+    scale: float
+    p: float
+    dtype: torch.dtype
+    merged: bool
+    backend: str
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    """x in channels-last format, in which vendors and our kernels are fastest; itself where it is that already."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def _empty_last(like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return like.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _is_last(x: torch.Tensor) -> bool:
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, C, *in] channels-last -> [N · in, C], a view."""
+    return x.movedim(1, -1).view(-1, x.shape[1])
+
+
+def _conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
+    stride, padding, dilation, groups = geometry
+    return _last((F.conv2d if x.dim() == 4 else F.conv3d)(x, w, bias, stride, padding, dilation, groups))
+
+
+def _added(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """W + scale · B A, summed in fp32 and rounded once."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    delta = (b.to(wide) @ a.flatten(1).to(wide)).view(w.shape)
+    return torch.add(w.to(wide), delta, alpha=scale).to(dtype)
+
+
+def _bias(
+    bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scale: float, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if lora_bias is None:
+        return None if bias is None else bias.to(dtype)
+    return (lora_bias * scale if bias is None else torch.add(bias, lora_bias, alpha=scale)).to(dtype)
+
+
+def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """[M, groups · width] -> [groups, M, width], a view."""
+    return rows.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def _expand(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, call: Call) -> None:
+    """y [M, N] += scale · s bᵀ in place, each group of outputs from its own ranks."""
+    groups = call.geometry.groups
+    if groups == 1:
+        _library.launch("lora_expand_add", call.backend, y, s, b, call.scale)
+    else:
+        b = b.to(y.dtype).unflatten(0, (groups, -1)).transpose(1, 2)
+        _grouped(y, groups).baddbmm_(_grouped(s, groups), b, alpha=call.scale)
+
+
+def _grad_b(
+    run: Run, dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, call: Call, need_db: bool, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ds [M, groups · R], db [N, R] and the bias gradient [N] from dy [M, N]."""
+    groups = call.geometry.groups
+    if groups == 1:
+        ds, db, sums = run("lora_grad_b", call.backend, dy, s, b, call.scale, need_db, need_bias)
+        return ds, db, sums
+    parts = _grouped(dy, groups)
+    ds = torch.bmm(parts, b.to(dy.dtype).unflatten(0, (groups, -1))) * call.scale
+    db = b
+    if need_db:
+        db = (torch.bmm(parts.transpose(1, 2), _grouped(s, groups)) * call.scale).to(b.dtype).flatten(0, 1)
+    sums = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else dy
+    return ds.transpose(0, 1).flatten(1), db, sums
+
+
+class LoRAConv(torch.autograd.Function):
+    """Saves what the needed gradients read; the mask is drawn again from the seed, no window is ever written."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_bias: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        call: Call,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        y, s = forward(x, w, a, b, bias, lora_bias, seed, call)
+        need = ctx.needs_input_grad
+        # A merged forward has no s: backward makes it from x.
+        keep_x = need[1] or need[2] or (need[3] and s is None)
+        ctx.save_for_backward(x if keep_x else None, w, a, b, s if need[3] else None, seed)
+        ctx.call, ctx.shape, ctx.dtype, ctx.last = call, x.shape, x.dtype, _is_last(x)
+        ctx.out = y.shape
+        ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        if need[3] and need[0] and not keep_x and s is not None and _derivatives.linked(True, need[1], need[2]):
+            ctx.set_materialize_grads(False)
+            return y, s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        if not _derivatives.derived(dy, ds):
+            assert dy is not None
+            return _backward(ctx, dy, None, _library.launch)
+        w = ctx.saved_tensors[1]
+        with torch.autocast(w.device.type, enabled=False):
+            dy = w.new_zeros(ctx.out, dtype=ctx.call.dtype) if dy is None else dy
+            return _backward(ctx, dy, ds, _derivatives.run)
+
+
+def _backward(ctx: Any, dy: torch.Tensor, through_s: torch.Tensor | None, run: Run) -> tuple[torch.Tensor | None, ...]:
+    """The gradients, by the launchers, or by the reference's formula to be differentiated again."""
+    x, w, a, b, s, seed = ctx.saved_tensors
+    call: Call = ctx.call
+    stride, padding, dilation, groups = call.geometry
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+    dy = _last(dy.to(call.dtype))
+    kept, again = x is not None, s is None or run is not _library.launch
+    # What was not saved is not read: the vendor takes its shape and format, which no view of less has.
+    x = _last(x.to(call.dtype)) if kept else _empty_last(dy, ctx.shape)
+    if need_db and kept and again:
+        s = run("conv_shrink", call.backend, x, a, *call.geometry, call.p, seed)
+    ds, db, sums = _grad_b(
+        run, _rows(dy), dy.new_empty(0) if s is None else s, b, call, need_db, need_bias or need_lora_bias
+    )
+    ds = ds if through_s is None else ds + through_s
+    dx = dw = da = None
+    if need_dx or need_dw:
+        base = _added(w, a, b, call.scale, call.dtype) if call.merged else w.to(call.dtype)
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, base, None, stride, padding, dilation, False, [0] * len(stride), groups, [need_dx, need_dw, False]
+        )
+    add_dx = need_dx and not call.merged
+    dx = None if dx is None else _last(dx)
+    if add_dx or need_da:
+        target = dx if add_dx else dy.new_empty(0)
+        da = run("conv_grad_a", call.backend, x, ds, a, target, *call.geometry, call.p, seed, add_dx, need_da)
+    if dx is not None:
+        dx = (dx if ctx.last else dx.contiguous()).to(ctx.dtype)
+    return (
+        dx,
+        None if dw is None else dw.to(w.dtype),
+        da if need_da else None,
+        db if need_db else None,
+        sums.to(ctx.bias_dtypes[0]) if need_bias else None,
+        (sums * call.scale).to(ctx.bias_dtypes[1]) if need_lora_bias else None,
+        None,
+        None,
+    )
+
+
+def forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    call: Call,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y in the format that torch's convolution gives, and s where there is one."""
+    last = _is_last(x) or _is_last(w)
+    x, start = _last(x.to(call.dtype)), _bias(bias, lora_bias, call.scale, call.dtype)
+    _library.tell("lora_conv2d", call.backend, x, w, a, b, call)
+    s = None
+    if call.merged:
+        y = _conv(x, _added(w, a, b, call.scale, call.dtype), start, call.geometry)
+    else:
+        y = _conv(x, w.to(call.dtype), start, call.geometry)
+        s = _library.launch("conv_shrink", call.backend, x, a, *call.geometry, call.p, seed)
+        _expand(_rows(y), s, b, call)
+    return y if last else y.contiguous(), s
+
+
+def composed(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    call: Call,
+) -> torch.Tensor:
+    """The same of torch's own operations, none in place, for every transform and tracer."""
+    x, groups, dtype = x.to(call.dtype), call.geometry.groups, call.dtype
+    y = _conv(x, w.to(dtype), _bias(bias, lora_bias, call.scale, dtype), call.geometry)
+    s = _derivatives.run("conv_shrink", "eager", x, a, *call.geometry, call.p, seed)
+    update = torch.bmm(_grouped(s, groups), b.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2)).transpose(0, 1)
+    return y + (update * call.scale).reshape(y.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def _describe(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, call: Call) -> _library.Call:
+    M, K = rows_of(x, w, call.geometry), w.shape[1:].numel()
+    N, R, groups = b.shape[0], a.shape[0], call.geometry.groups
+    base, thin = 2 * M * N * K, 2 * N * R * K if call.merged else 2 * M * R * (groups * K + N)
+    return _library.described(
+        "lora_conv2d", x, flop=base + thin, elements=x.numel() + w.numel() + M * N, p=call.p, M=M, K=K, N=N, rank=R,
+        groups=groups, strategy="merged: one product with W + ΔW" if call.merged else "accumulate: the rank-R product "
+        "is added to the vendor's convolution in place",
+    )  # fmt: skip
+
+
+_library.register_composed("lora_conv2d", _describe)
+
+
+def true_fp32(device: str) -> bool:
+    """Whether the vendor's fp32 convolutions keep fp32's digits."""
+    if device == "cuda":
+        return not torch.backends.cudnn.allow_tf32
+    return torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo.
+true_fp32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_cheaper(rows: int, w: torch.Tensor) -> bool:
+    """Whether two sums W + B A cost less than the rank-R products of y and dx that they save."""
+    N, K = w.shape[0], w.shape[1:].numel()
+    return rows * (N + K) > 2 * N * K
