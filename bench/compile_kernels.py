@@ -239,11 +239,8 @@ def compile_job(job):
     kernel = getattr(importlib.import_module(f"fastpeft.kernels.{job['op']}"), job["kernel"])
     row = {key: job[key] for key in ("op", "kernel", "arch")}
     shown = {k: v for k, v in job["constexprs"].items() if k.isupper() and k != "R"} | job["options"]
-    types = [
-        t
-        for n, t in job["signature"].items()
-        if n in ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "w_ptr", "out_ptr", "x_desc", "dy_desc")
-    ]
+    shown_types = ("x_ptr", "dy_ptr", "y_ptr", "a_ptr", "b_ptr", "w_ptr", "out_ptr", "x_desc", "dy_desc")
+    types = [t for n, t in job["signature"].items() if n in shown_types]
     config = (f"{k}={v if isinstance(v, tuple) else int(v)}" for k, v in shown.items())
     row |= {"types": " ".join(types), "config": " ".join(config)}
     started = time.perf_counter()

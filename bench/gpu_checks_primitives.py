@@ -51,4 +51,31 @@ def check_between(ctx) -> str:
     return f"forward and gradients, worst {max(shares):.0%} of the error budget"
 
 
-CHECKS = {"expand in place": check_expand_add, "between": check_between}
+def check_convolution(ctx) -> str:
+    """A strided and a grouped convolution with dropout: forward and gradients within the reference's error budget."""
+    shares = []
+    for groups, C, stride in ((1, 6, 2), (2, 8, 1)) if ctx.tiny else ((1, 136, 2), (2, 256, 1)):
+        gen = torch.Generator(device=ctx.device).manual_seed(6)
+        size = (2, C, 4, 3) if ctx.tiny else (4, C, 33, 30)
+        x, w = (torch.randn(s, generator=gen, device=ctx.device) for s in (size, (C, C // groups, 3, 3)))
+        a, b = (torch.randn(s, generator=gen, device=ctx.device) for s in ((5, C // groups * 9), (C, 5)))
+        given = (x, w * C**-0.5 / 3, a * C**-0.5 / 3, b)
+
+        def step(backend: str, dtype: torch.dtype, given=given, stride=stride, groups=groups) -> list[torch.Tensor]:
+            low = [t.to(ctx.dtype).to(dtype) for t in given[:2]]
+            factors = torch.float64 if dtype == torch.float64 else torch.float32
+            leaves = [low[0].requires_grad_(), *(t.to(factors, copy=True).requires_grad_() for t in given[2:])]
+            torch.manual_seed(7)
+            y = ops.lora_conv2d(leaves[0], low[1], *leaves[1:], None, None, stride, 1, 1, groups, dropout=0.1,
+                                path="accumulate", backend=backend)  # fmt: skip
+            return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+        gold, peer, ours = step("eager", torch.float64), step("eager", ctx.dtype), step("triton", ctx.dtype)
+        for name, exact, low, mine in zip(("y", "dx", "da", "db"), gold, peer, ours, strict=True):
+            share = error(mine, exact) / (2 * (error(low, exact) + EPS[ctx.dtype] * float(exact.abs().max())))
+            assert share <= 1, f"{name}, {groups} groups: {share:.2f} of the error budget"
+            shares.append(share)
+    return f"forward and gradients, worst {max(shares):.0%} of the error budget"
+
+
+CHECKS = {"expand in place": check_expand_add, "between": check_between, "convolution": check_convolution}

@@ -24,10 +24,10 @@ import _tree
 _tree.ensure_importable()
 import torch  # noqa: E402
 
+import tune_conv  # noqa: E402
 from timing import Race, quartiles  # noqa: E402
 
-SCALE, P = 2.0, 0.1
-MARGIN = 0.02  # a challenger must be this much faster: less is the spread of one run
+SCALE, P, MARGIN = 2.0, 0.1, 0.02  # a challenger must be faster by the margin: less is the spread of one run
 SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (2048, 4096, 4096))  # M, N, K
 
 # (op, mode) -> the launcher call that runs this mode's kernel; in order of what a training step spends.
@@ -42,7 +42,7 @@ JOBS: dict[tuple[str, str], Callable] = {
         t.x, t.w, t.s, t.b, None, None, SCALE, tile=tile),
     ("lora_linear_fused", "dx"): lambda m, t, tile: m.lora_linear_fused_dx(t.dy, t.w, t.ds, t.a, P, t.seed, tile=tile),
     ("lora_grad_b", "rows"): lambda m, t, tile: m.lora_grad_b(t.dy, t.s, t.b, SCALE, False, False, tile=tile),
-}  # fmt: skip
+} | tune_conv.JOBS  # fmt: skip
 
 
 def tensors(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: str) -> SimpleNamespace:

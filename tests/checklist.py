@@ -5,7 +5,8 @@
 3. fastpeft/ops/<file>.py: the fake, `describe`, `_library.register`, and the public function, which ops/__init__ exports
 4. kernels/<file>.py, where the row names Triton; bench/compile_kernels.CASES compiles its kernels, tune.JOBS (or
    tune_fourbit.TILES) times each mode of its tiles, and a check of bench/gpu_checks launches it
-5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++
+5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++; or the module that it names,
+   where Python calls the vendor and C++
 6. tests/test_<file>.py; an example in tests/test_info.py for a public function
 """
 
@@ -121,6 +122,8 @@ def left_out(op: str, house: House) -> list[str]:
     out = _python(op, row, house)
     if row.get("triton"):
         out += _triton(op, row, house)
-    if row.get("cpp"):
+    if (cpp := row.get("cpp")) is dispatch.CPP:
         out += _cpp(op, house)
+    elif cpp and not hasattr(importlib.import_module(cpp.module), op):
+        out.append(f"{cpp.module}: no {op}")
     return out

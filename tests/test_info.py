@@ -85,7 +85,13 @@ def test_explain_4_bits(backend):
 
 X, A, B, W = torch.ones(4, 64), torch.ones(2, 64), torch.ones(32, 2), torch.ones(32, 64)
 S, DY, Q = torch.ones(4, 2), torch.ones(4, 32), fastpeft.ops.quantize_4bit(torch.ones(32, 64))
+IMAGE, A_IMAGE, S_IMAGE = normal(1, 3, 4, 4), normal(2, 3, 2, 2), normal(9, 2)
 EXAMPLES = {
+    "conv_grad_a": lambda ops: ops.conv_grad_a(IMAGE, S_IMAGE, A_IMAGE),
+    "conv_shrink": lambda ops: ops.conv_shrink(IMAGE, A_IMAGE),
+    "lora_conv1d": lambda ops: ops.lora_conv1d(IMAGE[:, :, 0], A_IMAGE[:, :, 0], A_IMAGE[:, :, 0], torch.ones(2, 2)),
+    "lora_conv2d": lambda ops: ops.lora_conv2d(IMAGE, A_IMAGE, A_IMAGE, torch.ones(2, 2)),
+    "lora_conv3d": lambda ops: ops.lora_conv3d(IMAGE[None], A_IMAGE[:, None, None, 0], A_IMAGE[:, None, None, 0], torch.ones(2, 2)),
     "dequantize_4bit": lambda ops: ops.dequantize_4bit(Q),
     "linear4bit": lambda ops: ops.linear4bit(X, Q),
     "linear4bit_lora": lambda ops: ops.linear4bit_lora(X, Q, A, B),

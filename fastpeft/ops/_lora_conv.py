@@ -16,6 +16,7 @@ Run = Callable[..., Any]
 
 
 class Call(NamedTuple):
+    op: str
     geometry: Geometry
     scale: float
     p: float
@@ -187,7 +188,7 @@ def forward(
     """y in the format that torch's convolution gives, and s where there is one."""
     last = _is_last(x) or _is_last(w)
     x, start = _last(x.to(call.dtype)), _bias(bias, lora_bias, call.scale, call.dtype)
-    _library.tell("lora_conv2d", call.backend, x, w, a, b, call)
+    _library.tell(call.op, call.backend, x, w, a, b, call)
     s = None
     if call.merged:
         y = _conv(x, _added(w, a, b, call.scale, call.dtype), start, call.geometry)
@@ -221,13 +222,14 @@ def _describe(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     N, R, groups = b.shape[0], a.shape[0], call.geometry.groups
     base, thin = 2 * M * N * K, 2 * N * R * K if call.merged else 2 * M * R * (groups * K + N)
     return _library.described(
-        "lora_conv2d", x, flop=base + thin, elements=x.numel() + w.numel() + M * N, p=call.p, M=M, K=K, N=N, rank=R,
+        call.op, x, flop=base + thin, elements=x.numel() + w.numel() + M * N, p=call.p, M=M, K=K, N=N, rank=R,
         groups=groups, strategy="merged: one product with W + ΔW" if call.merged else "accumulate: the rank-R product "
         "is added to the vendor's convolution in place",
     )  # fmt: skip
 
 
-_library.register_composed("lora_conv2d", _describe)
+for _op in ("lora_conv1d", "lora_conv2d", "lora_conv3d"):
+    _library.register_composed(_op, _describe)
 
 
 def true_fp32(device: str) -> bool:

@@ -30,7 +30,27 @@ def _fake(
     return a.new_empty(a.shape if need_da else 0)
 
 
-_library.register("conv_grad_a", _fake, mutates=("dx",))
+def _describe(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    dx: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    p: float,
+    seed: object,
+    need_dx: bool,
+    need_da: bool,
+) -> _library.Call:
+    M, (R, *kernel), outputs = ds.shape[0], a.shape, need_dx + need_da
+    K = torch.Size(kernel).numel()
+    flop, elements = 2 * M * groups * K * R * outputs, x.numel() * (2 * need_dx + need_da)
+    return _library.described("conv_grad_a", ds, flop=flop, elements=elements, p=p, M=M, K=K, groups=groups, rank=R)
+
+
+_library.register("conv_grad_a", _fake, mutates=("dx",), describe=_describe)
 
 
 def conv_grad_a(

@@ -89,7 +89,7 @@ def _lora_conv(
     merged = path == "merged"
     if path == "auto" and dtype == torch.float32 and cast is None and not dropout and chosen != "eager":
         merged = true_fp32(x.device.type) and is_cheaper(rows_of(x, weight, geometry), weight)
-    args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, Call(geometry, scale, dropout, dtype, merged, chosen))
+    args = (x, weight, lora_A, lora_B, bias, lora_bias, seed, Call(op, geometry, scale, dropout, dtype, merged, chosen))
     if inside:
         y = composed(*args)
     elif torch.is_grad_enabled():
