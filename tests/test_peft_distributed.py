@@ -132,8 +132,8 @@ def stepping(model, reduced=False):
 
 
 def sharded(case, fast=True):
-    """(the losses, the layers that the report counts, the calls that an operator served)"""
-    from fastpeft.integrations import Report, accelerate
+    """(the losses, the layers that the report counts, the operator's calls, and those that the layers count)"""
+    from fastpeft.integrations import Report, accelerate, status
     from fastpeft.ops._library import watching
 
     wrap, when, served = CASES[case]
@@ -149,7 +149,8 @@ def sharded(case, fast=True):
     ops = []
     with watching(lambda call: ops.append(call.op)):
         losses = train(model, step if case == "zero3" else stepping(model))
-    return losses, len(report.accelerated), ops.count(served)
+    counts = status(getattr(model, "module", model))  # of DeepSpeed's engine
+    return losses, len(report.accelerated), ops.count(served), counts.served, counts.left
 
 
 def worker(rank, folder, cases):
@@ -181,9 +182,9 @@ def test_trains_as_plain_peft(case, found):
     for each in found:
         if case not in each:
             pytest.skip(f"{NEEDS[case[:4]]} is not installed")
-        losses, reported, served = each[case]
+        losses, reported, ours, served, left = each[case]
         assert reported == LAYERS
-        assert served == LAYERS * (STEPS + 1), "every call of every layer"
+        assert ours == served == LAYERS * (STEPS + 1) and not left, "every call of every layer"
         plain = each.get(f"plain {case}", each[bits_of(case)])
         torch.testing.assert_close(losses, plain, rtol=1e-4 if bits_of(case) == 4 else 1e-5, atol=0)
     assert found[0][32] != found[1][32], "each process has its own batches"

@@ -195,7 +195,7 @@ def called(role: str, part: Any) -> str | None:
     hook = getattr(part, "_hf_hook", None)
     if hook is None:
         return f"forward of {role} has been replaced"
-    return f"{role} has a {type(hook).__name__} of accelerate, which may move or change something"
+    return f"{role} is behind a hook of accelerate, {type(hook).__name__}, which may move or change something"
 
 
 def weight_elsewhere(role: str, part: Any) -> str | None:
