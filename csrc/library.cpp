@@ -5,12 +5,15 @@ STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
   m.def("lora_shrink(Tensor x, Tensor a, float p, Tensor? seed) -> Tensor");
   m.def("lora_expand(Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale) -> Tensor");
   m.def("lora_expand_add(Tensor(a!) y, Tensor s, Tensor b, float scale) -> ()");
-  m.def("lora_grad_b(Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  m.def("lora_grad_a(Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da) -> (Tensor, Tensor)");
+  m.def("lora_grad_b(Tensor dy, Tensor s, Tensor b, float scale, bool need_db, bool need_bias, Tensor? mask) -> "
+        "(Tensor, Tensor, Tensor)");
+  m.def("lora_grad_a(Tensor x, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da, Tensor? mask) -> "
+        "(Tensor, Tensor)");
   m.def("lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? lora_bias, float scale, float p, "
         "Tensor? seed) -> (Tensor, Tensor)");
   m.def("lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float p, Tensor? seed, "
-        "bool need_dx, bool need_da, bool need_db, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool need_dx, bool need_da, bool need_db, bool need_bias, Tensor? mask_a, Tensor? mask_b) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
   m.def("lora_between_fwd(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, Tensor? lora_bias, float scale) -> Tensor");
   m.def("lora_between_bwd(Tensor dy, Tensor x, Tensor w, Tensor ds, Tensor a, float p, Tensor? seed, bool need_dx, bool need_da) -> "
         "(Tensor, Tensor)");

@@ -21,15 +21,17 @@ struct AdapterGrads {  // [0] where not needed
   Tensor bias;         // fp32 [N], sums of dy
 };
 
-// dx [M, K] takes its share as y does in adapter_fwd, where it is needed.
+// dx [M, K] takes its share as y does in adapter_fwd, where it is needed. mask_a [R, ceil(K / 8)] and mask_b [R, ceil(N / 8)]: bits
+// of the elements of da and of dbᵀ that are not zero.
 AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
-                         double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add);
+                         double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add,
+                         const optional<Tensor>& mask_a = std::nullopt, const optional<Tensor>& mask_b = std::nullopt);
 
 // y [M, N] = bias + scale · s bᵀ, or += scale · s bᵀ (`add`); bias: start_row, or null.
 void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float* bias, double scale, bool add);
 
 // da [R, K] = dsᵀ drop(x), and dx [M, K] = mask ∘ (ds a) / keep, or += the same (`add`); [0] where not needed.
 Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p, const optional<Tensor>& seed,
-                   bool need_dx, bool need_da, bool add);
+                   bool need_dx, bool need_da, bool add, const optional<Tensor>& mask = std::nullopt);
 
 }  // namespace fastpeft

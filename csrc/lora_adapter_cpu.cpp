@@ -82,7 +82,8 @@ Tensor adapter_fwd(const Tensor& x, const Tensor& a, const Tensor& b, const opti
 }
 
 AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& s, double scale,
-                         double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add) {
+                         double p, const optional<Tensor>& seed, AdapterNeeds need, const Tensor& dx, bool add,
+                         const optional<Tensor>& mask_a, const optional<Tensor>& mask_b) {
   const int64_t M = dy.size(0), N = dy.size(1), K = a.size(1), R = a.size(0), ld = padded(R);
   Tensor da = need.da ? empty_like(a, {R, K}) : nothing(a), db = need.db ? empty_like(b, {N, R}) : nothing(b);
   Tensor sums = empty({need.bias ? N : 0}, ScalarType::Float);
@@ -117,8 +118,8 @@ AdapterGrads adapter_bwd(const Tensor& dy, const Tensor& x, const Tensor& a, con
       });
     }
   });
-  if (need.da) grad_a.finish(da, mask.factor, false);
-  if (need.db) grad_b.finish(db, factor, true);
+  if (need.da) grad_a.finish(da, mask.factor, false, mask_a);
+  if (need.db) grad_b.finish(db, factor, true, mask_b);
   if (need.bias) bias.finish(sums, 1.0f, false);
   return {da, db, sums};
 }

@@ -24,10 +24,11 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(Tensor x, Tensor w, Tensor a, Tensor 
 // One visit of each block of rows gives ds, db, the bias gradient, da and the adapter's share of dx.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s,
                                                            double scale, double p, optional<Tensor> seed,
-                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
+                                                           bool need_dx, bool need_da, bool need_db, bool need_bias,
+                                                           optional<Tensor> mask_a, optional<Tensor> mask_b) {
   AdapterGrads grads{nothing(a), nothing(b), nothing(dy)};
   const auto adapter = [&](const Tensor& sum, bool add) {
-    grads = adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, add);
+    grads = adapter_bwd(dy, x, a, b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, add, mask_a, mask_b);
   };
   const Tensor dx = need_dx ? product_dx_with(dy, w, adapter) : nothing(dy);
   if (!need_dx) adapter(dx, false);

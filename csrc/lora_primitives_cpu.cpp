@@ -45,7 +45,8 @@ Tensor lora_expand(Tensor s, Tensor b, optional<Tensor> bias, optional<Tensor> l
 
 void lora_expand_add(Tensor y, Tensor s, Tensor b, double scale) { expand_into(y, s, b, nullptr, scale, true); }
 
-std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, double scale, bool need_db, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, double scale, bool need_db, bool need_bias,
+                                               optional<Tensor> mask) {
   const int64_t M = dy.size(0), N = dy.size(1), R = b.size(1);
   Tensor ds = empty_like(dy, {M, R}), db = need_db ? empty_like(b, {N, R}) : nothing(b);
   Tensor sums = empty({need_bias ? N : 0}, ScalarType::Float);
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
       });
     }
   });
-  if (need_db) grad.finish(db, static_cast<float>(scale), true);
+  if (need_db) grad.finish(db, static_cast<float>(scale), true, mask);
   if (need_bias) bias.finish(sums, 1.0f, false);
   return {ds, db, sums};
 }
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_b(Tensor dy, Tensor s, Tensor b, do
 }  // namespace
 
 Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p, const optional<Tensor>& seed,
-                   bool need_dx, bool need_da, bool add) {
+                   bool need_dx, bool need_da, bool add, const optional<Tensor>& bits_a) {
   const int64_t M = ds.size(0), K = a.size(1), R = a.size(0), ld = padded(R);
   Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a);
   const Mask mask = mask_of(p, seed);
@@ -98,16 +99,16 @@ Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Te
       });
     }
   });
-  if (need_da) grad.finish(da, mask.factor, false);
+  if (need_da) grad.finish(da, mask.factor, false, bits_a);
   return da;
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor> lora_grad_a(Tensor x, Tensor ds, Tensor a, double p, optional<Tensor> seed, bool need_dx,
-                                       bool need_da) {
+                                       bool need_da, optional<Tensor> mask) {
   const Tensor dx = need_dx ? empty_like(ds, {ds.size(0), a.size(1)}) : nothing(ds);
-  return {grad_a_into(dx, x, ds, a, p, seed, need_dx, need_da, false), dx};
+  return {grad_a_into(dx, x, ds, a, p, seed, need_dx, need_da, false, mask), dx};
 }
 
 }  // namespace

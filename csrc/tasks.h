@@ -113,7 +113,8 @@ struct Partials {
     std::fill(own, own + rows * ld, 0.0f);
     return own;
   }
-  void finish(const Tensor& out, float factor, bool transposed) {
+  // Zero where a bit of ``mask`` [rows, ceil(cols / 8)] is, which is of ``data`` and not of a transposed out.
+  void finish(const Tensor& out, float factor, bool transposed, const optional<Tensor>& mask = std::nullopt) {
     float* total = data;
     for (int64_t task = 1; task < count; ++task) {
       const float* part = data + task * rows * ld;
@@ -124,6 +125,12 @@ struct Partials {
         direct ? out : torch::stable::new_empty(out, out.sizes(), std::make_optional(ScalarType::Float));
     if (factor != 1.0f)
       for (int64_t i = 0; i < rows * ld; ++i) total[i] *= factor;
+    if (mask) {
+      const auto* bits = static_cast<const uint8_t*>(mask->const_data_ptr());
+      for (int64_t row = 0; row < rows; ++row, bits += (cols + 7) / 8)
+        for (int64_t col = 0; col < cols; ++col)
+          if (!(bits[col / 8] >> col % 8 & 1)) total[row * ld + col] = 0.0f;
+    }
     if (!transposed) {
       put_rows(total, ld, 0, rows, cols, target.mutable_data_ptr(), type_of(target));
     } else if (type_of(target) == Type::f32) {

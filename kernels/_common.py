@@ -171,6 +171,13 @@ def keep_bits(seed, rows, group, threshold):
 
 
 @triton.jit
+def mask_bits(mask_ptr, rows, cols, C, inside):
+    """Whether elements (rows, cols) of a parameter of C columns are there: one bit each, rows in whole bytes."""
+    byte = tl.load(mask_ptr + rows.to(tl.int64) * ((C + 7) // 8) + cols // 8, mask=inside, other=0)
+    return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
+
+
+@triton.jit
 def drop(values, bits, j: tl.constexpr):
     """`values` [BLOCK_M, 32] of sub-block j, zero where not kept.
 

@@ -1,6 +1,7 @@
 """da = dsᵀ drop(x) and dx = mask ∘ (ds a) / keep: what backward needs from one read of x.
 
-x [M, K], ds [M, R] in x.dtype, a [R, K], da [R, K] in a.dtype, dx [M, K] in x.dtype.
+x [M, K], ds [M, R] in x.dtype, a [R, K], da [R, K] in a.dtype, dx [M, K] in x.dtype. A mask of da, a bit
+an element, is applied where da is written.
 Fused: both products and the mask, drawn again from (seed, row, column). Not stored: mask, dropped x, unmasked ds a.
 A program owns one dropout group of 256 columns and a span of rows: da stays in registers as eight accumulators of
 32 columns, one a sub-block, so that the eight masks of a Philox call need no change of layout; spans are then added in
@@ -26,6 +27,7 @@ from fastpeft.kernels._common import (
     keep_bits,
     launch,
     lookup_tile,
+    mask_bits,
     narrow,
     ragged,
     rank_block,
@@ -100,9 +102,9 @@ def _add_product(a_ptr, ds, cols, offs_r, K, R, stride_ar, stride_ak, acc):
 
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_grad_a_kernel(
-    x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, seed_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak, stride_dsm,
-    stride_split, threshold, factor, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr,
+    x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, seed_ptr, mask_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak,
+    stride_dsm, stride_split, threshold, factor, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -153,10 +155,13 @@ def _lora_grad_a_kernel(
             cols = lanes + j * 32
             ptrs = da_ptr + split.to(tl.int64) * stride_split + offs_r[:, None].to(tl.int64) * K + cols[None, :]
             mask = (offs_r < R)[:, None] & (cols < K)[None, :]
-            tl.store(ptrs, (da[j] * factor).to(da_ptr.dtype.element_ty), mask=mask)
+            value = da[j] * factor
+            if MASKED:
+                value = tl.where(mask_bits(mask_ptr, offs_r[:, None], cols[None, :], K, mask), value, 0.0)
+            tl.store(ptrs, value.to(da_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, tile):
+def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, mask, tile):
     """Fills da, one read of x for each block of ranks, or dx, or both at once for one block of ranks."""
     M, (R, K) = ds.shape[0], a.shape
     threshold, factor = dropout_args(p)
@@ -177,23 +182,24 @@ def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, tile):
     )  # fmt: skip
     for first in range(0, R if need_da else block_r, block_r):
         args = (
-            x, ds[:, first:], a, out[..., first:, :] if need_da else x, dx, seed if dropout else x, M, K, R - first,
+            x, ds[:, first:], a, out[..., first:, :] if need_da else x, dx, seed if dropout else x,
+            x if mask is None else mask[first:], M, K, R - first,
             span, x.stride(0), *a.stride(), ds.stride(0), R * K if splits > 1 else 0, threshold, factor,
         )  # fmt: skip
-        flags = {"DROPOUT": dropout, "NEED_DX": need_dx, "NEED_DA": need_da}
+        flags = {"DROPOUT": dropout, "NEED_DX": need_dx, "NEED_DA": need_da, "MASKED": mask is not None}
         launch(_lora_grad_a_kernel, (groups, splits), x, args, {**tile, "BLOCK_R": block_r, **flags})
     reduce_splits("lora_grad_a_reduce", [(out, da)])
 
 
-def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
+def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask=None, *, tile=None):
     """(da [R, K] in a.dtype, dx [M, K] in x.dtype); x [M, K] with contiguous rows, a any float dtype and strides.
 
     What was not asked for is an empty tensor. Without need_da x is not read, and may be empty. seed: int64 [1], or None
-    at p = 0.
+    at p = 0. mask: bits [R, ceil(K / 8)] of da, zero where the bit is, or None.
     """
     M, (R, K) = ds.shape[0], a.shape
     if a.dtype == torch.float64:
-        da, dx = lora_grad_a(x, ds, narrow(a), p, seed, need_dx, need_da, tile=tile)
+        da, dx = lora_grad_a(x, ds, narrow(a), p, seed, need_dx, need_da, mask, tile=tile)
         return da.double(), dx
     da = torch.empty((R, K) if need_da else 0, device=x.device, dtype=a.dtype)
     dx = torch.empty((M, K) if need_dx else 0, device=x.device, dtype=x.dtype)
@@ -209,7 +215,7 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, *, tile=None):
         x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
     together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R
     if need_da:
-        _launch(x, ds, a, da, dx, p, seed, together, True, tile)
+        _launch(x, ds, a, da, dx, p, seed, together, True, mask, tile)
     if need_dx and not together:
-        _launch(x, ds, a, da, dx, p, seed, True, False, tile)
+        _launch(x, ds, a, da, dx, p, seed, True, False, None, tile)
     return da, dx

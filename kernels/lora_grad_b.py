@@ -20,6 +20,7 @@ from fastpeft.kernels._common import (
     arch_of,
     launch,
     lookup_tile,
+    mask_bits,
     narrow,
     rank_block,
     record,
@@ -64,10 +65,10 @@ def tile_space(arch, dtype, R, mode="plain"):
 
 @triton.jit
 def _lora_grad_b_kernel(
-    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, M, N, R, span, stride_dym, stride_sm, stride_bn, stride_br,
-    stride_ds_split, stride_dsm, stride_db_split, stride_dbn, scale,
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, mask_ptr, M, N, R, span, stride_dym, stride_sm, stride_bn,
+    stride_br, stride_ds_split, stride_dsm, stride_db_split, stride_dbn, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, NEED_BIAS: tl.constexpr,
+    NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, NEED_BIAS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -104,7 +105,11 @@ def _lora_grad_b_kernel(
     if NEED_DB:
         db_ptrs = db_ptr + split.to(tl.int64) * stride_db_split
         db_ptrs += cols[None, :].to(tl.int64) * stride_dbn + offs_r[:, None]
-        tl.store(db_ptrs, (db * scale).to(db_ptr.dtype.element_ty), mask=mask_n[None, :] & mask_r[:, None])
+        inside = mask_n[None, :] & mask_r[:, None]
+        db = db * scale
+        if MASKED:
+            db = tl.where(mask_bits(mask_ptr, offs_r[:, None], cols[None, :], N, inside), db, 0.0)
+        tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=inside)
     if NEED_BIAS:
         first = tl.arange(0, 16)[:, None] == 0
         dbias_ptrs = dbias_ptr + split.to(tl.int64) * N + cols[None, :] + tl.zeros((16, 1), tl.int32)
@@ -159,7 +164,7 @@ def _rows(dy, b, scale, tile):
     return ds
 
 
-def _columns(dy, s, b, scale, need_ds, need_db, need_bias, tile):
+def _columns(dy, s, b, scale, need_ds, need_db, need_bias, mask, tile):
     """ds, db and dbias in one read of dy for each 128 ranks; ds only up to rank 64, where it is the cheaper way."""
     (M, N), R = dy.shape, b.shape[1]
     tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R))
@@ -186,20 +191,23 @@ def _columns(dy, s, b, scale, need_ds, need_db, need_bias, tile):
         part_b = b[:, first : first + block_r]
         args = (
             dy, s[:, first : first + block_r] if need_db else dy, part_b, ds_out,
-            db_out[..., first : first + block_r] if need_db else dy, dbias_out, M, N, part_b.shape[1], span,
+            db_out[..., first : first + block_r] if need_db else dy, dbias_out,
+            dy if mask is None else mask[first:], M, N, part_b.shape[1], span,
             dy.stride(0), s.stride(0) if need_db else 0, *b.stride(), M * R if tiles_n > 1 else 0, R,
             N * R if splits > 1 else 0, R, float(scale),
         )  # fmt: skip
         flags = {"NEED_DS": need_ds, "NEED_DB": need_db, "NEED_BIAS": need_bias and first == 0}
+        flags["MASKED"] = need_db and mask is not None
         launch(_lora_grad_b_kernel, (tiles_n, splits), dy, args, {**tile, "BLOCK_R": block_r, **flags})
     reduce_splits("lora_grad_b_reduce", pairs)
     return ds, db, dbias
 
 
-def lora_grad_b(dy, s, b, scale, need_db, need_bias, *, tile=None):
+def lora_grad_b(dy, s, b, scale, need_db, need_bias, mask=None, *, tile=None):
     """(ds [M, R], db [N, R] in b.dtype, dbias [N] fp32); dy [M, N] with contiguous rows, b any float dtype and strides.
 
-    What was not asked for is an empty tensor. A `tile` applies to the pass that reads dy first.
+    What was not asked for is an empty tensor. A `tile` applies to the pass that reads dy first. mask: bits
+    [R, ceil(N / 8)] of dbᵀ, zero where the bit is, or None.
     """
     (M, N), R = dy.shape, b.shape[1]
     if 0 in (M, N, R):
@@ -207,11 +215,11 @@ def lora_grad_b(dy, s, b, scale, need_db, need_bias, *, tile=None):
         dbias = torch.zeros(N if need_bias else 0, device=dy.device, dtype=torch.float32)
         return *zeros, dbias if R else dbias.copy_(dy.sum(0, dtype=torch.float32)) if need_bias else dbias
     if b.dtype == torch.float64:
-        ds, db, dbias = lora_grad_b(dy, s, narrow(b), scale, need_db, need_bias, tile=tile)
+        ds, db, dbias = lora_grad_b(dy, s, narrow(b), scale, need_db, need_bias, mask, tile=tile)
         return ds, db.double(), dbias
     if R <= ONE_PASS_RANK and (need_db or need_bias):
-        return _columns(dy, s, b, scale, True, need_db, need_bias, tile)
+        return _columns(dy, s, b, scale, True, need_db, need_bias, mask, tile)
     ds = _rows(dy, b, scale, tile)
     if not (need_db or need_bias):
         return ds, b.new_empty(0), torch.empty(0, device=dy.device, dtype=torch.float32)
-    return ds, *_columns(dy, s, b, scale, False, need_db, need_bias, None)[1:]
+    return ds, *_columns(dy, s, b, scale, False, need_db, need_bias, mask, None)[1:]

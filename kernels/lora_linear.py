@@ -64,21 +64,27 @@ def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, *, strategy="au
     return y, s
 
 
-def lora_linear_bwd(dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias, *, strategy="auto"):
-    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for."""
+def lora_linear_bwd(
+    dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias, mask_a=None, mask_b=None, *,
+    strategy="auto",
+):  # fmt: skip
+    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for.
+
+    mask_a, mask_b    bits of da and of dbᵀ, as in lora_grad_a and lora_grad_b, or None
+    """
     if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
         dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
     need_ds = need_dx or need_da
     dx, da = x.new_empty(0), a.new_empty(0)
     if not (need_ds or need_db or need_bias):
         return dx, da, b.new_empty(0), torch.empty(0, device=x.device, dtype=torch.float32)
-    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias)
+    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias, mask_b)
     if need_dx and resolve_strategy(strategy, dy, w, a.shape[0], p) == "fused":
         if need_da:
-            da, _ = lora_grad_a(x, ds, a, p, seed, False, True)
+            da, _ = lora_grad_a(x, ds, a, p, seed, False, True, mask_a)
         return lora_linear_fused_dx(dy, w, ds, a, p, seed), da, db, dbias
     if need_ds:
-        da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
+        da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask_a)
     if need_dx:
         add_product(dx, dy, w)
     return dx, da, db, dbias

@@ -276,7 +276,7 @@ def test_registration(backend):
         args = (x, w, a, b, None, None, 0.5, p, given, backend)
         torch.library.opcheck(torch.ops.fastpeft.lora_linear_fwd.default, args, test_utils=checks)
         for need in ((True, True, True, True), (False, True, False, False)):
-            args = (normal(4, 5), x, w, a, b, s, 0.5, p, given, *need, backend)
+            args = (normal(4, 5), x, w, a, b, s, 0.5, p, given, *need, None, None, backend)
             torch.library.opcheck(torch.ops.fastpeft.lora_linear_bwd.default, args, test_utils=checks)
 
 

@@ -2,7 +2,7 @@
 
 from fastpeft.nn.bottleneck import Adapter, AdapterFusion
 from fastpeft.nn.encoder import encoder_safe
-from fastpeft.nn.factors import LoRAModule, RankAllocator, task
+from fastpeft.nn.factors import LoRAModule, RankAllocator, remask_after, task
 from fastpeft.nn.layers import (
     LoRAGRU,
     LoRAGRUCell,
@@ -28,6 +28,10 @@ from fastpeft.nn.variants import (
     ConditionalLoRALinear,
     HyperLoRALayer,
     HyperLoRALinear,
+    PruningAwareLoRALayer,
+    PruningAwareLoRALinear,
+    SparseLoRALayer,
+    SparseLoRALinear,
 )
 
 __all__ = [
@@ -54,12 +58,17 @@ __all__ = [
     "LoRARNNCell",
     "MergeReport",
     "Mergeable",
+    "PruningAwareLoRALayer",
+    "PruningAwareLoRALinear",
     "QLoRALinear",
     "RankAllocator",
+    "SparseLoRALayer",
+    "SparseLoRALinear",
     "add_parametrization",
     "disable_lora",
     "enable_lora",
     "encoder_safe",
     "lora_disabled",
+    "remask_after",
     "task",
 ]

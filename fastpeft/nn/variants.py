@@ -6,6 +6,8 @@ from fastpeft.nn.factors.adaptive import Adaptive
 from fastpeft.nn.factors.conditional import Conditional
 from fastpeft.nn.factors.gated import Gated
 from fastpeft.nn.factors.hyper import Hyper
+from fastpeft.nn.factors.pruned import Pruned
+from fastpeft.nn.factors.sparse import Sparse
 from fastpeft.nn.layers import LoRALayer, LoRALinear
 
 
@@ -49,3 +51,23 @@ class AttentionGuidedLoRALayer(Gated, LoRALayer):
 class AttentionGuidedLoRALinear(Gated, LoRALinear):
     """LoRALinear with a gate: AttentionGuidedLoRALinear(in_features, out_features, rank=4, gate="softmax"),
     AttentionGuidedLoRALinear.from_linear(layer, gate="sigmoid", ...)."""
+
+
+class SparseLoRALayer(Sparse, LoRALayer):
+    """LoRALayer with `Sparse` factors: SparseLoRALayer(in_features, out_features, rank=4, sparsity=0.5,
+    pattern="random")."""
+
+
+class SparseLoRALinear(Sparse, LoRALinear):
+    """LoRALinear with `Sparse` factors: SparseLoRALinear(in_features, out_features, rank=4, sparsity=0.5),
+    SparseLoRALinear.from_linear(layer, sparsity=0.5, pattern="2:4", ...)."""
+
+
+class PruningAwareLoRALayer(Pruned, LoRALayer):
+    """LoRALayer with `Pruned` factors: PruningAwareLoRALayer(in_features, out_features, rank=4, prune_rate=0.5,
+    schedule=None, score="magnitude")."""
+
+
+class PruningAwareLoRALinear(Pruned, LoRALinear):
+    """LoRALinear with `Pruned` factors: PruningAwareLoRALinear(in_features, out_features, rank=4, prune_rate=0.5),
+    PruningAwareLoRALinear.from_linear(layer, prune_rate=0.5, score="product", ...)."""

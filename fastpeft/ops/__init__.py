@@ -14,6 +14,7 @@ from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.lora_linear_fused import lora_linear_fused_dx, lora_linear_fused_fwd
 from fastpeft.ops.lora_linear_grouped import lora_linear_grouped
 from fastpeft.ops.lora_shrink import lora_shrink
+from fastpeft.ops.masks import pack_mask, unpack_mask
 from fastpeft.ops.quantize_4bit import quantize_4bit
 from fastpeft.ops.weight4bit import Weight4bit
 
@@ -38,5 +39,7 @@ __all__ = [
     "lora_linear_fused_fwd",
     "lora_linear_grouped",
     "lora_shrink",
+    "pack_mask",
     "quantize_4bit",
+    "unpack_mask",
 ]

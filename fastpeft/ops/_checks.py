@@ -70,6 +70,30 @@ def vector(op: str, argument: str, value: torch.Tensor | None, size: int, name: 
     require_dtype(value.is_floating_point(), op, argument, "be a floating point tensor", value.dtype)
 
 
+def bits(op: str, argument: str, value: torch.Tensor | None, rows: int, columns: int) -> None:
+    """A mask of one bit an element of [rows, columns], each row in whole bytes."""
+    if value is None:
+        return
+    tensor(op, argument, value)
+    require_dtype(value.dtype == torch.uint8, op, argument, "be uint8", value.dtype)
+    shape = [rows, -(-columns // 8)]
+    require(list(value.shape) == shape, op, argument, f"have shape {shape}, a bit an element", list(value.shape))
+    require(value.is_contiguous(), op, argument, "be contiguous", f"strides {value.stride()}")
+
+
+def masks(op: str, value: object, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
+    """A pair of `bits`, of A and of Bᵀ, on their device."""
+    pair = isinstance(value, tuple) and len(value) == 2
+    require_dtype(pair, op, "masks", "be a pair of bits for lora_A and lora_B", type(value).__name__)
+    assert isinstance(value, tuple)
+    for name, each, rows, columns in (
+        ("masks[0]", value[0], *lora_A.shape),
+        ("masks[1]", value[1], lora_B.shape[1], lora_B.shape[0]),
+    ):
+        bits(op, name, each, rows, columns)
+        same_device(op, lora_A.device, **{name: each})
+
+
 def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> bool:
     """What ``vector`` and ``same_device`` ask."""
     return value is None or (value.shape == (size,) and value.device == device and value.is_floating_point())

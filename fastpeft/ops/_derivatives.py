@@ -20,6 +20,10 @@ from torch.autograd import forward_ad
 
 from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks
+from fastpeft.ops.masks import unpack_mask
+
+Masks = tuple["torch.Tensor | None", "torch.Tensor | None"] | None
+"""Bits of A [R, ceil(K / 8)] and of Bᵀ [R, ceil(N / 8)]: see fastpeft/ops/masks.py."""
 
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
@@ -109,16 +113,27 @@ def adapter(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    mask_a: torch.Tensor | None = None,
+    mask_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(the adapter's share of dx, da, db), differentiable; x, s: None where they were not saved."""
+    a, b = masked(a, b, mask_a, mask_b)  # for the derivatives that go through them from here
     if need_db and need_dx and x is not None:  # and so A was saved as well
         s = reference("lora_shrink")(x, a, p, seed)
     empty = dy.new_empty(0)
-    through_b, db, _ = reference("lora_grad_b")(dy, empty if s is None else s, b, scale, need_db, False)
+    through_b, db, _ = reference("lora_grad_b")(dy, empty if s is None else s, b, scale, need_db, False, mask_b)
     da, dx = reference("lora_grad_a")(
-        empty if x is None else x, through_b if ds is None else through_b + ds, a, p, seed, need_dx, need_da
+        empty if x is None else x, through_b if ds is None else through_b + ds, a, p, seed, need_dx, need_da, mask_a
     )
     return dx, da, db
+
+
+def masked(
+    a: torch.Tensor, b: torch.Tensor, mask_a: torch.Tensor | None, mask_b: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, K] and B [N, R] times their masks: what a transform differentiates."""
+    a = a if mask_a is None else a * unpack_mask(mask_a, a.shape[1])
+    return a, b if mask_b is None else b * unpack_mask(mask_b, b.shape[0]).t()
 
 
 def bias_gradient(dy: torch.Tensor) -> torch.Tensor:

@@ -34,15 +34,19 @@ class _LoRAAdapter(torch.autograd.Function):
         lora_bias: torch.Tensor | None,
         seed: torch.Tensor | None,
         call: tuple[float, float, torch.dtype, str],
+        mask_a: torch.Tensor | None = None,
+        mask_b: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = _forward(x, a, b, lora_bias, seed, call)
-        need_x, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
+        need_x, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_a else None,
             a if need_x else None,
             b if need_x or need_a else None,
             s if need_b else None,
             seed,
+            mask_a,
+            mask_b,
         )
         ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
         if not need_x:
@@ -62,20 +66,20 @@ class _LoRAAdapter(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, a, b, s, seed = ctx.saved_tensors
+    x, a, b, s, seed, mask_a, mask_b = ctx.saved_tensors
     scale, p, dtype, backend = ctx.call
-    need_dx, need_da, need_db, need_bias, _, _ = ctx.needs_input_grad
+    need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
     dy = _calls.rows(dy, dy.shape[-1], dtype)
     # What was not saved is not read; a launcher takes its sizes from the others.
     s = dy.new_empty(0) if s is None else s.contiguous()
     if a is None:
         a = _derivatives.stand_in(dy, ctx.a_like)
         b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
-    ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias)
+    ds, db, sums = _library.call("lora_grad_b", backend, dy, s, b, scale, need_db, need_bias, mask_b)
     da = dx = dy
     if need_dx or need_da:
         x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
-        da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
+        da, dx = _library.call("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da, mask_a)
     return (
         _calls.like_input(dx, ctx.shape, ctx.dtype) if need_dx else None,
         da if need_da else None,
@@ -83,25 +87,31 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (sums * scale).to(ctx.bias_dtype) if need_bias else None,
         None,
         None,
+        None,
+        None,
     )
 
 
 def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The same by the reference's formula, to be differentiated again."""
-    x, a, b, s, seed = ctx.saved_tensors
+    x, a, b, s, seed, mask_a, mask_b = ctx.saved_tensors
     scale, p, dtype, _ = ctx.call
-    need_dx, need_da, need_db, need_bias, _, _ = ctx.needs_input_grad
+    need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
     with _derivatives.formula(dy, b, ctx.shape, dtype) as dy:
         x = None if x is None else _calls.rows(x, ctx.shape[-1], dtype)
         if a is None:
             a = _derivatives.stand_in(dy, ctx.a_like)
             b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
-        dx, da, db = _derivatives.adapter(dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+        dx, da, db = _derivatives.adapter(
+            dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db, mask_a, mask_b
+        )
         return (
             dx.reshape(ctx.shape).to(ctx.dtype) if need_dx else None,
             da if need_da else None,
             db if need_db else None,
             (_derivatives.bias_gradient(dy) * scale).to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
             None,
             None,
         )
@@ -160,6 +170,7 @@ def lora_adapter(
     *,
     scale: float | torch.Tensor = 1.0,
     dropout: float = 0.0,
+    masks: _derivatives.Masks = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """y = scale · (drop(x) Aᵀ Bᵀ + lora_bias)                      Hu et al. 2021, arXiv:2106.09685, eq. 3 without W
@@ -170,6 +181,7 @@ def lora_adapter(
     lora_bias  [N]       any float dtype, or None
     scale      float or 0-d tensor, dimensionless
     dropout    probability in [0, 1) that an element of x is hidden from A; the contract of lora_linear
+    masks      as in lora_linear
     backend    "cpp" | "triton" | "eager", or None for the first that serves
     Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable, any number of
                times, in every tensor but a float scale; gradients of gradients are the reference's
@@ -186,11 +198,15 @@ def lora_adapter(
     if type(scale) is not float or compiling:
         scale, lora_B, lora_bias = _calls.fold_scale("lora_adapter", scale, lora_B, lora_bias, compiling)
     seed = _calls.draw_seed(device) if dropout else None
+    if masks is not None:
+        _checks.masks("lora_adapter", masks, lora_A, lora_B)
     if _derivatives.composed("lora_adapter", backend, compiling):
+        if masks is not None:
+            lora_A, lora_B = _derivatives.masked(lora_A, lora_B, *masks)
         return _forward(x, lora_A, lora_B, lora_bias, seed, (scale, dropout, dtype, "eager"), _derivatives.run)[0]
     chosen = dispatch.select("lora_shrink", backend, device.type, dtype, "lora_adapter")
     args = (x, lora_A, lora_B, lora_bias, seed, (scale, dropout, dtype, chosen))
     if not torch.is_grad_enabled():
         return _forward(*args)[0]
-    y = _LoRAAdapter.apply(*args)
+    y = _LoRAAdapter.apply(*args, *(masks or ()))
     return y[0] if type(y) is tuple else y

@@ -121,7 +121,7 @@ class _Shrink(torch.autograd.Function):
         da = dx = dw = ds
         if dy is None:
             if need_dx or need_da:
-                da, dx = run("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da)
+                da, dx = run("lora_grad_a", backend, x, ds, a, p, seed, need_dx, need_da, None)
         else:
             dy = _calls.rows(dy, dy.shape[1], dtype)
             if need_dx or need_da:
@@ -175,7 +175,7 @@ class _Expand(torch.autograd.Function):
         h = rows.new_empty(0) if h is None else h.contiguous()
         dh = db = sums = rows
         if need_dh or need_db or need_bias or need_lora_bias:
-            dh, db, sums = run("lora_grad_b", backend, rows, h, b, scale, need_db, need_bias or need_lora_bias)
+            dh, db, sums = run("lora_grad_b", backend, rows, h, b, scale, need_db, need_bias or need_lora_bias, None)
         return (
             dy if need_token else None,
             None,

@@ -16,6 +16,7 @@ def _fake(
     seed: torch.Tensor | None,
     need_dx: bool,
     need_da: bool,
+    mask: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (
@@ -25,7 +26,14 @@ def _fake(
 
 
 def _describe(
-    x: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, p: float, seed: object, need_dx: bool, need_da: bool
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: torch.Tensor,
+    p: float,
+    seed: object,
+    need_dx: bool,
+    need_da: bool,
+    mask: object,
 ) -> _library.Call:
     M, (R, K), outputs = ds.shape[0], a.shape, need_dx + need_da
     flop, elements = 2 * M * K * R * outputs, M * K * outputs
@@ -44,6 +52,7 @@ def lora_grad_a(
     *,
     need_dx: bool = True,
     need_da: bool = True,
+    mask: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What one read of x gives; no autograd.
@@ -52,6 +61,7 @@ def lora_grad_a(
     ds     [M, R]  dtype of x
     a      [R, K]  any float dtype, any strides
     p, seed    as in lora_shrink: the same mask
+    mask   [R, ceil(K / 8)]  uint8, a bit an element of da, the lowest first: zero where the bit is; or None
     Returns    da = dsᵀ drop(x) [R, K] in a.dtype · dx = mask ∘ (ds a) / keep [M, K] in x.dtype;
                an output not asked for has shape [0]
     Cost       2MKR FLOP each; reads x once, writes dx once
@@ -65,6 +75,8 @@ def lora_grad_a(
     _checks.same_device(op, x.device, ds=ds, a=a)
     _checks.probability(op, "p", p)
     _checks.seed(op, seed, p)
+    _checks.bits(op, "mask", mask, *a.shape)
+    _checks.same_device(op, x.device, mask=mask)
     chosen = dispatch.select(op, backend, x.device.type, x.dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
-    return _library.call(op, chosen, x, ds.contiguous(), a, p, seed if p else None, need_dx, need_da)
+    return _library.call(op, chosen, x, ds.contiguous(), a, p, seed if p else None, need_dx, need_da, mask)

@@ -40,10 +40,12 @@ def lora_linear_bwd(
     need_da: bool,
     need_db: bool,
     need_bias: bool,
+    mask_a: torch.Tensor | None = None,
+    mask_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32 or fp64; [0] where not needed."""
-    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias)
-    da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)
+    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias, mask_b)
+    da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask_a)
     if need_dx:
         dx = dx.addmm_(dy, w)
     return dx, da, db, dbias

@@ -6,7 +6,10 @@ from fastpeft.nn.factors.condition import task
 from fastpeft.nn.factors.conditional import Conditional
 from fastpeft.nn.factors.gated import Gated
 from fastpeft.nn.factors.hyper import Hyper
+from fastpeft.nn.factors.masked import Masked, remask_after
+from fastpeft.nn.factors.pruned import Pruned
 from fastpeft.nn.factors.rank_allocator import RankAllocator
+from fastpeft.nn.factors.sparse import Sparse
 
 __all__ = [
     "Adaptive",
@@ -14,6 +17,10 @@ __all__ = [
     "Gated",
     "Hyper",
     "LoRAModule",
+    "Masked",
+    "Pruned",
     "RankAllocator",
+    "Sparse",
+    "remask_after",
     "task",
 ]

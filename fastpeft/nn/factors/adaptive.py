@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastpeft.nn.config import Config, flag, number, one_of, size
-from fastpeft.nn.factors.base import LoRAModule
+from fastpeft.nn.factors.ranks import Shrinking
 from fastpeft.ops import _checks
 
 FORMS = ("top_k", "scores", "svd")
@@ -31,7 +31,7 @@ _SCORES = {"input_dimension", "input_dim", "rank", "adaptive_rank", "rank_alloca
 _THRESHOLD = 0.1
 
 
-class Adaptive(LoRAModule):
+class Adaptive(Shrinking):
     """Mixin: lora_A and lora_B with a gain a rank, of which some act.
 
     max_rank, min_rank    form "top_k": the rank at first, and the least that ``update_rank`` leaves
@@ -241,40 +241,15 @@ class Adaptive(LoRAModule):
         return self.rank
 
     def _resize(self, rank: int, kept: torch.Tensor | None = None) -> None:
-        """``rank`` ranks: those of ``kept``, or ones without values."""
-        for name, dim in self._rank_dims().items():
-            held: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
-            old = held[name]
-            shape = [*old.shape[:dim], rank, *old.shape[dim + 1 :]]
-            new = old.new_empty(shape) if kept is None else old.detach().index_select(dim, kept).contiguous()
-            held[name] = nn.Parameter(new, old.requires_grad) if name in self._parameters else new
-        self.rank = rank
+        super()._resize(rank, kept)
         self.min_rank = min(self.min_rank, rank)
         if self.form != "svd" and kept is not None:
             self.rank_mask.fill_(True)
             self._count()
 
     def _rank_dims(self) -> dict[str, int]:
-        """The tensors that have a dimension of ranks, and which it is."""
-        dims = {"lora_A": int(self._transposed), "lora_B": 1 - int(self._transposed), _GAINS[self.form]: 0}
+        dims = {**super()._rank_dims(), _GAINS[self.form]: 0}
         return dims | {name: 0 for name in ("rank_mask", "rank_scores") if name in self._buffers}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        value = state_dict.get(prefix + "lora_A")
-        if isinstance(value, torch.Tensor) and value.dim() == 2:
-            rank = value.shape[int(self._transposed)]
-            names = [name for name in self._rank_dims() if prefix + name in state_dict]
-            fits = rank >= 1 and all(
-                state_dict[prefix + name].shape
-                == torch.Size([*old.shape[:dim], rank, *old.shape[dim + 1 :]])
-                for name, dim in self._rank_dims().items()
-                if name in names
-                for old in [getattr(self, name)]
-            )
-            # Only a whole and sound set changes the rank; of anything else torch words what does not fit.
-            if fits and rank != self.rank and len(names) == len(self._rank_dims()):
-                self._resize(rank)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _describe(self) -> str:
         return f"form={self.form}, {super()._describe()}"
