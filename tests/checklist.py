@@ -2,7 +2,8 @@
 
 1. fastpeft/dispatch.py: a line of ROWS, with the backends that there are
 2. fastpeft/reference/<file>.py: the launcher in plain torch
-3. fastpeft/ops/<file>.py: the fake, `describe`, `_library.register`, and the public function, which ops/__init__ exports
+3. fastpeft/ops/<file>.py: the fake, `describe` (`flops` for a backward), `_library.register`, and the public function,
+   which ops/__init__ exports
 4. kernels/<file>.py, where the row names Triton; bench/compile_kernels.CASES compiles its kernels, tune.JOBS (or
    tune_fourbit.TILES) times each mode of its tiles, and a check of bench/gpu_checks launches it
 5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++; or the module that it names,
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fastpeft import dispatch, ops
-from fastpeft.ops import _library
+from fastpeft.ops import _flops, _library
 
 # A launcher inside another operator, which explain shows for both.
 INSIDE = {"quantize_absmax": "quantize_4bit"}
@@ -77,6 +78,8 @@ def _python(op: str, row: dispatch.Row, house: House) -> list[str]:
         out.append(f"fastpeft/ops/__init__.py: exports nothing of {row.file}")
     if registers and op not in _library._described and op not in INSIDE and not op.endswith("_bwd"):
         out.append(f"fastpeft/ops/{row.file}.py: no describe for {op}, which explain does not show")
+    elif registers and op not in _flops.FORMULAS:
+        out.append(f"fastpeft/ops/{row.file}.py: no flops for {op}, which FlopCounterMode does not count")
     return out
 
 

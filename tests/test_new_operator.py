@@ -23,7 +23,7 @@ from checklist import House, left_out, native_schemas, plain, registered  # noqa
 from fastpeft import dispatch, ops  # noqa: E402
 from fastpeft.dispatch import CPP, EAGER, ROWS, TRITON, Row  # noqa: E402
 from fastpeft.kernels import _common  # noqa: E402
-from fastpeft.ops import _library  # noqa: E402
+from fastpeft.ops import _flops, _library  # noqa: E402
 
 # Checks that cannot run without a GPU, or that need other packages.
 ELSEWHERE = {"PEFT", "torch.compile", "4-bit bitsandbytes"}
@@ -179,6 +179,7 @@ def add(tmp_path, monkeypatch):
     yield build
     library._destroy()
     _library._described.pop(OP, None)
+    _flops.FORMULAS.pop(OP, None)
     for name in [name for name in sys.modules if name.endswith(f".{OP}")]:
         del sys.modules[name]
     dispatch.load.cache_clear()
