@@ -3,8 +3,8 @@
 // With so few rows it is decoding that takes the time. Here a permutation looks up 64 nibbles at a time, whatever stands above their
 // bits, and a product sums four bytes: a code and a value of x are integers of two bytes, the one in units of its table, the other of
 // a power of two for every 64 values. Of the four products of such bytes low by low is left out: 2^-15 of the greatest product at most,
-// where rounding x or W to bf16 is 2^-9. A line of 128 weights is 15 vector instructions for one row, 8 cycles on two ports (codes to
-// tiles take 14), about the rate at which W is read.
+// where rounding x or W to bf16 is 2^-9 (to fp16 it is 2^-12: rows of that type are multiplied otherwise). A line of 128 weights is 15
+// vector instructions for one row, 8 cycles on two ports (codes to tiles take 14), about the rate at which W is read.
 #pragma once
 #include "fourbit_decode_impl.h"
 
@@ -46,14 +46,13 @@ inline float power_of_two(int exponent) {  // a normal one
 }
 
 // A run to its half of a line. False where it is no sum of such integers: not finite, or (but for zeros) below 2^-100.
-template <Type T>
 bool arrange_run(const void* x, int64_t at, int64_t half, ByteLine& line, float& scale) {
   // Exponents, the greatest so that sums of integers times its unit are finite; and the bits of an integer without its sign.
   constexpr int kLeast = -100, kGreatest = 90, kBits = 14;
   vf v[kRun / kLanes];
   __m512i greatest = _mm512_setzero_si512();
   for (int i = 0; i < kRun / kLanes; ++i) {
-    v[i] = load_as_float<T>(x, at + i * kLanes);
+    v[i] = load_as_float<Type::bf16>(x, at + i * kLanes);
     greatest = _mm512_max_epu32(greatest, _mm512_and_si512(reinterpret_cast<__m512i>(v[i]), _mm512_set1_epi32(0x7fffffff)));
   }
   const uint32_t most = _mm512_reduce_max_epu32(greatest);
@@ -82,8 +81,8 @@ inline __m512i dot_bytes(__m512i sum, __m512i even, __m512i odd, const int8_t (&
   return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, _mm512_load_si512(bytes[0])), odd, _mm512_load_si512(bytes[1]));
 }
 
-template <Type T>
-bool arrange_bytes_as(const Rows& x, int64_t K, const ByteRows& to) {
+bool arrange_bytes(const Rows& x, int64_t K, void* room) {
+  const ByteRows to(room, x.count, K);
   const __m512i zero = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
   for (int64_t m = 0; m < x.count; ++m) {
     ByteLine* const lines = to.row(m);
@@ -93,7 +92,7 @@ bool arrange_bytes_as(const Rows& x, int64_t K, const ByteRows& to) {
       scales[2 * to.lines - 1] = 0.0f;
     }
     for (int64_t run = 0; run < K / kRun; ++run)
-      if (!arrange_run<T>(x.data, m * x.stride + run * kRun, run % 2, lines[run / 2], scales[run])) return false;
+      if (!arrange_run(x.data, m * x.stride + run * kRun, run % 2, lines[run / 2], scales[run])) return false;
     for (int64_t i = 0; i < to.lines; ++i) {
       const vi high = reinterpret_cast<vi>(dot_bytes(zero, ones, ones, lines[i].high));
       const vi both = high + reinterpret_cast<vi>(dot_bytes(zero, ones, ones, lines[i].low));
@@ -105,11 +104,6 @@ bool arrange_bytes_as(const Rows& x, int64_t K, const ByteRows& to) {
     }
   }
   return true;
-}
-
-bool arrange_bytes(const Rows& x, int64_t K, void* room) {
-  const ByteRows to(room, x.count, K);
-  return x.type == Type::bf16 ? arrange_bytes_as<Type::bf16>(x, K, to) : arrange_bytes_as<Type::f16>(x, K, to);
 }
 
 // The two bytes of each code, without a sign: 128 is added. Four times, as a permutation of bytes looks at six bits of its index.

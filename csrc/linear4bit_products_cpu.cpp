@@ -221,7 +221,7 @@ void multiply_columns_by_blocks(const Weight& w, const Tensor& dy, const Tensor&
 
 Way way_of(int64_t M, int64_t K, Type type, int64_t block_size) {
   const bool whole = K && K % block_size == 0;
-  if (whole && four_bit().bytes && M <= kByteRows && type != Type::f32 && block_size >= kLeastTiledBlock) return Way::bytes;
+  if (whole && four_bit().bytes && M <= kByteRows && type == Type::bf16 && block_size >= kLeastTiledBlock) return Way::bytes;
   return way_of_any(M, K, type, block_size);
 }
 

@@ -8,7 +8,7 @@
 namespace fastpeft {
 
 // y [M, N] of any type = bias + scale · (s bᵀ + lora_bias), or += the same where it holds the base product (`add`).
-// Returns s = drop(x) aᵀ [M, R] in x's type.
+// Returns s = drop(x) aᵀ [M, R] in x's type; in fp32 where that is fp16, in which s may pass 65504 where no gradient does.
 Tensor adapter_fwd(const Tensor& x, const Tensor& a, const Tensor& b, const optional<Tensor>& bias,
                    const optional<Tensor>& lora_bias, double scale, double p, const optional<Tensor>& seed, const Tensor& y, bool add);
 

@@ -60,7 +60,8 @@ void adapter_few(const Tensor& x, const Tensor& a, const Tensor& b, const float*
 Tensor adapter_fwd(const Tensor& x, const Tensor& a, const Tensor& b, const optional<Tensor>& bias,
                    const optional<Tensor>& lora_bias, double scale, double p, const optional<Tensor>& seed, const Tensor& y, bool add) {
   const int64_t M = x.size(0), K = x.size(1), N = y.size(1), R = a.size(0);
-  Tensor s = empty_like(x, {M, R});
+  const bool f16 = type_of(x) == Type::f16;
+  Tensor s = f16 ? empty({M, R}, ScalarType::Float) : empty_like(x, {M, R});
   const Mask mask = mask_of(p, seed);
   const Tensor readable_a = readable(a), readable_b = readable(b);
   const float factor = static_cast<float>(scale);

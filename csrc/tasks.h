@@ -1,7 +1,7 @@
 // What the LoRA operators on the CPU share: packed parameters, tasks on torch's thread pool, partial sums.
 //
-// Work is cut into tasks by shape alone, and partial sums are added in the order of the tasks, so that the bytes of a
-// result do not depend on the number of threads.
+// Work is cut into tasks by shape alone, and partial sums are added in the order of the tasks, so that the bytes of what these
+// kernels compute do not depend on the number of threads. Those of the vendor GEMM may: its sums are cut as it sees fit.
 #pragma once
 #include <algorithm>
 

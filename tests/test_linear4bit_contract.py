@@ -51,7 +51,8 @@ def test_bytes_kept(backend):
         return sum(size for pointer, size in stores.items() if pointer not in held)
 
     lora = total(lambda: ops.linear4bit_lora(x, q, a, b, dropout=0.1, backend=backend))
-    assert lora == M * K * 2 + M * R * 2 + 8
+    # fp16 has not the range of the gradients that s goes into.
+    assert lora == M * K * 2 + M * R * (2 if backend == "triton" else 4) + 8
     assert total(lambda: ops.linear4bit(x, q, backend=backend)) == 0
 
 

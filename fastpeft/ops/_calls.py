@@ -58,8 +58,8 @@ def fold_scale(
     _checks.scale(op, scale)
     if not compiling and not isinstance(scale, torch.Tensor):
         return float(scale), lora_B, lora_bias
-    if lora_B.element_size() < 4:
-        lora_B, lora_bias = lora_B.float(), None if lora_bias is None else lora_bias.float()
+    lora_B = lora_B.float() if lora_B.element_size() < 4 else lora_B
+    lora_bias = lora_bias.float() if lora_bias is not None and lora_bias.element_size() < 4 else lora_bias
     return 1.0, lora_B * scale, None if lora_bias is None else lora_bias * scale
 
 

@@ -137,6 +137,14 @@ def _dispatched(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     return getattr(torch.ops.fastpeft, op).default(*args, backend)
 
 
+def rank_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    """Of s = drop(x) Aᵀ, which a forward pass keeps, for x of ``dtype``.
+
+    fp32 in the place of fp16, in which s overflows where the gradients do not; but where matrix units read s.
+    """
+    return torch.float32 if dtype == torch.float16 and backend in ("cpp", "eager") else dtype
+
+
 def launch(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator: through the dispatcher where something watches it, else the launcher itself.
 

@@ -25,7 +25,8 @@ def _fake_fwd(
     seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    s = x.new_empty(x.shape[0], a.shape[0], dtype=_library.rank_dtype(x.dtype, backend))
+    return x.new_empty(x.shape[0], w.shape[0]), s
 
 
 def _fake_bwd(

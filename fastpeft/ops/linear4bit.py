@@ -28,7 +28,10 @@ def _fake_fwd(
     seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], N), x.new_empty(0) if a is None else x.new_empty(x.shape[0], a.shape[0])
+    y = x.new_empty(x.shape[0], N)
+    if a is None:
+        return y, x.new_empty(0)
+    return y, x.new_empty(x.shape[0], a.shape[0], dtype=_library.rank_dtype(x.dtype, backend))
 
 
 def _fake_bwd(

@@ -85,7 +85,7 @@ def quantize_4bit(
     backend       "cpp" | "triton" | "eager", or None for the first that serves
     Returns       Weight4bit; no autograd. The bytes are those of bitsandbytes 0.50 on a CPU.
     Cost          reads w once, writes n/2 + 4 n/block_size bytes
-    Raises        ValueError: range, or a value that is not finite.  TypeError: dtype.
+    Raises        ValueError: range, a value that is not finite, absmax whose sum is not.  TypeError: dtype.
     """
     _check(w, quant_type, block_size)
     shape, dtype = w.shape, w.dtype
@@ -94,12 +94,14 @@ def quantize_4bit(
         w, dtype = w.float(), torch.float32
     chosen = dispatch.select(_OP, backend, w.device.type, w.dtype)
     packed, absmax = _library.call(_OP, chosen, w, quant_type, block_size)
-    # A block's absmax is inf or nan where one of its values is: w itself is not read again.
-    if not w.is_meta:
+    # A block's absmax is inf or nan where one of its values is, and their mean with it: w itself is not read again.
+    offset = absmax.mean() if double_quant else None
+    if not w.is_meta and not bool((absmax if offset is None else offset).isfinite().all()):
         _checks.require(bool(absmax.isfinite().all()), _OP, "w", "be finite", "inf or nan")
+        rule = "have blocks whose absmax have a finite sum in fp32, for double_quant"
+        _checks.require(False, _OP, "w", rule, "inf")
     scales = [absmax]
-    if double_quant:
-        offset = absmax.mean()
+    if offset is not None:
         code = torch.tensor(_dynamic_map(), dtype=torch.float32, device=w.device)
         chosen = dispatch.select("quantize_absmax", backend, w.device.type, torch.float32, _OP)
         codes, scale = _library.launch("quantize_absmax", chosen, absmax - offset, code)

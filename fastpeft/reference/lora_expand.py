@@ -13,7 +13,7 @@ def lora_expand(
     if bias is not None:
         y = y + bias.to(s.dtype)
     if lora_bias is not None:
-        y = y + (lora_bias * scale).to(s.dtype)
+        y = y + (lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale).to(s.dtype)
     return y
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from fastpeft.reference.lora_expand import lora_expand
 from fastpeft.reference.lora_grad_a import lora_grad_a
 from fastpeft.reference.lora_grad_b import lora_grad_b
-from fastpeft.reference.lora_linear_fused import lora_linear_fused_fwd
 from fastpeft.reference.lora_shrink import lora_shrink
+
+
+def _wide(activation: torch.Tensor) -> torch.Tensor:
+    """In fp32 where it is fp16, in which s and ds may pass 65504 where no gradient does."""
+    return activation.float() if activation.dtype == torch.float16 else activation
+
+
+def _as_given(activation: torch.Tensor) -> torch.autocast:
+    """Without autocast, which would take what is wide to fp16 again; every operand has its dtype already."""
+    return torch.autocast(activation.device.type, enabled=False)
 
 
 def lora_linear_fwd(
@@ -21,9 +31,10 @@ def lora_linear_fwd(
     p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R]."""
-    s = lora_shrink(x, a, p, seed)
-    return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale), s
+    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R] in x.dtype, in fp32 where that is fp16."""
+    with _as_given(x):
+        s = lora_shrink(_wide(x), a, p, seed)
+        return (x @ w.t() + lora_expand(s, b, bias, lora_bias, scale)).to(x.dtype), s
 
 
 def lora_linear_bwd(
@@ -44,8 +55,9 @@ def lora_linear_bwd(
     mask_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dx [M, K], da [R, K], db [N, R], dbias [N] fp32 or fp64; [0] where not needed."""
-    ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias, mask_b)
-    da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask_a)
-    if need_dx:
-        dx = dx.addmm_(dy, w)
-    return dx, da, db, dbias
+    with _as_given(dy):
+        ds, db, dbias = lora_grad_b(_wide(dy), s, b, scale, need_db, need_bias, mask_b)
+        da, dx = lora_grad_a(_wide(x), ds, a, p, seed, need_dx, need_da, mask_a)
+        if need_dx:
+            dx = dx + dy @ w
+        return dx.to(dy.dtype), da, db, dbias
