@@ -344,3 +344,19 @@ def test_bitsandbytes_is_not_imported():
         "assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:fastpeft:UserWarning")
+@pytest.mark.parametrize("holder, attribute", [(bnb, "matmul_4bit"), (bnb.nn.Linear4bit, "forward")])
+def test_replaced_after_accelerate(holder, attribute, monkeypatch):
+    ours = layers(toy())[0]
+    plain = copy.deepcopy(ours)
+    assert accelerate(ours).accelerated
+    function = getattr(holder, attribute)
+    monkeypatch.setattr(holder, attribute, lambda *args, **kwargs: 2 * function(*args, **kwargs))
+    x = batch()["x"]
+    for disabled in (False, True):
+        for layer in (ours, plain):
+            layer.enable_adapters(not disabled)
+        assert torch.equal(ours(x), plain(x))
+        assert f"{attribute} has been replaced" in reason(ours)

@@ -81,6 +81,14 @@ STATES = {
         lambda m: m.base_model.set_adapter(["default", "second"]),
         3,
     ),
+    "three, one with dropout": (
+        {"adapters": 3, "lora_dropout": 0.3},
+        lambda m: (
+            m.base_model.set_adapter(["default", "second", "second2"]),
+            [x.lora_dropout.update({name: nn.Identity()}) for x in lora_layers(m) for name in ("default", "second2")],
+        ),
+        3,
+    ),
     "none active": ({}, lambda m: m.base_model.set_adapter([]), 0),
     "absent active": ({}, lambda m: [setattr(x, "_active_adapter", ["other"]) for x in lora_layers(m)], 0),
     "one of two deleted": (

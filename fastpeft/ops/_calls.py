@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastpeft import dispatch
 from fastpeft.ops import _checks
 
 
@@ -70,3 +71,16 @@ def draw_seed(device: torch.device | str) -> torch.Tensor:
     torch.compile cannot trace.)
     """
     return torch.randint(2**63 - 1, (), device=device)
+
+
+def without_kernels(launcher: str, device: str) -> str | None:
+    """What each backend but eager would need to serve this operator on this type of device; None where one serves.
+
+    None too where a backend is asked for: a user who wants eager gets it.
+    """
+    if dispatch.default is not None or dispatch.select(launcher, None, device, torch.float32) != "eager":
+        return None
+    found = ((backend, dispatch.unmet(launcher, backend, device, torch.float32)) for backend in dispatch.BACKENDS)
+    elsewhere = ("tensors on", "an implementation")
+    needs = [f"{backend} requires {need}" for backend, need in found if need and not need.startswith(elsewhere)]
+    return "; ".join(needs) or "no other backend is for it"

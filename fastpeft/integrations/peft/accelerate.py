@@ -13,7 +13,7 @@ from fastpeft.integrations.peft import kind as classes
 from fastpeft.integrations.peft.containers import models_in
 from fastpeft.integrations.peft.factors import SHARDED
 from fastpeft.integrations.peft.hf_hooks import become
-from fastpeft.integrations.peft.kinds import KINDS, kind_of
+from fastpeft.integrations.peft.kinds import kind_of, register
 from fastpeft.integrations.peft.report import Report, reason, unfit
 
 __all__ = ["accelerate", "restore"]
@@ -40,8 +40,7 @@ def accelerate(model: Any) -> Report:
     if sys.modules.get("peft.tuners.lora.layer") is None:
         report.note = "no PEFT layers (peft is not imported)"
     else:
-        for kind in KINDS:
-            kind.register()
+        register()
         before: list[tuple[Module, type]] = []
         try:
             for prefix, part in models:

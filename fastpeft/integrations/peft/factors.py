@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.modules.linear import Linear
+from torch.nn.modules.linear import Identity, Linear
 
 from fastpeft.integrations.peft import gathered
-from fastpeft.integrations.peft.hf_hooks import changes_nothing
 from fastpeft.integrations.peft.plain import (
     DTYPES,
+    IDENTITY,
     MISSING,
     PLAIN,
     STRIDED,
@@ -59,65 +59,87 @@ def read(layer: Any, name: str, x: Any) -> Factors | None:
     lora_A = modules["lora_A"]._modules[name]
     lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
-    # Every look-up counts here: the attributes of a module cost three times the items of its dictionary.
-    of_A, of_B, of_dropout = lora_A.__dict__, lora_B.__dict__, dropout.__dict__
-    if (
-        type(lora_A) is not Linear
-        or type(lora_B) is not Linear
-        # `hooked` twice, without its calls
-        or of_A["_forward_hooks"]
-        or of_A["_forward_pre_hooks"]
-        or of_A["_backward_hooks"]
-        or of_A["_backward_pre_hooks"]
-        or ("forward" in of_A and not changes_nothing(lora_A))
-        or of_B["_forward_hooks"]
-        or of_B["_forward_pre_hooks"]
-        or of_B["_backward_hooks"]
-        or of_B["_backward_pre_hooks"]
-        or ("forward" in of_B and not changes_nothing(lora_B))
-    ):
-        return _gathered(layer, name, x, lora_A, lora_B, dropout)
-    a_parameters, b_parameters = of_A["_parameters"], of_B["_parameters"]
-    a, b, bias = a_parameters.get("weight"), b_parameters.get("weight"), b_parameters.get("bias", MISSING)
-    if a is None or b is None or bias is MISSING:
-        a, b, bias = held(lora_A, "weight"), held(lora_B, "weight"), held(lora_B, "bias")
-    p = drop_probability(dropout)
     scale = layer.scaling[name]
+    # Every look-up counts here: an attribute of a module costs three times an item of its dictionary. What follows is
+    # `hooked` three times.
+    of_A, of_B, of_dropout = lora_A.__dict__, lora_B.__dict__, dropout.__dict__
+    p = 0.0 if type(dropout) is Identity and Identity.forward is IDENTITY else drop_probability(dropout)
     if (
         p is None
         or name in layer.lora_variant
         or not (type(scale) is float or scalable(scale))
-        or (a_parameters["bias"] if "bias" in a_parameters else held(lora_A, "bias")) is not None
-        or of_dropout["_forward_hooks"]
-        or of_dropout["_forward_pre_hooks"]
-        or of_dropout["_backward_hooks"]
-        or of_dropout["_backward_pre_hooks"]
-        or ("forward" in of_dropout and not changes_nothing(dropout))
+        or (
+            (
+                of_dropout["_forward_hooks"]
+                or of_dropout["_forward_pre_hooks"]
+                or of_dropout["_backward_hooks"]
+                or of_dropout["_backward_pre_hooks"]
+                or "forward" in of_dropout
+            )
+            and hooked(dropout)
+            and not gathered.passes(dropout)
+        )
     ):
         return None
-    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b, bias) else None
-
-
-def _gathered(layer: Any, name: str, x: Any, lora_A: Any, lora_B: Any, dropout: Any) -> Factors | None:
-    """`read` where lora_A, lora_B or the dropout is not a plain module: those that gather are asked."""
-    p = drop_probability(dropout)
-    scale = layer.scaling[name]
     if (
-        p is None
-        or name in layer.lora_variant
-        or not scalable(scale)
-        or (hooked(dropout) and not gathered.passes(dropout))
-        or not (_linear(lora_A) and _linear(lora_B))
-        or lora_A.bias is not None
-        or type(x) not in PLAIN
-        or x.dtype not in DTYPES
-        or x.layout is not STRIDED
-        or _dynamo()
+        type(lora_A) is not Linear
+        or type(lora_B) is not Linear
+        or of_A["_forward_hooks"]
+        or of_A["_forward_pre_hooks"]
+        or of_A["_backward_hooks"]
+        or of_A["_backward_pre_hooks"]
+        or of_B["_forward_hooks"]
+        or of_B["_forward_pre_hooks"]
+        or of_B["_backward_hooks"]
+        or of_B["_backward_pre_hooks"]
+        or (("forward" in of_A or "forward" in of_B) and (hooked(lora_A) or hooked(lora_B)))
+    ):
+        asked = _asked(lora_A, lora_B, x)
+        if asked is None:
+            return None
+        x, a, b, bias, bias_A = asked
+    else:
+        a_parameters, b_parameters = of_A["_parameters"], of_B["_parameters"]
+        try:
+            a, bias_A = a_parameters["weight"], a_parameters["bias"]
+            b, bias = b_parameters["weight"], b_parameters["bias"]
+        except KeyError:
+            a, bias_A = held(lora_A, "weight"), held(lora_A, "bias")
+            b, bias = held(lora_B, "weight"), held(lora_B, "bias")
+    if not (
+        (type(x) is Tensor or type(x) is Parameter)
+        and (type(a) is Parameter or type(a) is Tensor)
+        and (type(b) is Parameter or type(b) is Tensor)
+        and (bias is None or type(bias) in PLAIN)
+        and bias_A is None
     ):
         return None
-    a, _, x = _ask(lora_A, x)
+    # Whether PEFT would multiply x with these factors without an error, and one operator can.
+    adapter, dtype, device = a.dtype, x.dtype, x.device
+    if (
+        dtype in DTYPES
+        and b.dtype is adapter
+        and (adapter is dtype or (adapter in DTYPES and layer.cast_input_dtype_enabled))
+        and a.device == device
+        and b.device == device
+        and x.layout is STRIDED
+        and a.layout is STRIDED
+        and b.layout is STRIDED
+        and not x.is_nested
+    ):
+        return x, a, b, bias, scale, p
+    return None
+
+
+def _asked(lora_A: Any, lora_B: Any, x: Any) -> tuple[Any, Any, Any, Any, Any] | None:
+    """(x, A, B, the biases of B and A) where one of the modules gathers its own; None: another has to see the call."""
+    if _dynamo() or not (_linear(lora_A) and _linear(lora_B)):
+        return None
+    if type(x) not in PLAIN or x.dtype not in DTYPES or x.layout is not STRIDED or lora_A.bias is not None:
+        return None  # before hooks have run in vain
+    a, bias_A, x = _ask(lora_A, x)
     b, bias, a = _ask(lora_B, a)
-    return (x, a, b, bias, scale, p) if _adaptable(layer, x, a, b, bias) else None
+    return x, a, b, bias, bias_A
 
 
 def _linear(part: Any) -> bool:
@@ -128,29 +150,6 @@ def _linear(part: Any) -> bool:
 def _ask(part: Any, x: torch.Tensor) -> gathered.Asked:
     """The weight and the bias of a `_linear` part, and x, by the part's own call where only that has them."""
     return gathered.ask(part, x) if hooked(part) or type(part) is not Linear else (part.weight, part.bias, x)
-
-
-def _adaptable(layer: Any, x: Any, a: Any, b: Any, bias: Any) -> bool:
-    """Whether PEFT would multiply x with these factors without an error, and one operator can."""
-    if not (
-        (type(x) is Tensor or type(x) is Parameter)
-        and (type(a) is Parameter or type(a) is Tensor)
-        and (type(b) is Parameter or type(b) is Tensor)
-        and (bias is None or type(bias) in PLAIN)
-    ):
-        return False
-    adapter, dtype, device = a.dtype, x.dtype, x.device
-    return (
-        dtype in DTYPES
-        and b.dtype is adapter
-        and (adapter is dtype or (adapter in DTYPES and layer.cast_input_dtype_enabled))
-        and a.device == device
-        and b.device == device
-        and x.layout is STRIDED
-        and a.layout is STRIDED
-        and b.layout is STRIDED
-        and not x.is_nested
-    )
 
 
 def modules_of(layer: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

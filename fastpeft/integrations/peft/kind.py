@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import types
 from abc import ABC, abstractmethod
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from fastpeft.integrations.peft import calls
 from fastpeft.integrations.peft.hf_hooks import wraps
 from fastpeft.integrations.peft.inplace import InPlace, source
 from fastpeft.integrations.peft.plain import original, replaced
+from fastpeft.ops._calls import without_kernels
 
 TESTED = (Version("0.20"), Version("0.23"))
 """peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
 
 # What a layer's class must have from PEFT's own class for its forward to be the one that we replace.
 _METHODS = ("forward", "_check_forward_args", "_cast_input_dtype", "merged", "disable_adapters", "active_adapters")
-_methods_of = attrgetter(*_METHODS)
 _BYPASSED = "forward has been replaced on the layer itself"
 
 _dynamo = torch.compiler.is_dynamo_compiling
@@ -48,6 +47,11 @@ def nested(base: Any) -> str | None:
     return f"its base layer is itself an adapter layer ({type(base).__name__})" if is_peft_layer(base) else None
 
 
+def _devices() -> set[str]:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {"cpu"} if found is None else {"cpu", found.type}
+
+
 class Kind(ABC):
     """One kind of PEFT layer, one object in one file.
 
@@ -56,13 +60,24 @@ class Kind(ABC):
 
     mixin: type[Accelerated]
     """What comes before PEFT's class in the class that the layer gets."""
+    launcher: str
+    """The operator whose kernels make a layer faster; where only the eager reference can serve it, PEFT does."""
+
+    def __init__(self) -> None:
+        self.mixin._kind = self
 
     @abstractmethod
     def peft_class(self) -> type | None:
         """PEFT's class of these layers, if PEFT's module of it is imported."""
 
-    def register(self) -> None:  # noqa: B027
-        """Learn the classes of other packages that a call compares with; ``accelerate`` asks for it, no query does."""
+    def register(self) -> None:
+        """Learn what a call compares with: classes of other packages, devices; ``accelerate`` asks, no query does."""
+        self.mixin._slow = frozenset(device for device in _devices() if self.slow(device))
+
+    def slow(self, device: str) -> str | None:
+        """Why PEFT is as fast on this type of device: what each kernel of ours needs that is not there."""
+        missing = without_kernels(self.launcher, device) if device in _devices() else None
+        return missing and f"only the eager reference can serve on {device}, which is no faster than PEFT ({missing})"
 
     @abstractmethod
     def adopt(self, layer: Any) -> str | None:
@@ -113,31 +128,29 @@ def bypassed(module: Module) -> str | None:
 
 
 def changed(module: Any) -> str | None:
-    """What of PEFT's class of an accelerated layer is not what it was when the layer got ours."""
-    plain = module._source
-    for method, before in zip(_METHODS, module._methods, strict=True):
-        why = replaced(label(module), plain, method, before)
-        if why is not None:
-            return why
-    return None
+    """Whether the forward of PEFT's class is another than when the layer got ours."""
+    return replaced(label(module), module._source, "forward", module._replaces[0])
 
 
 class Accelerated(InPlace):
     """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin serves."""
 
     _kind: Kind
+    _slow: frozenset[str]
+    """Types of devices that have no kernel for this kind."""
     _source: Any
-    """PEFT's class of the layer, and its `_METHODS` when this class was made."""
-    _methods: tuple[Any, ...]
+    """PEFT's class of the layer."""
+    _replaces: tuple[Any]
+    """The forward that it had when this class was made; in a tuple, out of which no instance binds it."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Accelerated):  # after `restore`, called by something that kept this method
             return type(self).forward(self, x, *args, **kwargs)
         if _dynamo():
-            y = self._served(x, args, kwargs) if self._source.forward is self._methods[0] else None
+            y = self._served(x, args, kwargs) if self._source.forward is self._replaces[0] else None
             calls.traced(y is not None)
             return self._plain(x, *args, **kwargs) if y is None else y
-        if _methods_of(self._source) == self._methods:
+        if self._source.forward is self._replaces[0]:
             y = self._served(x, args, kwargs)
             if y is not None:
                 (_records.get(id(self)) or calls.open_record(self)).served.add()
@@ -157,5 +170,5 @@ class Accelerated(InPlace):
         calls.copied(self, twin)
 
     @classmethod
-    def _given_before(cls, kind: type) -> None:
-        cls._source, cls._methods = kind, _methods_of(kind)
+    def _given_before(cls, kind: Any) -> None:
+        cls._source, cls._replaces = kind, (kind.forward,)

@@ -10,6 +10,12 @@ from fastpeft.integrations.peft.kind import Kind
 KINDS: tuple[Kind, ...] = (linear.KIND, linear4bit.KIND)
 
 
+def register() -> None:
+    """Let every kind learn what its calls compare with."""
+    for kind in KINDS:
+        kind.register()
+
+
 def kind_of(module: Module) -> Kind | None:
     """The kind of this layer, whether it has our class yet or not; None for a layer that no kind knows."""
     for kind in KINDS:

@@ -59,12 +59,14 @@ class AcceleratedLinear(AcceleratedLoRA):
 
 class LinearKind(LoRAKind):
     mixin = AcceleratedLinear
+    launcher = "lora_linear_fwd"
 
     def peft_class(self) -> type | None:
         found: type | None = imported("peft.tuners.lora.layer", "Linear")
         return found
 
     def register(self) -> None:
+        super().register()
         global _conv1d_forward
         if conv1d() is not None:
             _conv1d_forward = original(conv1d(), "forward")
@@ -102,4 +104,3 @@ class LinearKind(LoRAKind):
 
 
 KIND = LinearKind()
-AcceleratedLinear._kind = KIND

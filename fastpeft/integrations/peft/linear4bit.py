@@ -207,12 +207,14 @@ class AcceleratedLinear4bit(AcceleratedLoRA):
 
 class Linear4bitKind(LoRAKind):
     mixin = AcceleratedLinear4bit
+    launcher = "linear4bit_fwd"
 
     def peft_class(self) -> type | None:
         found: type | None = imported("peft.tuners.lora.bnb", "Linear4bit")
         return found
 
     def register(self) -> None:
+        super().register()
         if self.peft_class() is not None:
             global _library, _linear4bit, _forward, _matmul
             _library, _linear4bit = sys.modules["bitsandbytes"], imported("bitsandbytes.nn.modules", "Linear4bit")
@@ -273,4 +275,3 @@ class Linear4bitKind(LoRAKind):
 
 
 KIND = Linear4bitKind()
-AcceleratedLinear4bit._kind = KIND

@@ -65,7 +65,8 @@ class LoRAKind(Kind):
             return "extra arguments (adapter_names)"
         base = layer.base_layer
         return (
-            nested(base)
+            self.slow((base.weight if x is None else x).device.type)
+            or nested(base)
             or self.base_changed(base)
             or observer()
             or factors.called("base_layer", base)
@@ -116,6 +117,8 @@ class AcceleratedLoRA(Accelerated):
     def _served(self: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         modules = self._modules
         base = modules["base_layer"]
+        if self._slow and x.device.type in self._slow:
+            return None
         if self._disable_adapters or self.merged_adapters:
             return None if args or kwargs else self._alone(x, base)
         active: Any = self._active_adapter

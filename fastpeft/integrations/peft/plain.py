@@ -64,7 +64,7 @@ def replaced(label: str, holder: type | ModuleType, name: str, expected: Any) ->
 _FORWARD = original(Linear, "forward")
 _CALL = original(Linear, "__call__")
 _LINEAR = original(functional, "linear") if isinstance(functional.linear, BuiltinFunctionType) else None
-_IDENTITY = original(Identity, "forward")
+IDENTITY = original(Identity, "forward")
 _DROPOUT = original(Dropout, "forward")
 _DROP = original(functional, "dropout")
 
@@ -146,7 +146,7 @@ def drop_probability(dropout: Any) -> float | None:
     """p of this call; None where ``dropout`` is a module that we do not know, or drops everything."""
     kind = type(dropout)
     if kind is Identity:
-        return 0.0 if Identity.forward is _IDENTITY else None
+        return 0.0 if Identity.forward is IDENTITY else None
     if kind is not Dropout or Dropout.forward is not _DROPOUT or functional.dropout is not _DROP:
         return None
     if not dropout.training:
@@ -161,7 +161,7 @@ def undroppable(role: str, dropout: Any) -> str | None:
     if type(dropout) not in (Identity, Dropout):
         return f"{role} is a {type(dropout).__name__}"
     return (
-        replaced("torch.nn.Identity", Identity, "forward", _IDENTITY)
+        replaced("torch.nn.Identity", Identity, "forward", IDENTITY)
         or replaced("torch.nn.Dropout", Dropout, "forward", _DROPOUT)
         or replaced("torch.nn.functional", functional, "dropout", _DROP)
         or (f"{role} drops everything" if dropout.p >= 1.0 else f"{role} changes its input in place")
