@@ -4,6 +4,9 @@ from fastpeft.nn.bottleneck import Adapter, AdapterFusion
 from fastpeft.nn.encoder import encoder_safe
 from fastpeft.nn.factors import LoRAModule, RankAllocator, remask_after, task
 from fastpeft.nn.layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
     LoRAGRU,
     LoRAGRUCell,
     LoRALayer,
@@ -45,6 +48,9 @@ __all__ = [
     "ConditionalLoRALinear",
     "HyperLoRALayer",
     "HyperLoRALinear",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
     "LoRAGRU",
     "LoRAGRUCell",
     "LoRALSTM",

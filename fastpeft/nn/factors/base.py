@@ -11,8 +11,8 @@ What it may override, and nothing of a layer:
     _adapt            makes parameters and buffers, without values
     _reset            gives them their first values; the update is zero then
     factors           A [R, K], B [N, R] as they act: where the variant is a function of parameters, that is all
-    _adapter, _linear, _linear4bit    the product, where the variant acts on activations; they take what forward got
-                      beside x
+    _adapter, _linear, _linear4bit, _conv    the product, where the variant acts on activations; they take what forward
+                      got beside x
     _pair             A and B of the one matrix that ``merge`` adds; a ValueError where there is none
 """
 
@@ -152,6 +152,15 @@ class LoRAModule(nn.Module):
         return linear4bit_lora(
             x, weight, a, b, bias, self._lora_bias(), scale=self.scaling, dropout=p, backend=self.backend
         )
+
+    def _conv(self, conv: Any, x: torch.Tensor, weight: Any, bias: Any, *condition: Any) -> torch.Tensor:
+        """The same over a convolution, whose update is one matrix; conv: lora_conv1d, 2d or 3d with its geometry."""
+        a, b = self._pair(*condition)
+        p = self.dropout_probability if self.training else 0.0
+        y: torch.Tensor = conv(
+            x, weight, a, b, bias, self._lora_bias(), scale=self.scaling, dropout=p, backend=self.backend
+        )
+        return y
 
     @torch.no_grad()
     def delta_weight(self, *condition: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from fastpeft.nn.layers.lora_attention import LoRAMultiheadAttention
 from fastpeft.nn.layers.lora_cell import LoRAGRUCell, LoRALSTMCell, LoRARNNCell
+from fastpeft.nn.layers.lora_conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from fastpeft.nn.layers.lora_layer import LoRALayer
 from fastpeft.nn.layers.lora_linear import LoRALinear
 from fastpeft.nn.layers.lora_rnn import LoRAGRU, LoRALSTM, LoRARNN
@@ -9,6 +10,9 @@ from fastpeft.nn.layers.parametrization import LoRAParametrization, add_parametr
 from fastpeft.nn.layers.qlora_linear import QLoRALinear
 
 __all__ = [
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
     "LoRAGRU",
     "LoRAGRUCell",
     "LoRALSTM",
