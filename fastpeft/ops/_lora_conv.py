@@ -84,7 +84,7 @@ def _grad_b(
     """ds [M, groups · R], db [N, R] and the bias gradient [N] from dy [M, N]."""
     groups = call.geometry.groups
     if groups == 1:
-        ds, db, sums = run("lora_grad_b", call.backend, dy, s, b, call.scale, need_db, need_bias)
+        ds, db, sums = run("lora_grad_b", call.backend, dy, s, b, call.scale, need_db, need_bias, None)
         return ds, db, sums
     parts = _grouped(dy, groups)
     ds = torch.bmm(parts, b.to(dy.dtype).unflatten(0, (groups, -1))) * call.scale
