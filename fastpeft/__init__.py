@@ -1,6 +1,6 @@
 """fastpeft: parameter-efficient fine-tuning at the price of the frozen model."""
 
-from fastpeft import ops
+from fastpeft import models, ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
@@ -109,6 +109,7 @@ __all__ = [
     "insert_prefix",
     "insert_prompt",
     "lora_disabled",
+    "models",
     "ops",
     "prepend_prompt",
     "reason",

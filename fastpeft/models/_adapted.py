@@ -1,0 +1,151 @@
+"""A model whose layers were adapted in place: what is trained, its state, and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastpeft.nn.config import OPTIONS, refuse_unknown
+from fastpeft.nn.factors.base import LoRAModule
+from fastpeft.nn.merge import Mergeable
+from fastpeft.ops import _checks
+
+_Self = TypeVar("_Self", bound="Adapted")
+
+
+def slide_options(op: str, rank: int, options: Mapping[str, Any], *known: str) -> dict[str, Any]:
+    """The document's convention (randn, 0.01, no dropout) with ``options``; any of ``alpha`` or ``use_rslora`` asks for
+    kaiming and α/r, as everywhere.
+
+    Raises     TypeError: an option that is neither an adapter's nor ``known``.
+    """
+    refuse_unknown(op, options, (*OPTIONS, *known))
+    return {"layout": "in_out", "rank": rank, **options}
+
+
+def adapt(model: nn.Module, layers: Mapping[str, nn.Module], adapted: Callable[[Any], nn.Module]) -> None:
+    """Put ``adapted(layer)`` into the place of each of ``layers`` {path: layer}; after an error nothing is changed.
+
+    A layer that stands in several places is adapted once and takes all of them.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    made: dict[int, nn.Module] = {}
+    try:
+        for layer in layers.values():
+            if id(layer) not in made:
+                made[id(layer)] = adapted(layer)
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    for path, layer in layers.items():
+        holder, _, leaf = path.rpartition(".")
+        model.get_submodule(holder)._modules[leaf] = made[id(layer)]
+
+
+class Adapted(nn.Module):
+    """The base class of the models: adapters and a head that are trained, over a model that is frozen."""
+
+    _head: frozenset[str]
+
+    def _freeze(self, head: Iterable[torch.Tensor]) -> None:
+        """Train the adapters and ``head``, told by identity, and nothing else."""
+        wanted = {id(parameter) for parameter in head}
+        self._head = frozenset(name for name, parameter in self.named_parameters() if id(parameter) in wanted)
+        trained = set(self._trained())
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """{name: tensor} of what training changes, frozen by hand or not."""
+        adapters = {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, LoRAModule)
+            for name in ("lora_A", "lora_B", "lora_bias")
+        }
+        kept = adapters | self._head
+        return {name: parameter for name, parameter in self.named_parameters() if name in kept}
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is given: each parameter once."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def count_trainable_parameters(self) -> int:
+        """The elements of ``get_trainable_parameters()``."""
+        return sum(parameter.numel() for parameter in self.get_trainable_parameters())
+
+    def count_parameters(self) -> int:
+        """The elements of all parameters, each counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def efficient_state_dict(self) -> dict[str, torch.Tensor]:
+        """{name: tensor} of the adapters and the head, as in ``state_dict()``: the file that one task needs."""
+        return {name: value.detach() for name, value in self._trained().items()}
+
+    @torch.no_grad()
+    def load_efficient_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what ``efficient_state_dict`` gave; a merged model is unmerged first.
+
+        Raises     ValueError: a name too many or too few, a shape, a value that is not finite.  TypeError: no
+                   tensor, or none of floats. Nothing has been changed then.
+        """
+        op, own = type(self).__name__, self._trained()
+        _checks.require_dtype(isinstance(state, Mapping), op, "state", "be a state dict", type(state).__name__)
+        missing, unexpected = [*(own.keys() - state.keys())], [*(state.keys() - own.keys())]
+        for rule, names in (("have every trained tensor", missing), ("have trained tensors alone", unexpected)):
+            found = ", ".join(sorted(map(str, names))[:4]) + (" …" if len(names) > 4 else "")
+            _checks.require(not names, op, "state", rule, f"{'no' if names is missing else 'also'} {found}")
+        for name, value in state.items():
+            _checks.tensor(op, name, value)
+            shape = list(own[name].shape)
+            _checks.require(value.shape == own[name].shape, op, name, f"have shape {shape}", list(value.shape))
+            _checks.require_dtype(value.is_floating_point(), op, name, "be a floating point tensor", value.dtype)
+            _checks.require(bool(value.isfinite().all()), op, name, "be finite", "inf or nan")
+        self.unmerge()
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def _mergeable(self) -> list[Mergeable]:
+        return [module for module in self.modules() if isinstance(module, Mergeable)]
+
+    def merge(self: _Self) -> _Self:
+        """Merge every adapter that is enabled into its layer; ``train()`` and ``unmerge()`` take them out, to the bit.
+
+        Raises     ValueError: an adapter that cannot be merged now; none is merged then.
+        """
+        done = []
+        try:
+            for module in self._mergeable():
+                if module.enabled and not module.merged:
+                    module.merge()
+                    done.append(module)
+        except BaseException:
+            for module in done:
+                module.unmerge()
+            raise
+        return self
+
+    def unmerge(self: _Self) -> _Self:
+        """The layers as they were before ``merge``."""
+        for module in self._mergeable():
+            if module.merged:
+                module.unmerge()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The model's own gradient checkpointing, without reentrance: the embeddings are frozen, and a reentrant
+        checkpoint of what needs no gradient gives its inside none.
+
+        Raises     ValueError: a model that has none.
+        """
+        op = type(self).__name__
+        for module in self.children():
+            enable = getattr(module, "gradient_checkpointing_enable", None)
+            if enable is not None:
+                enable(gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+                return
+        _checks.require(False, op, "model", "have gradient_checkpointing_enable()", "a module without it")
