@@ -180,7 +180,7 @@ def test_state():
         (state | {"bert.pooler.dense.weight": torch.ones(1)}, ValueError, "got also bert.pooler.dense.weight"),
         (state | {name: state[name][1:]}, ValueError, "lora_A must have shape"),
         (state | {name: state[name] * torch.nan}, ValueError, "lora_A must be finite"),
-        (state | {name: state[name].long()}, TypeError, "lora_A must be a floating point"),
+        (state | {name: state[name].long()}, TypeError, "lora_A must be floating point"),
         (state | {name: 1.0}, TypeError, "lora_A must be a tensor"),
         ([state], TypeError, "state must be a state dict"),
     ):
@@ -272,7 +272,7 @@ def test_bad_input(tmp_path):
     assert not any(isinstance(m, LoRALinear) for m in base.modules())
 
 
-@pytest.mark.parametrize("absent", ["transformers"])
+@pytest.mark.parametrize("absent", ["transformers", "torchvision"])
 def test_import_without(absent):
     code = f"""
 import sys

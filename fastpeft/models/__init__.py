@@ -1,9 +1,10 @@
-"""Whole models with LoRA in their own layers: a BERT-like encoder, a classifier over one.
+"""Whole models with LoRA in their own layers: a BERT-like encoder, a classifier over one, an image classifier.
 
-``_adapted`` has what they share: adapting in place, what is trained, its state, merging. transformers is
-imported where a name asks for it, never for a model that is given. A new kind of layer does not belong here.
+``_adapted`` has what they share: adapting in place, what is trained, its state, merging. transformers and torchvision
+are imported where a model is to be made, never for one that is given. A new kind of layer does not belong here.
 """
 
 from fastpeft.models.bert import LoRABERT, SentimentClassifier
+from fastpeft.models.resnet import LoRAResNet
 
-__all__ = ["LoRABERT", "SentimentClassifier"]
+__all__ = ["LoRABERT", "LoRAResNet", "SentimentClassifier"]

@@ -103,7 +103,9 @@ class Adapted(nn.Module):
             _checks.tensor(op, name, value)
             shape = list(own[name].shape)
             _checks.require(value.shape == own[name].shape, op, name, f"have shape {shape}", list(value.shape))
-            _checks.require_dtype(value.is_floating_point(), op, name, "be a floating point tensor", value.dtype)
+            kind = own[name].is_floating_point()
+            rule = f"be {'floating point' if kind else 'integer'}"
+            _checks.require_dtype(value.is_floating_point() == kind, op, name, rule, value.dtype)
             _checks.require(bool(value.isfinite().all()), op, name, "be finite", "inf or nan")
         self.unmerge()
         for name, value in state.items():

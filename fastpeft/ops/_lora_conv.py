@@ -75,7 +75,10 @@ def _expand(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, call: Call) -> No
         _library.launch("lora_expand_add", call.backend, y, s, b, call.scale)
     else:
         b = b.to(y.dtype).unflatten(0, (groups, -1)).transpose(1, 2)
-        _grouped(y, groups).baddbmm_(_grouped(s, groups), b, alpha=call.scale)
+        if torch.compiler.is_compiling():  # a graph cannot write into a view of this kind
+            y.add_(torch.bmm(_grouped(s, groups), b).transpose(0, 1).flatten(1), alpha=call.scale)
+        else:
+            _grouped(y, groups).baddbmm_(_grouped(s, groups), b, alpha=call.scale)
 
 
 def _grad_b(
