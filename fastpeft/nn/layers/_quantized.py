@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastpeft.nn.layers._bytes import hold_bytes
 from fastpeft.nn.merge import Mergeable, MergeReport
 from fastpeft.ops import Weight4bit, _checks, dequantize_4bit, quantize_4bit
 
@@ -38,6 +39,7 @@ class Quantized(Mergeable):
                 new = new.to(self.weight.device, copy=True)
             # Not persistent: the state dict has them in bitsandbytes' form.
             self.register_buffer(name, new, persistent=False)
+        hold_bytes(self, "weight")
 
     def weight_4bit(self) -> Weight4bit:
         """The weight as the operators take it, on the module's own tensors; merged where the module is."""
@@ -106,9 +108,14 @@ class Quantized(Mergeable):
             return tensor.to(out.device) if id(tensor) in held and out.dtype != tensor.dtype else out
 
         super()._apply(moved, recurse)
+        hold_bytes(self, "weight")
         if self._undo is not None:
             self._undo.weight = self._undo.weight.map(moved)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        hold_bytes(self, "weight")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

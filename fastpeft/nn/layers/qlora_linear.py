@@ -41,6 +41,9 @@ class QLoRALinear(Quantized):
                another shape, of floats or with a part missing is an error, and changes nothing of the module.
     Raises     TypeError: original_layer is no plain nn.Linear, or a type.  ValueError: a range, or a layer with hooks.
 
+    Averages of parameters (``torch.optim.swa_utils``) and of state dicts leave the packed weight as it is. FSDP2 shards
+    it; FSDP1 flattens no integers: pass every ``weight`` in ``ignored_states``, and each rank keeps it whole.
+
     ``.to(dtype)``, ``.half()`` and the like cast the adapter and the bias, never the packed weight and its scales.
     """
 
