@@ -64,6 +64,20 @@ def test_forward_backward(case, dtype, p, last):
         testing.assert_all_within_budget(got, peer, gold, dtype)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_images(dtype, last):
+    """Images that change their format one by one."""
+    case = ConvCase("", (22, 24), 8, 9, 3, (3, 3), {"padding": 1})
+    tensors = make(case, dtype, last=last)
+    dy = torch.randn_like(F.conv2d(tensors[0], tensors[1], padding=1))
+    gold, peer = plain(case, tensors, torch.float64, dy), plain(case, tensors, dtype, dy)
+    for path in ("accumulate", "merged") if dtype == torch.float32 else ("accumulate",):
+        got = ours(case, tensors, dy, path=path)
+        assert got["y"].stride() == dy.stride() and got["dx"].stride() == tensors[0].stride()
+        testing.assert_all_within_budget(got, peer, gold, dtype)
+
+
 def test_triton():
     if "triton" not in testing.backends("conv_shrink"):
         pytest.skip("triton is not here, or not interpreted")

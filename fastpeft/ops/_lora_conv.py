@@ -25,9 +25,35 @@ class Call(NamedTuple):
     backend: str
 
 
+# Elements of an image from which torch transposes a matrix in blocks.
+_BLOCKED = 60 * 60
+
+
+def _is_blocked(x: torch.Tensor) -> bool:
+    """Whether images are transposed one by one: torch's change of format takes a CPU three times as long."""
+    alone = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    return alone and x.device.type == "cpu" and x.shape[1:].numel() >= _BLOCKED
+
+
 def _last(x: torch.Tensor) -> torch.Tensor:
     """x in channels-last format, in which vendors and our kernels are fastest; itself where it is that already."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    to = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=to) or not (x.is_contiguous() and _is_blocked(x)):
+        return x.contiguous(memory_format=to)
+    out = x.new_empty(x.shape[0], x.shape[2:].numel(), x.shape[1])
+    for image, turned in zip(x, out, strict=True):
+        turned.copy_(image.flatten(1).t())
+    return out.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def _first(x: torch.Tensor) -> torch.Tensor:
+    """x, channels-last, in torch's contiguous format."""
+    if x.is_contiguous() or not _is_blocked(x):
+        return x.contiguous()
+    out = x.new_empty(x.shape)
+    for image, turned in zip(x.movedim(1, -1).flatten(1, -2), out.flatten(2), strict=True):
+        turned.copy_(image.t())
+    return out
 
 
 def _empty_last(like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -165,7 +191,7 @@ def _backward(ctx: Any, dy: torch.Tensor, through_s: torch.Tensor | None, run: R
         target = dx if add_dx else dy.new_empty(0)
         da = run("conv_grad_a", call.backend, x, ds, a, target, *call.geometry, call.p, seed, add_dx, need_da)
     if dx is not None:
-        dx = (dx if ctx.last else dx.contiguous()).to(ctx.dtype)
+        dx = (dx if ctx.last else _first(dx)).to(ctx.dtype)
     return (
         dx,
         None if dw is None else dw.to(w.dtype),
@@ -199,7 +225,7 @@ def forward(
         y = _conv(x, w.to(call.dtype), start, call.geometry)
         s = _library.launch("conv_shrink", call.backend, x, a, *call.geometry, call.p, seed)
         _expand(_rows(y), s, b, call)
-    return y if last else y.contiguous(), s
+    return y if last else _first(y), s
 
 
 def composed(
@@ -214,7 +240,9 @@ def composed(
 ) -> torch.Tensor:
     """The same of torch's own operations, none in place, for every transform and tracer."""
     x, groups, dtype = x.to(call.dtype), call.geometry.groups, call.dtype
-    y = _conv(x, w.to(dtype), _bias(bias, lora_bias, call.scale, dtype), call.geometry)
+    stride, padding, dilation, _ = call.geometry
+    conv = F.conv2d if x.dim() == 4 else F.conv3d
+    y = conv(x, w.to(dtype), _bias(bias, lora_bias, call.scale, dtype), stride, padding, dilation, groups)
     s = _derivatives.run("conv_shrink", "eager", x, a, *call.geometry, call.p, seed)
     update = torch.bmm(_grouped(s, groups), b.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2)).transpose(0, 1)
     return y + (update * call.scale).reshape(y.movedim(1, -1).shape).movedim(-1, 1)
