@@ -63,6 +63,7 @@ def grad_b(op, x_dtype, R, a_dtype):
     if a_dtype == FP32:
         op.lora_grad_b(dy, s, b, SCALE, True, False)
         op.lora_grad_b(dy, s, b, SCALE, False, False)
+        op.lora_grad_b(dy, s, b, SCALE, True, False, meta((R, N // 8), torch.uint8))
 
 
 def grad_a(op, x_dtype, R, a_dtype):
@@ -71,6 +72,7 @@ def grad_a(op, x_dtype, R, a_dtype):
         op.lora_grad_a(x, ds, a, p, seed, True, True)
         if a_dtype == FP32:
             op.lora_grad_a(x, ds, a, p, seed, False, True)
+            op.lora_grad_a(x, ds, a, p, seed, True, True, meta((R, K // 8), torch.uint8))
             if R in (16, 64, 128):
                 op.lora_grad_a(x, ds, a, p, seed, True, False)
 
