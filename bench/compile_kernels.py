@@ -61,9 +61,8 @@ def grad_b(op, x_dtype, R, a_dtype):
     dy, s, b = meta((M, N), x_dtype), meta((M, R), x_dtype), adapters(R, a_dtype)[1]
     op.lora_grad_b(dy, s, b, SCALE, True, True)
     if a_dtype == FP32:
-        op.lora_grad_b(dy, s, b, SCALE, True, False)
-        op.lora_grad_b(dy, s, b, SCALE, False, False)
-        op.lora_grad_b(dy, s, b, SCALE, True, False, meta((R, N // 8), torch.uint8))
+        for need_db, mask in ((True, None), (False, None), (True, meta((R, N // 8), torch.uint8))):
+            op.lora_grad_b(dy, s, b, SCALE, need_db, False, mask)
 
 
 def grad_a(op, x_dtype, R, a_dtype):

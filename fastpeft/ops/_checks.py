@@ -146,17 +146,17 @@ def adapter_fits(
     dropout: float,
 ) -> bool:
     """What ``adapter`` asks for x [..., K] on ``device``."""
-    rank = lora_A.shape[0]
+    # Sizes one by one: two of torch.Size that are compared cost a tiny call another per cent.
+    (rank, width), (out, inner) = lora_A.shape, lora_B.shape
     return (
-        lora_A.shape == (rank, K)
-        and lora_B.shape == (N, rank)
-        and rank > 0
+        width == K
+        and out == N
+        and inner == rank > 0
         and lora_A.device == device == lora_B.device
         and lora_A.is_floating_point()
         and lora_B.is_floating_point()
-        and vector_fits(lora_bias, N, device)
-        and isinstance(dropout, (float, int))
-        and dropout is not False
+        and (lora_bias is None or vector_fits(lora_bias, N, device))
+        and (type(dropout) is float or (isinstance(dropout, (float, int)) and dropout is not False))
         and 0.0 <= dropout < 1.0
     )
 

