@@ -5,6 +5,22 @@ from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
 from fastpeft.integrations import Report, Status, accelerate, reason, restore, status
+from fastpeft.manager import (
+    EfficientFineTuningManager,
+    apply_adalora_to_model,
+    apply_adapter_to_model,
+    apply_attention_guided_lora_to_model,
+    apply_conditional_lora_to_model,
+    apply_hyper_lora_to_model,
+    apply_lora_to_model,
+    apply_prefix_tuning_to_model,
+    apply_prompt_tuning_to_model,
+    apply_pruning_lora_to_model,
+    apply_ptuning_to_model,
+    apply_qlora_to_model,
+    apply_sparse_lora_to_model,
+    share_lora,
+)
 from fastpeft.nn import (
     AdaLoRALayer,
     AdaLoRALinear,
@@ -68,6 +84,7 @@ __all__ = [
     "AttentionGuidedLoRALinear",
     "ConditionalLoRALayer",
     "ConditionalLoRALinear",
+    "EfficientFineTuningManager",
     "HyperLoRALayer",
     "HyperLoRALinear",
     "LoRAConv1d",
@@ -100,6 +117,18 @@ __all__ = [
     "__version__",
     "accelerate",
     "add_parametrization",
+    "apply_adalora_to_model",
+    "apply_adapter_to_model",
+    "apply_attention_guided_lora_to_model",
+    "apply_conditional_lora_to_model",
+    "apply_hyper_lora_to_model",
+    "apply_lora_to_model",
+    "apply_prefix_tuning_to_model",
+    "apply_prompt_tuning_to_model",
+    "apply_pruning_lora_to_model",
+    "apply_ptuning_to_model",
+    "apply_qlora_to_model",
+    "apply_sparse_lora_to_model",
     "disable_lora",
     "enable_lora",
     "encoder_safe",
@@ -117,6 +146,7 @@ __all__ = [
     "remask_after",
     "remove_prompt",
     "restore",
+    "share_lora",
     "status",
     "task",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,6 +88,29 @@ def added_bias(bias: torch.Tensor | None, lora_bias: torch.Tensor | None, scale:
     return (bias.to(update.dtype) + update).to(bias.dtype)
 
 
+@dataclass(frozen=True)
+class Update:
+    """scale · b a [N, K] and scale · bias [N], to be added to a base: a [R, K], b [N, R]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
+
+
+def stacked(updates: Sequence[Update], dtype: torch.dtype) -> Update:
+    """Their sum as one update, exactly: their ranks side by side, their scales in b."""
+    if len(updates) == 1:
+        return updates[0]
+    biases = [each.bias.to(dtype) * each.scale for each in updates if each.bias is not None]
+    return Update(
+        torch.cat([each.a.to(dtype) for each in updates]),
+        torch.cat([each.b.to(dtype) * each.scale for each in updates], 1),
+        1.0,
+        sum(biases[1:], biases[0]) if biases else None,
+    )
+
+
 class Mergeable(LoRAModule):
     """A LoRA module over a base ``weight`` [N, ...] and ``bias`` [N] or None that its update can be added into."""
 
@@ -128,23 +151,32 @@ class Mergeable(LoRAModule):
         """
         return self._merge((), keep_backup)
 
+    def update_of(self, *condition: Any) -> Update:
+        """What ``merge`` adds to the base; ``condition`` as forward takes it."""
+        a, b = self._pair(*condition)
+        return Update(a, b, float(self.scaling), self.lora_bias)
+
     @torch.no_grad()
-    def _merge(self, condition: tuple[Any, ...], keep_backup: bool) -> MergeReport:
-        """``merge`` with what forward takes beside x, for factors whose update depends on it."""
+    def _merge(self, condition: tuple[Any, ...], keep_backup: bool, more: Sequence[Update] = ()) -> MergeReport:
+        """``merge`` with what forward takes beside x, for factors whose update depends on it.
+
+        more       updates of others that go into the same base, with one rounding; this one's only where it is enabled
+        """
         self._require_unmerged("merge")
-        _checks.require(self._enabled, self._op, "state", "be enabled for merge()", "a disabled module")
+        _checks.require(self._enabled or bool(more), self._op, "state", "be enabled for merge()", "a disabled module")
         self._require_plain("merge")
         bias = self.bias
-        a, b = self._pair(*condition)
-        scale = float(self.scaling)
+        own = [self.update_of(*condition)] if self._enabled else []
+        update = stacked([*own, *more], wide(self._base_dtype()))
+        a, b, scale, lora_bias = update.a, update.b, update.scale, update.bias
         merged, report = self._added(a, b, scale)
         if keep_backup:
             saved_bias = None if bias is None else bias.detach().clone()
             undo = Undo(self._backup(), saved_bias, None, None, None, scale, bias is not None)
         else:
-            saved_bias = None if self.lora_bias is None else self.lora_bias.detach().clone()
+            saved_bias = None if lora_bias is None else lora_bias.detach().clone()
             undo = Undo(None, None, a.detach().clone(), b.detach().clone(), saved_bias, scale, bias is not None)
-        self._write(merged, added_bias(bias, self.lora_bias, scale))
+        self._write(merged, added_bias(bias, lora_bias, scale))
         self._undo = undo
         return report
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastpeft.nn.factors.base import LoRAModule
 from fastpeft.nn.layers.parametrization import LoRAParametrization
+from fastpeft.nn.layers.stack import AdapterStack
 from fastpeft.nn.merge import Mergeable
 from fastpeft.ops import _checks
 
@@ -26,9 +27,15 @@ def enable_lora(module: nn.Module) -> int:
     return len(children)
 
 
+def _merged_stacks(module: nn.Module) -> list[AdapterStack]:
+    return [child for child in module.modules() if isinstance(child, AdapterStack) and child.merged]
+
+
 def disable_lora(module: nn.Module) -> int:
     """``disable()`` on every LoRA module and parametrization in ``module``; returns how many there are."""
     children = _modules(module)
+    for stack in _merged_stacks(module):
+        stack.unmerge()
     for child in children:
         child.disable()
     return len(children)
@@ -37,7 +44,9 @@ def disable_lora(module: nn.Module) -> int:
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """The base model within the block; after it, each LoRA module is enabled and merged as it was."""
-    children = _modules(module)
+    children, stacks = _modules(module), _merged_stacks(module)
+    for stack in stacks:
+        stack.unmerge()
     enabled = [child for child in children if child.enabled]
     merged = [(child, child.has_backup) for child in children if isinstance(child, Mergeable) and child.merged]
     try:
@@ -49,3 +58,5 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
         for mergeable, backup in merged:
             if not mergeable.merged:
                 mergeable.merge(keep_backup=backup)
+        for stack in stacks:
+            stack.merge()

@@ -75,3 +75,10 @@ def require_linear(op: str, layer: object) -> None:
     _checks.require(called, op, "original_layer", rule, type(layer).__name__)
     require_parameters(op, layer)
     require_unhooked(op, layer)
+
+
+def called_out_proj(out: nn.Linear) -> nn.Linear:
+    """nn.MultiheadAttention's out_proj, which its owner reads, as a layer that is called, on the same Parameters."""
+    plain = nn.Linear(out.in_features, out.out_features, out.bias is not None, "meta").train(out.training)
+    plain.weight, plain.bias = out.weight, out.bias
+    return plain

@@ -175,7 +175,7 @@ class Parts(nn.Module):
         if freeze:
             self.requires_grad_(False)
         for name, site in sites.items():
-            self._modules[name] = self._part(name, site, *configs[name])
+            self._modules[name] = self._part(name, site, *configs[name]).train(layer.training)
 
     @classmethod
     def _require_torchs(cls, op: str, layer: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.nn.layers._bytes import hold_bytes
-from fastpeft.nn.merge import Mergeable, MergeReport
+from fastpeft.nn.merge import Mergeable, MergeReport, Update
 from fastpeft.ops import Weight4bit, _checks, dequantize_4bit, quantize_4bit
 
 # The names that bitsandbytes gives them in a state dict; the last it keeps in the JSON bytes.
@@ -65,9 +65,9 @@ class Quantized(Mergeable):
         """
         return self._merge((), keep_backup)
 
-    def _merge(self, condition: tuple[Any, ...], keep_backup: bool) -> MergeReport:
+    def _merge(self, condition: tuple[Any, ...], keep_backup: bool, more: Sequence[Update] = ()) -> MergeReport:
         _checks.require(keep_backup, self._op, "keep_backup", "be True over a base of 4 bits", keep_backup)
-        return super()._merge(condition, True)
+        return super()._merge(condition, True, more)
 
     def _added(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[Weight4bit, MergeReport]:
         exact = self.dequantize(torch.float32)

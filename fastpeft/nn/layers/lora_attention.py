@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.nn._called import KEY, called
 from fastpeft.nn.config import Config
+from fastpeft.nn.layers._construct import called_out_proj
 from fastpeft.nn.layers._parts import LoRAPart, Parts, Site, adopt
 from fastpeft.nn.layers.lora_linear import LoRALinear
 from fastpeft.nn.merge import Mergeable
@@ -90,13 +91,16 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
     def _part(self, name: str, site: Site, config: Config, dtype: torch.dtype) -> Mergeable:
         if name != "out_proj":
             return LoRAPart(self, site, config, dtype)
-        out: Any = self.out_proj
-        E = self.embed_dim
-        plain = nn.Linear(E, E, out.bias is not None, "meta").train(out.training)
-        plain.weight, plain.bias = out.weight, out.bias
         options = {key: getattr(config, key) for key in ("rank", "use_rslora", "init", "dropout", "layout", "bias")}
         options |= {"alpha": config.alpha} if config.alpha is not None else {"scaling": config.scaling}
+        plain = called_out_proj(self.out_proj)
         return LoRALinear(plain, backend=config.backend, adapter_dtype=dtype, freeze_base=False, **options)
+
+    def _as_torchs(self) -> bool:
+        """Whether the weights say all: no update acts, and out_proj is nothing but a product."""
+        out, parts = self.out_proj, self.parts().values()
+        plain = isinstance(out, (nn.Linear, LoRALinear))
+        return plain and not any(part.enabled and not part.merged for part in parts)
 
     def to_attention(self) -> nn.MultiheadAttention:
         """A new nn.MultiheadAttention that computes what this one does in eval mode, with its own weights."""
@@ -120,7 +124,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not any(part.enabled and not part.merged for part in self.parts().values()):
+        if self._as_torchs():
             return nn.MultiheadAttention.forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -185,14 +185,15 @@ def _one(config: Any, *names: str) -> int | None:
     return next((held for name in names if isinstance(held := getattr(config, name, None), int)), None)
 
 
-def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
-    """The layers, heads and head size of what the model caches."""
+def _cached(config: Any) -> Any:
+    """The part of a config that says what the prefixed self-attentions cache."""
     both = bool(config.is_encoder_decoder)
-    text = (getattr(config, "decoder", None) or config) if both else config.get_text_config(decoder=True)
-    uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
-    _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)
-    others = [kind for kind in getattr(text, "layer_types", None) or [] if kind not in _ATTENDING]
-    _checks.require(not others, op, "model", "have attention in every layer", others[:1])
+    return (getattr(config, "decoder", None) or config) if both else config.get_text_config(decoder=True)
+
+
+def prefix_sizes(config: Any) -> dict[str, int]:
+    """num_layers, num_kv_heads and head_dim of a model's prefix, by its config."""
+    both, text = bool(config.is_encoder_decoder), _cached(config)
     own = ("num_decoder_layers", "decoder_layers") if both else ()
     layers = _one(text, *own, "num_hidden_layers", "num_layers") or 0
     layers -= getattr(text, "num_kv_shared_layers", None) or 0
@@ -201,11 +202,18 @@ def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         heads = 1
     size = _one(text, "head_dim", "d_kv") or (_one(text, "hidden_size", "d_model") or 0) // queries
-    for name, want, got in (
-        ("num_layers", layers, prefix.num_layers),
-        ("num_kv_heads", heads, prefix.num_heads),
-        ("head_dim", size, prefix.head_dim),
-    ):
+    return {"num_layers": layers, "num_kv_heads": heads, "head_dim": size}
+
+
+def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
+    """The layers, heads and head size of what the model caches."""
+    text = _cached(config)
+    uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
+    _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)
+    others = [kind for kind in getattr(text, "layer_types", None) or [] if kind not in _ATTENDING]
+    _checks.require(not others, op, "model", "have attention in every layer", others[:1])
+    for name, want in prefix_sizes(config).items():
+        got = getattr(prefix, name)
         _checks.require(want == got, op, "prefix", f"have {name} {want}, the model's", got)
 
 

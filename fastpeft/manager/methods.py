@@ -1,0 +1,153 @@
+"""The methods that a manager can apply, and the class that each has for a kind of module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastpeft import nn as fast
+from fastpeft.nn.config import adapter_dtype
+from fastpeft.nn.layers.stack import AdapterStack
+from fastpeft.ops import _checks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The class over a linear layer, and that of the adapter beside one; None where there is no such."""
+
+    linear: type[nn.Module]
+    beside: type[nn.Module] | None
+
+
+LINEAR: dict[str, Kind] = {
+    "lora": Kind(fast.LoRALinear, fast.LoRALayer),
+    "qlora": Kind(fast.QLoRALinear, None),
+    "adalora": Kind(fast.AdaLoRALinear, fast.AdaLoRALayer),
+    "sparse_lora": Kind(fast.SparseLoRALinear, fast.SparseLoRALayer),
+    "pruning_lora": Kind(fast.PruningAwareLoRALinear, fast.PruningAwareLoRALayer),
+    "conditional_lora": Kind(fast.ConditionalLoRALinear, fast.ConditionalLoRALayer),
+    "hyper_lora": Kind(fast.HyperLoRALinear, fast.HyperLoRALayer),
+    "attention_guided_lora": Kind(fast.AttentionGuidedLoRALinear, fast.AttentionGuidedLoRALayer),
+}
+
+# What plain LoRA serves beside linear layers and attentions, each class of torch by ours over it.
+OTHERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: fast.LoRARNN,
+    nn.LSTM: fast.LoRALSTM,
+    nn.GRU: fast.LoRAGRU,
+    nn.RNNCell: fast.LoRARNNCell,
+    nn.LSTMCell: fast.LoRALSTMCell,
+    nn.GRUCell: fast.LoRAGRUCell,
+}
+
+
+def is_attention(module: nn.Module) -> bool:
+    """A plain attention of torch, whose out_proj is read and never called."""
+    return type(module) is nn.MultiheadAttention
+
+
+def is_read(module: nn.Module) -> bool:
+    """The out_proj of an attention of torch: its attention is adapted in its place."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The layer inside a stack of adapters, or the module itself."""
+    return module.layer if isinstance(module, AdapterStack) else module
+
+
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """in and out of a module that is linear in its last dimension; None of any other one."""
+    layer = bare(module)
+    if isinstance(layer, (nn.Linear, fast.LoRALinear, fast.QLoRALinear)):
+        return layer.in_features, layer.out_features
+    # transformers' Conv1D, a linear layer whose weight is [in, out].
+    weight = layer._parameters.get("weight")
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and weight is not None and weight.dim() == 2:
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+def takes_place(module: nn.Module) -> bool:
+    """An nn.Linear that computes what nn.Linear computes: an adapted layer may stand in its place."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def supports(method: str, module: nn.Module, kind: str = "") -> bool:
+    """Whether ``method`` can adapt ``module``, as far as its class tells.
+
+    kind       of an `Adapter`
+    """
+    layer = bare(module)
+    if method == "adapter" and kind != "parallel" and isinstance(layer, nn.MultiheadAttention):
+        return True
+    if method == "lora" and (isinstance(layer, fast.LoRAMultiheadAttention) or is_attention(layer)):
+        return True
+    if method == "lora" and type(layer) in OTHERS:
+        return True
+    return sizes(module) is not None
+
+
+def described(method: str, kind: str = "") -> str:
+    """The modules that a method can adapt, for an error."""
+    if method == "lora":
+        others = (nn.Linear, nn.MultiheadAttention, *OTHERS)
+        return ", ".join(f"nn.{each.__name__}" for each in others)
+    return "nn.Linear or nn.MultiheadAttention" if method == "adapter" and kind != "parallel" else "nn.Linear"
+
+
+def beside(op: str, method: str, module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """A further adapter for a layer that has one, or that nothing can stand in for: of its sizes, on its device.
+
+    Raises     ValueError: a method that has no adapter alone.
+    """
+    alone, layer, fits = LINEAR[method].beside, bare(module), sizes(module)
+    if method == "qlora" and isinstance(layer, fast.QLoRALinear):
+        alone = fast.LoRALayer  # the base is in 4 bits already
+    rule = f"name plain nn.Linear layers for {method}, without an adapter"
+    _checks.require(alone is not None and fits is not None, op, "target_modules", rule, type(layer).__name__)
+    assert alone is not None and fits is not None
+    rest = dict(options)
+    dtype = dtype_of(op, layer, rest.pop("adapter_dtype", None))
+    made: nn.Module = alone(
+        in_features=fits[0], out_features=fits[1], device=device_of(layer), dtype=dtype, **{"layout": "out_in", **rest}
+    )
+    return made
+
+
+def behind(op: str, module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """The bottleneck adapter for ``module``'s output, or, for kind "parallel", beside it.
+
+    Raises     ValueError: a parallel adapter on a layer that is not square.
+    """
+    layer, fits = bare(module), sizes(module)
+    if fits is None:
+        assert isinstance(layer, nn.MultiheadAttention)
+        dim = layer.embed_dim
+    else:
+        square = options.get("kind") != "parallel" or fits[0] == fits[1]
+        rule = "name square layers for kind='parallel', whose adapter reads x and adds to y"
+        _checks.require(square, op, "target_modules", rule, f"{fits[0]} → {fits[1]}")
+        dim = fits[1]
+    return fast.Adapter(dim, device=device_of(layer), dtype=dtype_of(op, layer), **options)
+
+
+def _parameter(layer: nn.Module) -> torch.Tensor | None:
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else next(layer.parameters(), None)
+
+
+def device_of(layer: nn.Module) -> torch.device | None:
+    held = _parameter(layer)
+    return None if held is None else held.device
+
+
+def dtype_of(op: str, layer: nn.Module, asked: torch.dtype | None = None) -> torch.dtype:
+    """Of a new adapter: what is asked for, else the layer's, and fp32 beside a half precision or a packed weight."""
+    held = getattr(layer, "lora_A", None)
+    held = held if isinstance(held, torch.Tensor) else _parameter(layer)
+    return adapter_dtype(op, asked, held if held is not None and held.is_floating_point() else None)

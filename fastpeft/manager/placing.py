@@ -1,0 +1,221 @@
+"""Adapters put into a model and taken out again, all of them or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.manager import methods
+from fastpeft.nn import LoRAMultiheadAttention, QLoRALinear, encoder_safe
+from fastpeft.nn.init import needs_weight
+from fastpeft.nn.layers._parts import Parts
+from fastpeft.nn.layers.attention_host import host_of, input_parts, torchs_if_plain
+from fastpeft.nn.layers.stack import AdapterStack
+from fastpeft.ops import _checks
+
+
+@dataclass(eq=False)
+class Entry:
+    """One adapter on one module of the model.
+
+    path       of the place, by the model's own names
+    module     the adapter; where ``place`` is "instead", the adapted layer
+    place      "instead" of a layer, "inside" an attention, in a "stack" around a layer, "inserted" into a model of
+               transformers, or "held" by the manager alone
+    names      of the module's tensors that are the adapter's, as in its state dict
+    original   the layer whose place was taken; None where it is to be made anew from the adapted one
+    before     that layer's weight, where the adapter took its first values out of it
+    """
+
+    adapter: str
+    method: str
+    path: str
+    module: nn.Module
+    place: str
+    names: tuple[str, ...] = ()
+    original: nn.Module | None = None
+    before: torch.Tensor | None = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The adapter's own tensors: Parameters and buffers themselves, by their names in the module."""
+        state: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        return {name: state[name] for name in self.names if name in state} if self.names else state
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the adapter; none of the base."""
+        return [each for each in self.state().values() if isinstance(each, nn.Parameter) and each.is_floating_point()]
+
+    def forget_packed(self) -> None:
+        """A packed weight is made for memory: the wide one is not to be kept beside it."""
+        if isinstance(self.module, QLoRALinear):
+            self.original = None
+
+    def switches(self) -> list[Any]:
+        """The modules that are enabled and disabled for it."""
+        return [*input_parts(self.module).values()] if self.place == "inside" else [self.module]  # type: ignore[arg-type]
+
+
+@dataclass
+class _Plan:
+    """What is to be put where; nothing of the model has been changed."""
+
+    swaps: dict[int, nn.Module] = field(default_factory=dict)
+    hosts: dict[int, LoRAMultiheadAttention] = field(default_factory=dict)
+    stacked: list[tuple[AdapterStack, Entry, bool]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+class Placer:
+    """Adapts modules of ``model`` with one method.
+
+    each       options of single places beside those for all, by their paths
+    """
+
+    def __init__(
+        self, op: str, model: nn.Module, adapter: str, method: str, options: dict[str, Any], each: dict[str, Any]
+    ) -> None:
+        self.op, self.model, self.adapter, self.method = op, model, adapter, method
+        self.options, self.each = options, each
+        self.plan = _Plan()
+
+    def place(self, found: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[Entry]:
+        """Put an adapter on every module of ``found``.
+
+        modules    of `targets.walk`
+        Raises     ValueError, TypeError: of the adapters' constructors; the model is as it was then.
+        """
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        taken_out_of: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for path, module in found.items():
+                self._one(path, module, modules, taken_out_of)
+        except BaseException:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for weight, before in taken_out_of:
+                    weight.copy_(before)
+            raise
+        plan = self.plan
+        for host in plan.hosts.values():
+            swap(host, plan.swaps)
+        swap(self.model, plan.swaps | plan.hosts)
+        for stack, entry, serial in plan.stacked:
+            stack.add(self.adapter, entry.module, serial)
+        encoder_safe(self.model)
+        return plan.entries
+
+    def _one(self, path: str, module: nn.Module, modules: dict[str, nn.Module], backups: list[Any]) -> None:
+        options = self.options | self.each.get(path, {})
+        layer = methods.bare(module)
+        if self.method == "lora" and isinstance(layer, LoRAMultiheadAttention):
+            rule = "name attentions without adapters; their out_proj takes further ones"
+            _checks.require(False, self.op, "target_modules", rule, repr(path))
+        if self.method == "lora" and methods.is_attention(layer):
+            host = host_of(layer, options)  # type: ignore[arg-type]
+            names = tuple(f"{name}.{key}" for name, part in input_parts(host).items() for key in part.state_dict())
+            self.plan.hosts[id(layer)] = host
+            self.plan.entries.append(Entry(self.adapter, self.method, path, host, "inside", names))
+            self._linear(f"{path}.out_proj", host.out_proj, host.out_proj, options, backups)
+        elif type(layer) in methods.OTHERS and self.method == "lora":
+            made = methods.OTHERS[type(layer)](original_layer=layer, **options)
+            self._instead(path, layer, made, None)
+        elif methods.is_read(layer):
+            attention = methods.bare(modules[path.rpartition(".")[0]])
+            rule = "be the out_proj of a plain nn.MultiheadAttention"
+            _checks.require(methods.is_attention(attention), self.op, "target_modules", rule, type(attention).__name__)
+            if id(attention) not in self.plan.hosts:
+                self.plan.hosts[id(attention)] = host_of(attention)  # type: ignore[arg-type]
+                out = self.plan.hosts[id(attention)].out_proj
+                self._linear(path, out, out, options, backups)
+        else:
+            self._linear(path, module, layer, options, backups)
+
+    def _linear(
+        self, path: str, there: nn.Module, layer: nn.Module, options: dict[str, Any], backups: list[Any]
+    ) -> None:
+        if self.method == "adapter":
+            self._stack(path, there, methods.behind(self.op, layer, options), options.get("kind") != "parallel")
+        elif methods.takes_place(layer):
+            before = None
+            init = options.get("init")
+            if isinstance(init, str) and needs_weight(init):
+                weight: Any = layer.weight
+                before = weight.detach().clone()
+                backups.append((weight.detach(), before))
+            made = methods.LINEAR[self.method].linear(original_layer=layer, **options)
+            self._instead(path, layer, made, before)
+        else:
+            self._stack(path, there, methods.beside(self.op, self.method, layer, options), False)
+
+    def _instead(self, path: str, layer: nn.Module, made: nn.Module, before: torch.Tensor | None) -> None:
+        base = layer.state_dict().keys() | {"weight", "bias"}
+        names = tuple(key for key in made.state_dict() if key not in base and not key.startswith("weight."))
+        self.plan.entries.append(Entry(self.adapter, self.method, path, made, "instead", names, layer, before))
+        self.plan.swaps[id(layer)] = made
+
+    def _stack(self, path: str, there: nn.Module, made: nn.Module, serial: bool) -> None:
+        stack = there
+        if not isinstance(stack, AdapterStack):
+            stack = self.plan.swaps[id(there)] = AdapterStack(there)
+        _checks.require(self.adapter not in stack.names(), self.op, "adapter_name", "be free", repr(self.adapter))
+        entry = Entry(self.adapter, self.method, path, made, "stack")
+        self.plan.entries.append(entry)
+        self.plan.stacked.append((stack, entry, serial))
+
+
+def swap(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Put ``new[id(module)]`` wherever ``model`` holds a module, under all of its names."""
+    held = [(holder, name) for holder in model.modules() for name, child in holder._modules.items() if id(child) in new]
+    for holder, name in held:
+        holder._modules[name] = new[id(holder._modules[name])]
+
+
+def take_out(model: nn.Module, entry: Entry) -> None:
+    """The place as it was before ``entry``; a merged update stays in the weight. `settle` is to follow."""
+    if entry.place == "stack":
+        stacks = (module for module in model.modules() if isinstance(module, AdapterStack))
+        stack = next(each for each in stacks if entry.module in (*each.parallel.values(), *each.serial.values()))
+        stack.pop(entry.adapter)
+        if not stack.names():
+            swap(model, {id(stack): stack.layer})
+    elif entry.place == "inside":
+        assert isinstance(entry.module, LoRAMultiheadAttention)
+        for name in input_parts(entry.module):
+            del entry.module._modules[name]
+    elif entry.place == "instead":
+        swap(model, {id(entry.module): _plain(entry)})
+
+
+def settle(model: nn.Module) -> None:
+    """Attentions and encoders without an adapter inside are torch's again."""
+    hosts = {id(m): torchs_if_plain(m) for m in model.modules() if isinstance(m, LoRAMultiheadAttention)}
+    swap(model, {key: plain for key, plain in hosts.items() if plain is not None})
+    encoder_safe(model)
+
+
+def _plain(entry: Entry) -> nn.Module:
+    """The original module, on the parameters that the adapted one holds by now (moved, cast or merged)."""
+    adapted: Any = entry.module
+    if entry.original is None:
+        if not adapted.merged:
+            adapted.disable()
+        made: nn.Module = adapted.to_linear()
+        return made
+    if entry.before is not None and not adapted.merged:
+        with torch.no_grad():
+            adapted.weight.copy_(entry.before)
+    original = entry.original
+    if isinstance(adapted, QLoRALinear):
+        return original.train(adapted.training)
+    for name, _ in [*original.named_parameters(recurse=False)]:
+        original._parameters[name] = adapted._parameters[name]
+    if not isinstance(adapted, Parts):
+        # A lora_bias that was merged where the base had no bias.
+        original.register_parameter("bias", adapted._parameters["bias"])
+    elif isinstance(original, nn.RNNBase):
+        original._init_flat_weights()
+    return original.train(adapted.training)
