@@ -42,7 +42,7 @@ def run_theirs(folder: Path, report: Path, *arguments: str) -> dict:
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "peft_plugin",
-               "--peft-report", str(report), *arguments]  # fmt: skip
+               "-W", "ignore:fastpeft:UserWarning", "--peft-report", str(report), *arguments]  # fmt: skip
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(report.read_text())

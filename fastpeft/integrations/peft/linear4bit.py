@@ -184,8 +184,8 @@ def base_alone(layer: Any, x: Any) -> torch.Tensor | None:
 class AcceleratedLinear4bit(AcceleratedLoRA):
     """Comes before PEFT's ``lora.Linear4bit``."""
 
-    def _alone(self: Any, x: torch.Tensor, base: Any) -> torch.Tensor | None:
-        return base_alone(self, x)
+    def _alone(self: Any, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self._slow and x.device.type in self._slow else base_alone(self, x)
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float

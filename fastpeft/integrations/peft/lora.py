@@ -115,12 +115,12 @@ class AcceleratedLoRA(Accelerated):
     """The forward of these kinds: reads the plain case, and hands the rest to PEFT."""
 
     def _served(self: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        modules = self._modules
-        base = modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters:
+            return None if args or kwargs else self._alone(x)
         if self._slow and x.device.type in self._slow:
             return None
-        if self._disable_adapters or self.merged_adapters:
-            return None if args or kwargs else self._alone(x, base)
+        modules = self._modules
+        base = modules["base_layer"]
         active: Any = self._active_adapter
         if args or kwargs:
             if args or kwargs != {"adapter_names": None}:
@@ -153,7 +153,7 @@ class AcceleratedLoRA(Accelerated):
         y: torch.Tensor | None = fused(x, base, a, b, lora_bias, scale, p)
         return y
 
-    def _alone(self, x: torch.Tensor, base: Any) -> torch.Tensor | None:
+    def _alone(self, x: torch.Tensor) -> torch.Tensor | None:
         """The product of the base where adapters are disabled or merged, if it is ours."""
         return None
 
