@@ -173,7 +173,8 @@ def keep_bits(seed, rows, group, threshold):
 @triton.jit
 def mask_bits(mask_ptr, rows, cols, C, inside):
     """Whether elements (rows, cols) of a parameter of C columns are there: one bit each, rows in whole bytes."""
-    byte = tl.load(mask_ptr + rows.to(tl.int64) * ((C + 7) // 8) + cols // 8, mask=inside, other=0)
+    # 32-bit offsets, as a mask has less than 2 GB: 64-bit ones spilled.
+    byte = tl.load(mask_ptr + (rows * ((C + 7) // 8) + cols // 8), mask=inside, other=0)
     return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
 
 

@@ -210,9 +210,9 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask=None, *, tile=None):
         if ragged(K, x.stride(0) if need_da else K):
             most = 16 if R <= 16 or x.dtype == torch.float32 else 32
             tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
-        if mask is not None and R > 16 and arch_of(x) < 90:
-            tile = capped(tile, BLOCK_M=16)  # the address of the mask spilled there
     tile = dict(tile)
+    if mask is not None and not tile["ONE_PASS"]:
+        tile = capped(tile, num_stages=1)  # a second stage of 64 ranks spilled on sm_80 beside the mask
     if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
         x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
     together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R
