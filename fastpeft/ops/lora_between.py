@@ -255,7 +255,7 @@ def lora_between(
     else:
         made = _Shrink.apply(x, weight, lora_A, seed, (dropout, dtype, chosen))
         s, token = made if isinstance(made, tuple) else (made, None)
-    h = between(s if len(leading) == 1 else s.view(*leading, -1))
+    h = between(s if len(leading) == 1 else s.view(*leading, s.shape[1]))
     shape = (*leading, lora_B.shape[1])
     _checks.require(h.shape == shape, _OP, "between", f"give a tensor of shape {list(shape)}", list(h.shape))
     h = _calls.rows(h, lora_B.shape[1], dtype).contiguous()

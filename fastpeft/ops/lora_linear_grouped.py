@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft.ops import _checks
+from fastpeft.ops import _calls, _checks
 from fastpeft.ops.lora_adapter import lora_adapter
 from fastpeft.ops.lora_between import lora_between
 
@@ -43,6 +43,8 @@ def _check(
     _checks.require(T >= 1 and R >= 1, _OP, "lora_A", "have a task and a rank of at least 1", list(lora_A.shape))
     if lora_bias is not None:
         _checks.require(lora_bias.shape == (T, N), _OP, "lora_bias", f"have shape {[T, N]}", list(lora_bias.shape))
+    if weight is not None and _calls.autocast_dtype(x, x.device.type) is None:
+        _checks.require_dtype(weight.dtype == x.dtype, _OP, "weight", f"have the dtype of x, {x.dtype}", weight.dtype)
     _checks.same_device(_OP, x.device, index=index, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias, weight=weight)
 
 
@@ -145,7 +147,11 @@ def _segments(
             continue
         own_bias = None if lora_bias is None else lora_bias[t]
         parts.append(lora_adapter(part, lora_A[t], lora_B[t], own_bias, scale=scale, dropout=dropout, backend=backend))
-    y = torch.cat(parts) if parts else flat.new_zeros(0, lora_B.shape[1], dtype=dtype)
+    if not any(t >= 0 for t in tasks.tolist()):  # a row of none, so that a loss can go backward, and reaches A and B
+        own_bias = None if lora_bias is None else lora_bias[0]
+        none = lora_adapter(flat[:0], lora_A[0], lora_B[0], own_bias, scale=scale, dropout=dropout, backend=backend)
+        parts.append(none)
+    y = torch.cat(parts)
     if order is not None:
         y = y[order.argsort()]
     return y.view(*x.shape[:-1], lora_B.shape[1])

@@ -58,6 +58,11 @@ class Conditional(LoRAModule):
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
+    def forward(self: Any, x: torch.Tensor, task_id: Any = None) -> torch.Tensor:
+        layer: Any = super()
+        y: torch.Tensor = layer.forward(x) if task_id is None else layer.forward(x, task_id)
+        return y
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [tasks, R, K] and B [tasks, N, R] whatever the layout."""
         a, b = self.lora_A, self.lora_B

@@ -67,6 +67,11 @@ class Hyper(LoRAModule):
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
+    def forward(self: Any, x: torch.Tensor, task_embedding: Any = None) -> torch.Tensor:
+        layer: Any = super()
+        y: torch.Tensor = layer.forward(x) if task_embedding is None else layer.forward(x, task_embedding)
+        return y
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises ValueError: without an embedding there are none; ``factors_of`` takes one."""
         _checks.require(False, self._op, "task_embedding", "be given", None)
@@ -119,7 +124,8 @@ class Hyper(LoRAModule):
         a, b = self.factors_of(embedding)
         p = self.dropout_probability if self.training else 0.0
         samples = nn.functional.dropout(x, p) if p else x
-        y = samples.reshape(N, -1, x.shape[-1]) @ a.mT.to(x.dtype) @ (b.mT * self.scaling).to(x.dtype)
+        samples = samples.reshape(N, x.shape[1:-1].numel(), x.shape[-1])
+        y = samples @ a.mT.to(x.dtype) @ (b.mT * self.scaling).to(x.dtype)
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.lora_bias is None else y + (self.lora_bias * self.scaling).to(y.dtype)
 
