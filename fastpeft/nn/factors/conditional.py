@@ -58,9 +58,9 @@ class Conditional(LoRAModule):
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
-    def forward(self: Any, x: torch.Tensor, task_id: Any = None) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *condition: Any, task_id: Any = None) -> torch.Tensor:
         layer: Any = super()
-        y: torch.Tensor = layer.forward(x) if task_id is None else layer.forward(x, task_id)
+        y: torch.Tensor = layer.forward(x, *condition, *(() if task_id is None else (task_id,)))
         return y
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,9 +67,9 @@ class Hyper(LoRAModule):
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
-    def forward(self: Any, x: torch.Tensor, task_embedding: Any = None) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *condition: Any, task_embedding: Any = None) -> torch.Tensor:
         layer: Any = super()
-        y: torch.Tensor = layer.forward(x) if task_embedding is None else layer.forward(x, task_embedding)
+        y: torch.Tensor = layer.forward(x, *condition, *(() if task_embedding is None else (task_embedding,)))
         return y
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
