@@ -6,7 +6,6 @@ The ratio is to the frozen convolution's forward + dX, one thread. Memory is wha
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import _tree
@@ -74,15 +73,6 @@ def build(dtype: torch.dtype, last: bool, shape: tuple[int, ...], C: int) -> dic
     return {name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}
 
 
-class Busy(Race):
-    """In CPU time of this process, where other processes share the cores."""
-
-    def _time_cpu(self, peer: Callable[[], object]) -> float:
-        start = time.process_time()
-        peer()
-        return time.process_time() - start
-
-
 def run(tiny: bool = False, budget_s: float = 20.0, clock: str = "wall") -> dict:
     steady_cpu()
     shape, C = ((1, 16, 8, 8), 16) if tiny else ((8, 256, 64, 64), 256)
@@ -98,7 +88,7 @@ def run(tiny: bool = False, budget_s: float = 20.0, clock: str = "wall") -> dict
     for dtype in (torch.float32, torch.bfloat16):
         for last in (True, False):
             steps = build(dtype, last, shape, C)
-            rows = (Busy if clock == "process" else Race)(steps).run(budget_s).summary("frozen")
+            rows = Race(steps, "process" if clock == "process" else "cpu").run(budget_s).summary("frozen")
             peaks = {name: peak_cpu_bytes(step) for name, step in steps.items()}
             for name, row in rows.items():
                 row["extra_bytes"] = max(0, peaks[name] - peaks["frozen"])

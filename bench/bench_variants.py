@@ -1,6 +1,6 @@
 """The variants of LoRA beside what they are measured against, forward + backward, on one thread of a CPU.
 
-    make bench OP=variants        or, without pytest:  python bench/bench_variants.py [--seconds 20] [--tiny]
+    make bench OP=variants    or, without pytest:  python bench/bench_variants.py [--seconds 20] [--clock process]
 
 Sparse and attention-guided LoRA over LoRALinear · AdaLoRA over LoRA for many tiny layers, and its allocator beside
 PEFT's · AdapterFusion over its definition written out. Ratios are taken round by round (`timing.Race`).
@@ -151,11 +151,13 @@ def test_case(case, race, results, tiny):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="time budget of one case")
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="CPU time, on shared cores")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: tries the benchmark itself")
     args = parser.parse_args(argv)
     data = new_results("cpu", args.tiny)
+    data["clock"] = args.clock
     for case in cases("cpu", args.tiny):
-        race = Race(case.make(args.tiny), "cpu").run(args.seconds)
+        race = Race(case.make(args.tiny), "process" if args.clock == "process" else "cpu").run(args.seconds)
         data["cases"].append(case_result(case, race))
     path = _tree.save_json(f"{OP}_cpu" + ("_tiny" if args.tiny else ""), data)
     plot(data, path.with_suffix(".png"))

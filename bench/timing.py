@@ -62,7 +62,10 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Race:
-    """Callables timed in turn. `calls` invocations make one sample (host times of a few microseconds need many)."""
+    """Callables timed in turn. `calls` invocations make one sample (host times of a few microseconds need many).
+
+    device: "cpu", "cuda", or "process": CPU time of this process, for cores that other processes share.
+    """
 
     def __init__(self, peers: dict[str, Callable[[], object]], device: str = "cpu", calls: int = 1):
         self.peers, self.device, self.calls = peers, device, calls
@@ -70,10 +73,11 @@ class Race:
         self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if device == "cuda" else None
 
     def _time_cpu(self, peer: Callable[[], object]) -> float:
-        start = time.perf_counter()
+        now = time.process_time if self.device == "process" else time.perf_counter
+        start = now()
         for _ in range(self.calls):
             peer()
-        return (time.perf_counter() - start) / self.calls
+        return (now() - start) / self.calls
 
     def _time_cuda(self, peer: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
