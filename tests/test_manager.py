@@ -51,6 +51,10 @@ def test_the_documents_own_example():
         trained = model(x)
         torch.testing.assert_close(model.eval()(x), trained)  # no fast path passes the adapters by
         assert (trained - base).abs().max() > 0.1
+        padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])  # no nested tensors
+        padded = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(model.train()(x, src_key_padding_mask=padding), padded)
+        model.eval()
         assert torch.equal(manager.unload()(x), base)
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
     assert model.state_dict().keys() == encoder().state_dict().keys()
@@ -147,11 +151,50 @@ def test_an_error_at_a_later_layer_undoes_the_earlier_ones():
     assert_same(before, picture(model))
 
 
-def test_pissa_gives_the_weight_back():
-    model, x = Small(), torch.randn(4, 8)
-    base = copy.deepcopy(model)
-    train(EfficientFineTuningManager(model).apply_lora(rank=2, init="pissa", dropout_probability=0.0)).unload()
-    assert torch.equal(model(x), base(x))
+def various():
+    return nn.ModuleDict({"small": Small(), "conv": nn.Conv2d(4, 6, 3, padding=1), "lstm": nn.LSTM(6, 5),
+                          "attention": nn.MultiheadAttention(8, 2)}).eval()  # fmt: skip
+
+
+def outputs(model):
+    x, y, z = torch.linspace(-1, 1, 32).view(4, 8), torch.ones(1, 4, 5, 5), torch.ones(3, 2, 6)
+    return [model["small"](x), model["conv"](y), model["lstm"](z)[0], model["attention"](x, x, x)[0]]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora", "kaiming"])
+def test_every_kind_of_layer_comes_back(init, merged):
+    model = various()
+    base, before = outputs(model), picture(model)
+    manager = EfficientFineTuningManager(model)
+    manager.apply_lora(["small", "conv", "lstm", "attention"], rank=2, init=init, dropout_probability=0.0)
+    torch.testing.assert_close(outputs(model), base, atol=1e-5, rtol=1e-5)
+    want = outputs(train(manager).model)
+    if merged:
+        manager.merge()
+        torch.testing.assert_close(outputs(model), want, atol=1e-4, rtol=1e-4)
+    manager.unload()
+    torch.testing.assert_close(outputs(model), want if merged else base, atol=1e-4, rtol=1e-4)
+    assert model.state_dict().keys() == various().state_dict().keys()
+    if not merged:
+        after = picture(model)
+        assert all(torch.equal(after[1][name][1], value) for name, (_, value) in before[1].items())
+    assert [type(m) for m in model.modules()] == [type(m) for m in various().modules()]
+
+
+def test_a_rank_that_one_layer_cannot_serve_leaves_all_weights():
+    model = various()
+    before = picture(model)
+    with pytest.raises(ValueError, match="rank must be at most"):
+        EfficientFineTuningManager(model).apply_lora(["conv", "lstm", "attention", "a"], rank=6, init="pissa")
+    assert_same(before, picture(model))
+
+
+def test_an_untrained_importance_is_not_counted():
+    manager = EfficientFineTuningManager(Small()).apply_adalora("a", rank=2, importance_grad=False)
+    assert manager.count_trainable_parameters() == 32
+    manager.switch("adalora")
+    assert manager.count_trainable_parameters() == 32
 
 
 def test_a_square_parallel_adapter():
@@ -289,6 +332,17 @@ def test_modules_to_save():
     assert "trained whole" in manager.summary()
     with pytest.raises(ValueError, match="name modules without adapters"):
         manager.apply_lora("a", modules_to_save="body")
+
+
+def test_a_deepcopy_of_the_manager_manages_its_own_model():
+    manager = train(EfficientFineTuningManager(encoder().eval()).apply_lora(rank=2).apply_adalora("linear2", rank=2))
+    x = torch.randn(2, 3, 16)
+    want = manager.model(x)
+    other = copy.deepcopy(manager)
+    assert torch.equal(other.model(x), want)
+    other.unload()
+    assert type(other.model.layers[0].linear2) is nn.Linear
+    assert torch.equal(manager.model(x), want) and len(manager.methods) == 2
 
 
 def test_two_managers_of_one_model():

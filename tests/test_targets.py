@@ -80,7 +80,9 @@ def test_defaults():
 
     assert paths(Small(), "apply_lora") == ["body.a", "body.b"]  # the head is a last child of the model
     assert paths(nn.Sequential(nn.Linear(4, 4)), "apply_lora") == ["0"]
-    assert len(paths(encoder(), "apply_lora")) == 6
+    assert paths(encoder(), "apply_adalora")[:2] == ["layers.0.self_attn.out_proj", "layers.0.linear1"]
+    first = paths(encoder(), "apply_lora")[:4]  # an attention's inputs too
+    assert first == [f"layers.0.{name}" for name in ("self_attn", "self_attn.out_proj", "linear1", "linear2")]
     assert paths(encoder(), "apply_adapter", kind="pfeiffer") == ["layers.0.linear2", "layers.1.linear2"]
     assert paths(encoder(), "apply_adapter")[:2] == ["layers.0.self_attn", "layers.0.linear2"]
     with pytest.raises(ValueError, match="target_modules must be given"):
@@ -92,6 +94,18 @@ def test_defaults():
 def test_the_model_itself_is_no_target():
     with pytest.raises(ValueError, match="model must hold the layers to adapt"):
         EfficientFineTuningManager(nn.Linear(4, 4)).apply_lora("")
+
+
+def test_an_attention_with_a_forward_of_its_own_is_passed_over():
+    class Own(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    model = nn.ModuleDict({"attention": Own(8, 2), "linear": nn.Linear(8, 8)})
+    manager = EfficientFineTuningManager(nn.ModuleDict({"body": model})).apply_lora("body", rank=2)
+    assert [entry.path for entry in manager.entries] == ["body.linear"]
+    with pytest.raises(ValueError, match=r"got 'out_proj': NonDynamicallyQuantizableLinear"):
+        manager.apply_lora("out_proj")
 
 
 def test_a_shared_child_does_not_loop():

@@ -3,7 +3,7 @@
 ``targets`` says which modules are meant, ``defaults`` which where nobody said; ``methods`` which class adapts a module;
 ``placing`` puts in and takes out, all or nothing; ``prompts`` is the same for virtual tokens. The manager is one class
 in rooms, each on the one before: ``account``, ``applying``, ``merging``, ``saving`` (over ``archive`` and ``options``),
-``checkpointing``, ``manager``. No arithmetic of an adapter may enter here.
+``words``, ``checkpointing``, ``manager``. No arithmetic of an adapter may enter here.
 """
 
 from fastpeft.manager.manager import (

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.manager.saving import Saving
+from fastpeft.manager.words import Words
 from fastpeft.ops import _checks
 
 _OP = "EfficientFineTuningManager"
 
 
-class Checkpointing(Saving):
+class Checkpointing(Words):
     """gradient_checkpointing_enable and enable_input_require_grads."""
 
     def gradient_checkpointing_enable(self, use_reentrant: bool = False, **options: Any) -> None:
@@ -28,10 +28,12 @@ class Checkpointing(Saving):
         """
         if use_reentrant:
             self.enable_input_require_grads()
-        enable = getattr(self.model, "gradient_checkpointing_enable", None)
-        if callable(enable):
-            enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant, **options})
-            return
+        # transformers gave the method a new name, and will drop the old one.
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+            enable = getattr(self.model, name, None)
+            if callable(enable):
+                enable({"use_reentrant": use_reentrant, **options})
+                return
         having = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
         rule = "have gradient_checkpointing_enable(), or modules with the attribute gradient_checkpointing"
         _checks.require(bool(having), _OP, "model", rule, type(self.model).__name__)

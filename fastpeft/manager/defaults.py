@@ -17,7 +17,7 @@ _MLPS = ("linear2", "mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_
 
 
 def of(op: str, method: str, model: nn.Module, modules: dict[str, nn.Module], kind: str) -> list[str]:
-    """The paths for a method: of an `Adapter` known output projections, else every linear layer but the head.
+    """The paths for a method: of an `Adapter` known output projections, else linear layers and attentions but the head.
 
     Raises     ValueError: the model has none.
     """
@@ -32,6 +32,9 @@ def of(op: str, method: str, model: nn.Module, modules: dict[str, nn.Module], ki
     else:
         head = _head(model, modules)
         names = [path for path, module in modules.items() if path and path not in head and methods.sizes(module)]
+        if method == "lora":  # an attention is adapted as a whole, its inputs too
+            whole = [path for path, module in modules.items() if path and methods.is_attention(module)]
+            names = [path for path in names if path.rpartition(".")[0] not in whole] + whole
     _checks.require(bool(names), op, "target_modules", "be given for this model", None)
     return names
 

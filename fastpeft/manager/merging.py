@@ -79,13 +79,11 @@ class Merging(Applying):
         return self.model
 
     def _take_out(self, entries: list[Entry]) -> None:
-        for entry in reversed(entries):
+        for entry in entries:
             if entry.place == "inserted":
                 remove_prompt(self.model)
-            elif entry.place != "held":
-                placing.take_out(self.model, entry)
             self.entries.remove(entry)
-        placing.settle(self.model)
+        placing.take_out(self.model, entries)
 
     @torch.no_grad()
     def combine(

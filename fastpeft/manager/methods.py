@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ LINEAR: dict[str, Kind] = {
 
 # What plain LoRA serves beside linear layers and attentions, each class of torch by ours over it.
 OTHERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: fast.LoRAConv1d,
+    nn.Conv2d: fast.LoRAConv2d,
+    nn.Conv3d: fast.LoRAConv3d,
     nn.RNN: fast.LoRARNN,
     nn.LSTM: fast.LoRALSTM,
     nn.GRU: fast.LoRAGRU,
@@ -53,6 +57,12 @@ def is_attention(module: nn.Module) -> bool:
 def is_read(module: nn.Module) -> bool:
     """The out_proj of an attention of torch: its attention is adapted in its place."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def never_called(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of the out_proj of attentions that are neither torch's own nor ours: nobody knows who reads them."""
+    attentions = (each for each in modules if isinstance(each, nn.MultiheadAttention) and not is_attention(each))
+    return {id(each.out_proj) for each in attentions if not isinstance(each, fast.LoRAMultiheadAttention)}
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -27,7 +27,8 @@ class Entry:
                transformers, or "held" by the manager alone
     names      of the module's tensors that are the adapter's, as in its state dict
     original   the layer whose place was taken; None where it is to be made anew from the adapted one
-    before     that layer's weight, where the adapter took its first values out of it
+    before     that layer's weights, where the adapter took its first values out of them
+    fixed      names of Parameters that are the adapter's and never trained
     """
 
     adapter: str
@@ -37,7 +38,11 @@ class Entry:
     place: str
     names: tuple[str, ...] = ()
     original: nn.Module | None = None
-    before: torch.Tensor | None = None
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.fixed = frozenset(name for name, value in self.state().items() if not value.requires_grad)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter's own tensors: Parameters and buffers themselves, by their names in the module."""
@@ -45,8 +50,9 @@ class Entry:
         return {name: state[name] for name in self.names if name in state} if self.names else state
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the adapter; none of the base."""
-        return [each for each in self.state().values() if isinstance(each, nn.Parameter) and each.is_floating_point()]
+        """What an adapter trains while it is switched on."""
+        state = {name: value for name, value in self.state().items() if name not in self.fixed}
+        return [value for value in state.values() if isinstance(value, nn.Parameter)]
 
     def forget_packed(self) -> None:
         """A packed weight is made for memory: the wide one is not to be kept beside it."""
@@ -66,6 +72,7 @@ class _Plan:
     hosts: dict[int, LoRAMultiheadAttention] = field(default_factory=dict)
     stacked: list[tuple[AdapterStack, Entry, bool]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    before: list[tuple[nn.Module, dict[str, torch.Tensor]]] = field(default_factory=list)
 
 
 class Placer:
@@ -88,16 +95,14 @@ class Placer:
         Raises     ValueError, TypeError: of the adapters' constructors; the model is as it was then.
         """
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        taken_out_of: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for path, module in found.items():
-                self._one(path, module, modules, taken_out_of)
+                self._one(path, module, modules)
         except BaseException:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for weight, before in taken_out_of:
-                    weight.copy_(before)
+            for layer, before in self.plan.before:
+                _restore(layer, before)
             raise
         plan = self.plan
         for host in plan.hosts.values():
@@ -108,50 +113,50 @@ class Placer:
         encoder_safe(self.model)
         return plan.entries
 
-    def _one(self, path: str, module: nn.Module, modules: dict[str, nn.Module], backups: list[Any]) -> None:
+    def _one(self, path: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
         options = self.options | self.each.get(path, {})
         layer = methods.bare(module)
         if self.method == "lora" and isinstance(layer, LoRAMultiheadAttention):
             rule = "name attentions without adapters; their out_proj takes further ones"
             _checks.require(False, self.op, "target_modules", rule, repr(path))
         if self.method == "lora" and methods.is_attention(layer):
+            before = self._before(layer, options)
             host = host_of(layer, options)  # type: ignore[arg-type]
             names = tuple(f"{name}.{key}" for name, part in input_parts(host).items() for key in part.state_dict())
             self.plan.hosts[id(layer)] = host
-            self.plan.entries.append(Entry(self.adapter, self.method, path, host, "inside", names))
-            self._linear(f"{path}.out_proj", host.out_proj, host.out_proj, options, backups)
+            self.plan.entries.append(Entry(self.adapter, self.method, path, host, "inside", names, None, before))
+            self._linear(f"{path}.out_proj", host.out_proj, host.out_proj, options)
         elif type(layer) in methods.OTHERS and self.method == "lora":
-            made = methods.OTHERS[type(layer)](original_layer=layer, **options)
-            self._instead(path, layer, made, None)
+            before = self._before(layer, options)
+            self._instead(path, layer, methods.OTHERS[type(layer)](original_layer=layer, **options), before)
         elif methods.is_read(layer):
             attention = methods.bare(modules[path.rpartition(".")[0]])
-            rule = "be the out_proj of a plain nn.MultiheadAttention"
-            _checks.require(methods.is_attention(attention), self.op, "target_modules", rule, type(attention).__name__)
             if id(attention) not in self.plan.hosts:
                 self.plan.hosts[id(attention)] = host_of(attention)  # type: ignore[arg-type]
                 out = self.plan.hosts[id(attention)].out_proj
-                self._linear(path, out, out, options, backups)
+                self._linear(path, out, out, options)
         else:
-            self._linear(path, module, layer, options, backups)
+            self._linear(path, module, layer, options)
 
-    def _linear(
-        self, path: str, there: nn.Module, layer: nn.Module, options: dict[str, Any], backups: list[Any]
-    ) -> None:
+    def _before(self, layer: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Copies of the weights of a layer whose adapter takes its first values out of them."""
+        init = options.get("init")
+        if not isinstance(init, str) or not needs_weight(init):
+            return {}
+        before = {name: p.detach().clone() for name, p in layer.named_parameters(recurse=False)}
+        self.plan.before.append((layer, before))
+        return before
+
+    def _linear(self, path: str, there: nn.Module, layer: nn.Module, options: dict[str, Any]) -> None:
         if self.method == "adapter":
             self._stack(path, there, methods.behind(self.op, layer, options), options.get("kind") != "parallel")
         elif methods.takes_place(layer):
-            before = None
-            init = options.get("init")
-            if isinstance(init, str) and needs_weight(init):
-                weight: Any = layer.weight
-                before = weight.detach().clone()
-                backups.append((weight.detach(), before))
-            made = methods.LINEAR[self.method].linear(original_layer=layer, **options)
-            self._instead(path, layer, made, before)
+            before = self._before(layer, options)
+            self._instead(path, layer, methods.LINEAR[self.method].linear(original_layer=layer, **options), before)
         else:
             self._stack(path, there, methods.beside(self.op, self.method, layer, options), False)
 
-    def _instead(self, path: str, layer: nn.Module, made: nn.Module, before: torch.Tensor | None) -> None:
+    def _instead(self, path: str, layer: nn.Module, made: nn.Module, before: dict[str, torch.Tensor]) -> None:
         base = layer.state_dict().keys() | {"weight", "bias"}
         names = tuple(key for key in made.state_dict() if key not in base and not key.startswith("weight."))
         self.plan.entries.append(Entry(self.adapter, self.method, path, made, "instead", names, layer, before))
@@ -168,33 +173,47 @@ class Placer:
 
 
 def swap(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Put ``new[id(module)]`` wherever ``model`` holds a module, under all of its names."""
+    """Put ``new[id(module)]`` wherever ``model`` holds a module, under all of its names, and follow chains of such."""
     held = [(holder, name) for holder in model.modules() for name, child in holder._modules.items() if id(child) in new]
     for holder, name in held:
-        holder._modules[name] = new[id(holder._modules[name])]
+        child = holder._modules[name]
+        while child is not None and id(child) in new:
+            child = new[id(child)]
+        holder._modules[name] = child
 
 
-def take_out(model: nn.Module, entry: Entry) -> None:
-    """The place as it was before ``entry``; a merged update stays in the weight. `settle` is to follow."""
-    if entry.place == "stack":
-        stacks = (module for module in model.modules() if isinstance(module, AdapterStack))
-        stack = next(each for each in stacks if entry.module in (*each.parallel.values(), *each.serial.values()))
-        stack.pop(entry.adapter)
-        if not stack.names():
-            swap(model, {id(stack): stack.layer})
-    elif entry.place == "inside":
-        assert isinstance(entry.module, LoRAMultiheadAttention)
-        for name in input_parts(entry.module):
-            del entry.module._modules[name]
-    elif entry.place == "instead":
-        swap(model, {id(entry.module): _plain(entry)})
+def take_out(model: nn.Module, entries: list[Entry]) -> None:
+    """The places as they were before ``entries``; merged updates stay in the weights.
 
-
-def settle(model: nn.Module) -> None:
-    """Attentions and encoders without an adapter inside are torch's again."""
+    Attentions and encoders without an adapter inside are torch's again.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, AdapterStack)]
+    stack_of = {id(each): stack for stack in stacks for each in (*stack.parallel.values(), *stack.serial.values())}
+    gone: dict[int, nn.Module] = {}
+    for entry in reversed(entries):
+        if entry.place == "stack":
+            stack = stack_of[id(entry.module)]
+            stack.pop(entry.adapter)
+            if not stack.names():
+                gone[id(stack)] = stack.layer
+        elif entry.place == "inside":
+            parts = input_parts(entry.module)  # type: ignore[arg-type]
+            if not any(part.merged for part in parts.values()):
+                _restore(entry.module, entry.before)
+            for name in parts:
+                del entry.module._modules[name]
+        elif entry.place == "instead":
+            gone[id(entry.module)] = _plain(entry)
+    swap(model, gone)
     hosts = {id(m): torchs_if_plain(m) for m in model.modules() if isinstance(m, LoRAMultiheadAttention)}
     swap(model, {key: plain for key, plain in hosts.items() if plain is not None})
     encoder_safe(model)
+
+
+@torch.no_grad()
+def _restore(layer: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, value in before.items():
+        layer.get_parameter(name).copy_(value)
 
 
 def _plain(entry: Entry) -> nn.Module:
@@ -205,9 +224,8 @@ def _plain(entry: Entry) -> nn.Module:
             adapted.disable()
         made: nn.Module = adapted.to_linear()
         return made
-    if entry.before is not None and not adapted.merged:
-        with torch.no_grad():
-            adapted.weight.copy_(entry.before)
+    if not adapted.merged:
+        _restore(adapted, entry.before)
     original = entry.original
     if isinstance(adapted, QLoRALinear):
         return original.train(adapted.training)

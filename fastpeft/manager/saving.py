@@ -26,10 +26,13 @@ class Saving(Merging):
                    other: safetensors (``pip install fastpeft[files]``). Written aside, flushed and renamed, so that a
                    crash leaves the old file whole.
         A tensor that several adapters share is in it once. Merged adapters are saved as they are unmerged.
-        Raises     ValueError: no adapter.  ImportError: no safetensors.  OSError.
+        Raises     ValueError: no adapter, or a sharded one.  ImportError: no safetensors.  OSError.
         """
         _checks.require(bool(self.methods), "save_efficient_weights", "model", "have adapters", "none")
         tensors, ties = self._tensors()
+        for name, value in tensors.items():
+            whole = not hasattr(value, "full_tensor") and not value.is_meta
+            _checks.require(whole, "save_efficient_weights", name, "be a whole tensor", type(value).__name__)
         archive.write(path, tensors, self._about() | {"version": _VERSION, "ties": ties})
 
     def load_efficient_weights(self, path: str | os.PathLike[str]) -> None:

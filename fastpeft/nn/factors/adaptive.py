@@ -105,7 +105,8 @@ class Adaptive(Shrinking):
         self.form, self.min_rank, self.max_rank = form, min_rank, config.rank
         self.adaptive_rank, self.rank_allocation, self.importance_grad = adaptive_rank, rank_allocation, importance_grad
         shape = (config.rank, 1) if form == "svd" else (config.rank,)
-        self.register_parameter(_GAINS[form], nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        trained = importance_grad or form == "svd"
+        self.register_parameter(_GAINS[form], nn.Parameter(torch.empty(shape, device=device, dtype=dtype), trained))
         if form != "svd":
             self.register_buffer("rank_mask", torch.empty(config.rank, dtype=torch.bool, device=device))
         if form == "top_k":
