@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "fastpeft.testing": {"fastpeft.reference", "fastpeft.dispatch"},
     "fastpeft.integrations": {"fastpeft.nn", "fastpeft.ops"},
-    "fastpeft.models": {"fastpeft.nn", "fastpeft.ops"},
+    "fastpeft.models": {"fastpeft.manager", "fastpeft.nn", "fastpeft.ops"},
     "fastpeft.manager": {"fastpeft.nn", "fastpeft.ops", "fastpeft.integrations"},
     "fastpeft.nn": {"fastpeft.ops", "fastpeft.dispatch"},
     "fastpeft.ops": {"fastpeft.dispatch", "fastpeft.reference._masks"},

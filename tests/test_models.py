@@ -195,6 +195,23 @@ def test_state():
     assert model.efficient_state_dict().keys() == state.keys()
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "trained.pt"])
+def test_files(tmp_path, name):
+    model, twin, batch = moved(SentimentClassifier(bert())), SentimentClassifier(bert()), inputs()
+    twin.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if k not in model.efficient_state_dict()}, strict=False)
+    model.save_efficient_weights(tmp_path / name)
+    twin.load_efficient_weights(str(tmp_path / name))
+    assert torch.equal(twin(**batch), model(**batch))
+    with pytest.raises(ValueError, match="path must hold weights of a LoRABERT, got SentimentClassifier"):
+        LoRABERT(bert()).load_efficient_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        twin.load_efficient_weights(tmp_path / "no.pt")
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
+    with pytest.raises(ValueError, match="SentimentClassifier: path must be a file that save_efficient_weights wrote"):
+        twin.load_efficient_weights(tmp_path / name)
+
+
 def test_copies_checkpointing_and_precision():
     model, batch = moved(SentimentClassifier(bert(), alpha=4, dropout=0.3)).train(), inputs()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fastpeft.manager import archive
 from fastpeft.nn.config import OPTIONS, refuse_unknown
 from fastpeft.nn.factors.base import LoRAModule
 from fastpeft.nn.merge import Mergeable
@@ -110,6 +112,25 @@ class Adapted(nn.Module):
         self.unmerge()
         for name, value in state.items():
             own[name].copy_(value)
+
+    def save_efficient_weights(self, path: str | os.PathLike[str]) -> None:
+        """``efficient_state_dict()`` in one file, as the manager writes its own: safetensors, or torch's archive where
+        ``path`` ends in .pt, .pth or .bin; written aside and renamed.
+
+        Raises     ImportError: safetensors is needed and not installed.  OSError: as the file system says.
+        """
+        archive.write(path, self.efficient_state_dict(), {"model": type(self).__name__})
+
+    def load_efficient_weights(self, path: str | os.PathLike[str]) -> None:
+        """What ``save_efficient_weights`` saved of a model of this class and shape; a merged model is unmerged first.
+
+        Raises     FileNotFoundError.  ValueError: another file, another class, and as ``load_efficient_state_dict``.
+                   Nothing has been changed then.
+        """
+        op = type(self).__name__
+        tensors, about = archive.read(op, path)
+        _checks.require(about.get("model") == op, op, "path", f"hold weights of a {op}", about.get("model"))
+        self.load_efficient_state_dict(tensors)
 
     def _mergeable(self) -> list[Mergeable]:
         return [module for module in self.modules() if isinstance(module, Mergeable)]
