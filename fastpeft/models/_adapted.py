@@ -165,10 +165,12 @@ class Adapted(nn.Module):
 
         Raises     ValueError: a model that has none.
         """
-        op = type(self).__name__
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         for module in self.children():
-            enable = getattr(module, "gradient_checkpointing_enable", None)
-            if enable is not None:
-                enable(gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-                return
-        _checks.require(False, op, "model", "have gradient_checkpointing_enable()", "a module without it")
+            for name in ("activation", "gradient"):  # transformers' word, and its older one
+                enable = getattr(module, f"{name}_checkpointing_enable", None)
+                if enable is not None:
+                    enable(**{f"{name}_checkpointing_kwargs": options})
+                    return
+        rule = "have gradient_checkpointing_enable()"
+        _checks.require(False, type(self).__name__, "model", rule, "a module without it")
