@@ -122,6 +122,9 @@ def test_functions_have_the_methods_signatures_and_docs():
         ("apply_lora", {"r": 4}, TypeError, "did you mean rank?"),
         ("apply_lora", {"init": "pissa", "rank": 9}, ValueError, "rank must be at most"),
         ("apply_lora", {"adapter_name": "a.b"}, ValueError, "adapter_name must be a name without dots"),
+        ("apply_lora", {"adapter_name": "items"}, ValueError, "adapter_name must be a name .* of no method"),
+        ("apply_lora", {"adapter_name": 3}, TypeError, "adapter_name must be a string"),
+        ("apply_lora", {"modules_to_save": ""}, ValueError, "modules_to_save must name modules of the model"),
         ("apply_lora", {"modules_to_save": "tail"}, ValueError, "modules_to_save must match modules of the model"),
         ("apply_lora", {"modules_to_save": "body", "target_modules": "a"}, ValueError, "match more than modules_to_save"),
         ("apply_adapter", {"target_modules": ["a", "b"], "kind": "parallel"}, ValueError, "name square layers"),
@@ -295,6 +298,20 @@ def test_switch():
     assert one.shape == model(x).shape and not any(unit.merged for unit in manager._units(manager.entries))
     with pytest.raises(ValueError, match=r"adapter must be one of \['one', 'two'\], got 'three'"):
         manager.switch("three")
+
+
+def test_a_merged_layer_gets_no_further_adapter():
+    model = Small().eval()
+    manager = train(EfficientFineTuningManager(model).apply_lora(rank=2))
+    manager.merge()
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"model must be unmerged where it gets a further adapter, got \['body.b'\]"):
+        manager.apply_adalora("b", rank=2)
+    assert_same(before, picture(model))
+    assert manager.merge() is model  # again: nothing to do
+    manager.unmerge()
+    manager.disable()
+    assert_same(picture(manager.merge()), picture(model))
 
 
 def test_combine_is_exact():

@@ -111,6 +111,14 @@ def test_ddp_finds_no_unused_parameter(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_compile_of_a_managed_encoder():
+    model, x = encoder().eval(), torch.randn(2, 3, 16)
+    manager = EfficientFineTuningManager(model).apply_lora(rank=2).apply_adalora("out_proj", rank=2)
+    train(manager.apply_adapter("self_attn"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_compile_without_a_graph_break():
     model, x = Small().eval(), torch.randn(4, 8)
     manager = EfficientFineTuningManager(model).apply_lora(rank=2).apply_adalora("b", rank=2).apply_adapter("a")

@@ -117,7 +117,10 @@ class Account:
         return [entry for entry in self.entries if entry.adapter in wanted]
 
     def enable(self, names: str | Iterable[str] | None = None) -> None:
-        """Let the adapters of these names act; of all by default. What is merged on their modules is unmerged first."""
+        """Let the adapters of these names act, or all. What is merged on their modules is unmerged first.
+
+        Which of them are trained is what ``switch`` last said.
+        """
         entries = self._of(names)
         self._unmerge(entries)
         for entry in entries:
@@ -164,6 +167,9 @@ class Account:
                 unit = stack_of.get(id(module), module)
                 units[id(unit)] = unit
         return list(units.values())
+
+    def _merged(self, entry: Entry) -> bool:
+        return any(getattr(each, "merged", False) for each in (*self._units([entry]), *entry.switches()))
 
     def _unmerge(self, entries: list[Entry]) -> None:
         for unit in self._units(entries):

@@ -56,6 +56,8 @@ class Applying(Account):
         whole = [*(spared or {}), *self.saved_modules]
         left = {path: m for path, m in found.items() if not any(f"{path}.".startswith(f"{s}.") for s in whole)}
         _checks.require(bool(left), op, "target_modules", "match more than modules_to_save", whole)
+        merged = [entry.path for entry in self.entries if entry.path in left and self._merged(entry)]
+        _checks.require(not merged, op, "model", "be unmerged where it gets a further adapter", merged[:3])
         flags = self._flags_now()
         entries = Placer(op, self.model, name, method, options, each).place(left, modules)
         self._freeze(flags)
@@ -91,8 +93,9 @@ class Applying(Account):
             numbered = (method if i == 1 else f"{method}_{i}" for i in range(1, len(taken) + 2))
             return next(each for each in numbered if each not in taken)
         _checks.require_dtype(isinstance(name, str), op, "adapter_name", "be a string", type(name).__name__)
-        sound = bool(name) and "." not in name and "/" not in name
-        _checks.require(sound, op, "adapter_name", "be a name without dots and slashes", repr(name))
+        # A stack of adapters is an nn.ModuleDict, whose attributes are no keys.
+        sound = bool(name) and "." not in name and "/" not in name and not hasattr(nn.ModuleDict(), name)
+        _checks.require(sound, op, "adapter_name", "be a name without dots and slashes, of no method", repr(name))
         _checks.require(name not in taken, op, "adapter_name", "be free", repr(name))
         return name
 
@@ -104,6 +107,7 @@ class Applying(Account):
             return any(True for _ in module.parameters())
 
         found = targets.find(op, targets.walk(self.model), wanted, holds, "modules with parameters", "modules_to_save")
+        _checks.require("" not in found, op, "modules_to_save", "name modules of the model, not itself", repr(wanted))
         adapted = [entry.path for entry in self.entries if any(f"{entry.path}.".startswith(f"{p}.") for p in found)]
         _checks.require(not adapted, op, "modules_to_save", "name modules without adapters", adapted[:3])
         return found
