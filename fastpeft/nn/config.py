@@ -13,16 +13,21 @@ An explicit ``alpha`` or ``use_rslora`` asks for the first convention's init and
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 
 from fastpeft import dispatch
 from fastpeft.nn import init as schemes
 from fastpeft.ops import _checks
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 LAYOUTS = ("out_in", "in_out")
 
@@ -122,13 +127,25 @@ class Config:
 
 def refuse_unknown(op: str, options: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first of ``options`` that is not ``known``; the error names the nearest known one."""
-    names = sorted(set(known))
+    names = sorted(set(known) - {"self"})
     for name in options:
         if name in names:
             continue
         near = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in names else difflib.get_close_matches(name, names, n=1)
         meant = f"did you mean {near[0]}?" if near else f"these are known: {', '.join(names)}"
         _checks.require_dtype(False, op, name, "be a known option", f"an unknown one: {meant}")
+
+
+def named_options(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let `refuse_unknown` answer for a constructor, or a function, with named parameters only."""
+    names = list(inspect.signature(call).parameters)
+
+    @functools.wraps(call)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _R:
+        refuse_unknown(type(args[0]).__name__ if names[0] == "self" else call.__name__, options, names)
+        return call(*args, **options)
+
+    return checked
 
 
 def one_of(op: str, default: Any = None, **spellings: Any) -> Any:

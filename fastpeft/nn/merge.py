@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastpeft.nn.factors.base import LoRAModule
+from fastpeft.nn.init import needs_weight
 from fastpeft.ops import _checks
 
 # Rows at a time: the wide copies are made of a slice, not of the whole weight.
@@ -130,12 +131,20 @@ class Mergeable(LoRAModule):
     def _require_unmerged(self, doing: str) -> None:
         _checks.require(not self.merged, self._op, "state", f"be unmerged for {doing}()", "a merged module")
 
+    def _require_merged(self, doing: str) -> None:
+        _checks.require(self.merged, self._op, "state", f"be merged for {doing}()", "an unmerged module")
+
     def _require_plain(self, doing: str) -> None:
         """That the base is a Parameter of this module: what is written into a computed weight is computed over."""
         for name in ("weight", "bias"):
             rule = f"be a plain Parameter for {doing}()"
             computed = f"one that is computed at every call (a parametrization, weight_norm, prune) on {self._op}"
             _checks.require(name in self._parameters, self._op, name, rule, computed)
+
+    def _require_resettable(self) -> None:
+        self._require_unmerged("reset_parameters")
+        if needs_weight(self.init):
+            self._require_plain("reset_parameters")
 
     def merge(self, keep_backup: bool = True) -> MergeReport:
         """W ← W + scaling · B A and bias ← bias + scaling · lora_bias, in place, in the dtype of each.
@@ -187,7 +196,7 @@ class Mergeable(LoRAModule):
         Returns    the rounding of this step; no error where there was a backup
         Raises     ValueError: not merged.
         """
-        _checks.require(self.merged, self._op, "state", "be merged for unmerge()", "an unmerged module")
+        self._require_merged("unmerge")
         self._require_plain("unmerge")
         undo = self._undo
         assert undo is not None

@@ -11,8 +11,10 @@ import numbers
 
 import torch
 
-UNFIT = (AttributeError, TypeError, ValueError, IndexError)
-"""What a quick twin raises where an argument is of another kind than it thinks."""
+UNFIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError)
+"""What a quick twin raises where an argument is of another kind than it thinks; a nested tensor has no shape."""
+
+STRIDED = torch.strided
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,12 +35,21 @@ def tensor(op: str, argument: str, value: object) -> None:
     require_dtype(isinstance(value, torch.Tensor), op, argument, "be a tensor", type(value).__name__)
 
 
+def dense(op: str, argument: str, value: object) -> None:
+    """A tensor that is memory and strides: neither sparse nor nested, nor in a vendor's layout."""
+    tensor(op, argument, value)
+    assert isinstance(value, torch.Tensor)
+    plain = value.layout is STRIDED and not value.is_nested
+    got = "a nested tensor" if value.is_nested else value.layout
+    require_dtype(plain, op, argument, "be a dense tensor (torch.strided)", got)
+
+
 def floats(op: str, argument: str, dtype: object) -> None:
     require_dtype(dtype in FLOATS, op, argument, "be float32, bfloat16, float16 or float64", dtype)
 
 
 def activation(op: str, x: torch.Tensor) -> None:
-    tensor(op, "x", x)
+    dense(op, "x", x)
     floats(op, "x", x.dtype)
     require(x.dim() >= 1, op, "x", "have at least one dimension", "a 0-d tensor")
 
@@ -55,7 +66,7 @@ def size_of(op: str, argument: str, value: object, choices: tuple[int, ...]) -> 
 
 def matrix(op: str, argument: str, value: torch.Tensor, shape: tuple[int | None, int | None], names: str) -> None:
     """A float tensor of two dimensions; None in ``shape`` leaves that one free."""
-    tensor(op, argument, value)
+    dense(op, argument, value)
     ok = value.dim() == 2 and all(want is None or have == want for have, want in zip(value.shape, shape, strict=True))
     sizes = ", ".join("any" if want is None else str(want) for want in shape)
     require(ok, op, argument, f"have shape {names} = [{sizes}]", list(value.shape))
@@ -65,7 +76,7 @@ def matrix(op: str, argument: str, value: torch.Tensor, shape: tuple[int | None,
 def vector(op: str, argument: str, value: torch.Tensor | None, size: int, name: str) -> None:
     if value is None:
         return
-    tensor(op, argument, value)
+    dense(op, argument, value)
     require(value.shape == (size,), op, argument, f"have shape [{name}] = [{size}]", list(value.shape))
     require_dtype(value.is_floating_point(), op, argument, "be a floating point tensor", value.dtype)
 
@@ -96,7 +107,12 @@ def masks(op: str, value: object, lora_A: torch.Tensor, lora_B: torch.Tensor) ->
 
 def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> bool:
     """What ``vector`` and ``same_device`` ask."""
-    return value is None or (value.shape == (size,) and value.device == device and value.is_floating_point())
+    return value is None or (
+        value.shape == (size,)
+        and value.device == device
+        and value.is_floating_point()
+        and value.layout is STRIDED
+    )
 
 
 def entrance(
@@ -155,6 +171,7 @@ def adapter_fits(
         and lora_A.device == device == lora_B.device
         and lora_A.is_floating_point()
         and lora_B.is_floating_point()
+        and lora_A.layout is STRIDED is lora_B.layout
         and (lora_bias is None or vector_fits(lora_bias, N, device))
         and (type(dropout) is float or (isinstance(dropout, (float, int)) and dropout is not False))
         and 0.0 <= dropout < 1.0

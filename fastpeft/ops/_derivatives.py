@@ -50,8 +50,10 @@ def composed(op: str, backend: str | None, compiling: bool) -> bool:
 _references: dict[str, Any] = {}
 
 
-def _load(launcher: str) -> bool:
-    _references[launcher] = dispatch.load(launcher, "eager")
+def _load() -> bool:
+    # All at once: torch.compile sees the dict as it is when it first reads it.
+    if not _references:
+        _references.update({launcher: dispatch.load(launcher, "eager") for launcher in dispatch.ROWS})
     return True
 
 
@@ -61,7 +63,7 @@ _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def reference(launcher: str) -> Any:
     """The launcher in plain PyTorch: differentiable, and known to every transform and tracer."""
-    _load(launcher)
+    _load()
     return _references[launcher]
 
 

@@ -141,13 +141,23 @@ class LoRAConv(torch.autograd.Function):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = forward(x, w, a, b, bias, lora_bias, seed, call)
         need = ctx.needs_input_grad
-        # A merged forward has no s: backward makes it from x.
-        keep_x = need[1] or need[2] or (need[3] and s is None)
-        ctx.save_for_backward(x if keep_x else None, w, a, b, s if need[3] else None, seed)
+        # A merged forward has no s: backward makes it from x and A.
+        again = need[3] and s is None
+        keep_x, keep_a = need[1] or need[2] or again, need[0] or again
+        ctx.save_for_backward(
+            x if keep_x else None,
+            w if need[0] else None,
+            a if keep_a else None,
+            b if need[0] or need[2] else None,
+            s if need[3] else None,
+            seed,
+        )
         ctx.call, ctx.shape, ctx.dtype, ctx.last = call, x.shape, x.dtype, _is_last(x)
+        ctx.likes = tuple((t.shape, t.dtype) for t in (w, a, b))
         ctx.out = y.shape
         ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
-        if need[3] and need[0] and not keep_x and s is not None and _derivatives.linked(True, need[1], need[2]):
+        apart = need[3] and s is not None and not (keep_x and keep_a)
+        if apart and _derivatives.linked(need[0], need[1], need[2]):
             ctx.set_materialize_grads(False)
             return y, s
         return y
@@ -157,9 +167,9 @@ class LoRAConv(torch.autograd.Function):
         if not _derivatives.derived(dy, ds):
             assert dy is not None
             return _backward(ctx, dy, None, _library.launch)
-        w = ctx.saved_tensors[1]
-        with torch.autocast(w.device.type, enabled=False):
-            dy = w.new_zeros(ctx.out, dtype=ctx.call.dtype) if dy is None else dy
+        some: Any = ds if dy is None else dy
+        with torch.autocast(some.device.type, enabled=False):
+            dy = some.new_zeros(ctx.out, dtype=ctx.call.dtype) if dy is None else dy
             return _backward(ctx, dy, ds, _derivatives.run)
 
 
@@ -170,13 +180,16 @@ def _backward(ctx: Any, dy: torch.Tensor, through_s: torch.Tensor | None, run: R
     stride, padding, dilation, groups = call.geometry
     need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
     dy = _last(dy.to(call.dtype))
-    kept, again = x is not None, s is None or run is not _library.launch
+    kept, again = x is not None, a is not None and (s is None or run is not _library.launch)
     # What was not saved is not read: the vendor takes its shape and format, which no view of less has.
+    w, a, b = (
+        _derivatives.stand_in(dy, like) if t is None else t for t, like in zip((w, a, b), ctx.likes, strict=True)
+    )
     x = _last(x.to(call.dtype)) if kept else _empty_last(dy, ctx.shape)
     if need_db and kept and again:
         s = run("conv_shrink", call.backend, x, a, *call.geometry, call.p, seed)
     ds, db, sums = _grad_b(
-        run, _rows(dy), dy.new_empty(0) if s is None else s, b, call, need_db, need_bias or need_lora_bias
+        run, _rows(dy), dy.new_empty(0) if s is None else s.contiguous(), b, call, need_db, need_bias or need_lora_bias
     )
     ds = ds if through_s is None else ds + through_s
     dx = dw = da = None

@@ -127,6 +127,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     scale, p, dtype, backend = ctx.call
     need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
     dy = _calls.rows(dy, dy.shape[-1], dtype)
+    mask_a, mask_b = (None if mask is None else mask.contiguous() for mask in (mask_a, mask_b))
     # What was not saved is not read; a launcher takes its sizes from the others.
     x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
     s = dy.new_empty(0) if s is None else s.contiguous()

@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from fastpeft.ops import _derivatives
 
 
 def _gru(
@@ -73,7 +74,49 @@ def _rnn_backward(
     return dgates, dgates, dh
 
 
+def _gru_derived(
+    dy: torch.Tensor | None,
+    through: tuple[torch.Tensor | None, torch.Tensor | None],
+    states: torch.Tensor,
+    kept: torch.Tensor,
+    w: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_gru_backward`, to be differentiated again; ``through`` are the gradients of states and kept, or None."""
+    to_states, (r, z, n, own) = through[0], kept.split(states.shape[-1], -1)
+    to_kept = (None,) * 4 if through[1] is None else through[1].split(states.shape[-1], -1)
+    dh, gates, dgs = torch.zeros_like(states[0]), [], []
+    for t in range(len(kept) - 1, -1, -1):
+        more_r, more_z, more_n, more_own = (0.0 if part is None else part[t] for part in to_kept)
+        dh = dh + _at(dy, t) + _at(to_states, t + 1)
+        dn = (dh * (1 - z[t]) + more_n) * (1 - n[t] * n[t])
+        dr = (dn * own[t] + more_r) * r[t] * (1 - r[t])
+        dz = (dh * (states[t] - n[t]) + more_z) * z[t] * (1 - z[t])
+        gates.append(torch.cat([dr, dz, dn], -1))
+        dgs.append(torch.cat([dr, dz, dn * r[t] + more_own], -1))
+        dh = dh * z[t] + dgs[-1] @ w
+    return torch.stack(gates[::-1]), torch.stack(dgs[::-1]), dh + _at(to_states, 0)
+
+
+def _rnn_derived(
+    dy: torch.Tensor | None, to_states: torch.Tensor | None, states: torch.Tensor, w: torch.Tensor, relu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_rnn_backward`, to be differentiated again."""
+    dh, found = torch.zeros_like(states[0]), []
+    for t in range(len(states) - 2, -1, -1):
+        y = states[t + 1]
+        found.append((dh + _at(dy, t) + _at(to_states, t + 1)) * ((y > 0).to(y.dtype) if relu else 1 - y * y))
+        dh = found[-1] @ w
+    gates = torch.stack(found[::-1])
+    return gates, gates, dh + _at(to_states, 0)
+
+
+def _at(gradient: torch.Tensor | None, t: int) -> torch.Tensor | float:
+    return 0.0 if gradient is None else gradient[t]
+
+
 class _Recurrent(torch.autograd.Function):
+    """The states, and beside them what backward keeps: as outputs, they carry the graph of a second derivative."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -84,34 +127,49 @@ class _Recurrent(torch.autograd.Function):
         a: torch.Tensor | None,
         b: torch.Tensor | None,
         mode: str,
-    ) -> torch.Tensor:
-        w = weight if a is None or b is None else torch.addmm(weight, b, a)
-        kept = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        merged = None if a is None or b is None else torch.addmm(weight, b, a)
+        w, kept = weight if merged is None else merged, None
         if mode == "GRU":
             states, kept = _gru(gates, h, w, bias)
         else:
             states = _rnn(gates, h, w, bias, mode == "RNN_RELU")
-        ctx.save_for_backward(states, kept, w, a, b)
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(states, kept, w, a if need[5] else None, b if need[4] else None)
         ctx.mode = mode
+        ctx.set_materialize_grads(False)
         # A copy, as ATen's: a caller may write into it.
-        return states[1:].clone()
+        return states[1:].clone(), states, kept, merged
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor | None, *through: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         states, kept, w, a, b = ctx.saved_tensors
-        if ctx.mode == "GRU":
-            dgates, dg, dh = _gru_backward(dy, states, kept, w)
+        gru, relu, need = ctx.mode == "GRU", ctx.mode == "RNN_RELU", ctx.needs_input_grad
+        again = dy is None or any(each is not None for each in through) or _derivatives.derived(dy, None)
+        dw = through[2]
+        if not again:
+            assert dy is not None
+            parts = _gru_backward(dy, states, kept, w) if gru else _rnn_backward(dy, states, w, relu)
+        elif gru:
+            parts = _gru_derived(dy, through[:2], states, kept, w)
         else:
-            dgates, dg, dh = _rnn_backward(dy, states, w, ctx.mode == "RNN_RELU")
-        need, rows, before = ctx.needs_input_grad, dg.flatten(0, 1), states[:-1].flatten(0, 1)
+            parts = _rnn_derived(dy, through[0], states, w, relu)
+        dgates, dg, dh = parts
+        rows, before = dg.reshape(-1, dg.shape[-1]), states[:-1].reshape(-1, states.shape[-1])
+        da = (rows @ b).t() @ before if need[4] else None
+        db = rows.t() @ (before @ a.t()) if need[5] else None
+        dweight = rows.t() @ before if need[2] else None
+        if dw is not None:  # a second derivative goes through the merged weight as a whole
+            da = None if da is None else da + b.t() @ dw
+            db = None if db is None else db + dw @ a.t()
+            dweight = None if dweight is None else dweight + dw
         return (
             dgates if need[0] else None,
             dh if need[1] else None,
-            rows.t() @ before if need[2] else None,
+            dweight,
             rows.sum(0) if need[3] else None,
-            (rows @ b).t() @ before if need[4] else None,
-            rows.t() @ (before @ a.t()) if need[5] else None,
+            da,
+            db,
             None,
         )
 
@@ -131,7 +189,7 @@ def recurrent(
     h          [N, H]    the first state
     weight     [G, H], bias [G], lora_A [R, H], lora_B [G, R] with the scale in it, or both None: in the dtype of gates
     mode       "GRU" | "RNN_TANH" | "RNN_RELU", as nn.RNNBase names them
-    Saves      the states, for a GRU its gates too [T, N, 4H], and the merged weight. Differentiable once.
+    Saves      the states, for a GRU its gates too [T, N, 4H], and the merged weight. Differentiable at will.
     """
-    states: torch.Tensor = _Recurrent.apply(gates, h, weight, bias, lora_A, lora_B, mode)
+    states: torch.Tensor = _Recurrent.apply(gates, h, weight, bias, lora_A, lora_B, mode)[0]
     return states

@@ -84,7 +84,7 @@ def conv_grad_a(
     _checks.matrix(op, "ds", ds, (rows_of(x, a, geometry), groups * a.shape[0]), "[N · out, groups · R]")
     _checks.require_dtype(ds.dtype == x.dtype, op, "ds", f"have the dtype of x, {x.dtype}", ds.dtype)
     if dx is not None:
-        _checks.tensor(op, "dx", dx)
+        _checks.dense(op, "dx", dx)
         _checks.require(dx.shape == x.shape, op, "dx", f"have the shape of x, {list(x.shape)}", list(dx.shape))
         _checks.require_dtype(dx.dtype == x.dtype, op, "dx", f"have the dtype of x, {x.dtype}", dx.dtype)
         last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d

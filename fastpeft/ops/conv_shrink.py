@@ -50,7 +50,7 @@ def operands(
     _checks.activation(op, x)
     D = x.dim() - 2
     _checks.require(D in (2, 3), op, "x", "have shape [N, C, *in] of 4 or 5 dimensions", list(x.shape))
-    _checks.tensor(op, "a", a)
+    _checks.dense(op, "a", a)
     _checks.require_dtype(a.is_floating_point(), op, "a", "be a floating point tensor", a.dtype)
     _checks.require_dtype(isinstance(groups, int), op, "groups", "be an int", repr(groups))
     C = x.shape[1]

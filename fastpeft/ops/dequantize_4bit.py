@@ -28,7 +28,7 @@ _library.register(_OP, _fake, mutates=("out",), describe=_describe)
 
 
 def _check_out(q: Weight4bit, dtype: torch.dtype | None, out: torch.Tensor) -> None:
-    _checks.tensor(_OP, "out", out)
+    _checks.dense(_OP, "out", out)
     _checks.require(out.shape == q.shape, _OP, "out", f"have shape {list(q.shape)}", list(out.shape))
     _checks.require_dtype(dtype in (None, out.dtype), _OP, "out", f"have dtype {dtype}", out.dtype)
     _checks.require(out.device == q.device, _OP, "out", f"be on the device of q, {q.device}", out.device)

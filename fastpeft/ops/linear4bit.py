@@ -116,6 +116,7 @@ def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapte
         return (
             x.shape[-1] == K
             and x.dtype in _checks.FLOATS
+            and x.layout is _checks.STRIDED
             and weight.sound()
             and weight.packed.device == device
             and (bias is None or _checks.vector_fits(bias, N, device))

@@ -70,6 +70,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     scale, p, dtype, backend = ctx.call
     need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
     dy = _calls.rows(dy, dy.shape[-1], dtype)
+    mask_a, mask_b = (None if mask is None else mask.contiguous() for mask in (mask_a, mask_b))
     # What was not saved is not read; a launcher takes its sizes from the others.
     s = dy.new_empty(0) if s is None else s.contiguous()
     if a is None:
@@ -155,8 +156,10 @@ def _fits(given: _Given) -> bool:
     x, lora_A, lora_B, lora_bias, dropout = given
     try:
         N, device = lora_B.shape[0], x.device
-        return x.dtype in _checks.FLOATS and _checks.adapter_fits(
-            x.shape[-1], N, device, lora_A, lora_B, lora_bias, dropout
+        return (
+            x.dtype in _checks.FLOATS
+            and x.layout is _checks.STRIDED
+            and _checks.adapter_fits(x.shape[-1], N, device, lora_A, lora_B, lora_bias, dropout)
         )
     except _checks.UNFIT:
         return False

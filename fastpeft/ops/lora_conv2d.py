@@ -33,14 +33,14 @@ def _check(
     _checks.require_dtype(isinstance(groups, int), op, "groups", "be an int", repr(groups))
     C = x.shape[-D - 1]
     _checks.require(groups >= 1 and C % groups == 0, op, "groups", f"divide the {C} channels of x", groups)
-    _checks.tensor(op, "weight", weight)
+    _checks.dense(op, "weight", weight)
     fits = weight.dim() == D + 2 and weight.shape[1] == C // groups and weight.shape[0] % groups == 0
     want = f"have shape [out, in / groups, *kernel] = [a multiple of {groups}, {C // groups}, any × {D}]"
     _checks.require(fits, op, "weight", want, list(weight.shape))
     N, K = weight.shape[0], weight.shape[1:].numel()
     _checks.vector(op, "bias", bias, N, "out_channels")
     _checks.same_device(op, x.device, weight=weight, bias=bias)
-    _checks.tensor(op, "lora_A", lora_A)
+    _checks.dense(op, "lora_A", lora_A)
     flat = lora_A.dim() >= 1 and lora_A.shape[1:] in ((K,), weight.shape[1:])
     want = f"have shape [rank, in / groups · kernel] = [any, {K}], or [rank, in / groups, *kernel]"
     _checks.require(flat, op, "lora_A", want, list(lora_A.shape))

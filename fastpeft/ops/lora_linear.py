@@ -40,10 +40,11 @@ def _fits(given: _Given) -> bool:
             and x.dtype in _checks.FLOATS
             and weight.device == device
             and weight.is_floating_point()
+            and x.layout is _checks.STRIDED is weight.layout
             and (bias is None or _checks.vector_fits(bias, N, device))
             and _checks.adapter_fits(K, N, device, lora_A, lora_B, lora_bias, dropout)
         )
-    except (*_checks.UNFIT, RuntimeError):  # RuntimeError: a nested x has no shape
+    except _checks.UNFIT:
         return False
 
 
@@ -81,7 +82,7 @@ def lora_linear(
     """
     given: _Given = (x, weight, lora_A, lora_B, bias, lora_bias, dropout)
     if not _fits(given):
-        if isinstance(x, torch.Tensor) and x.is_nested:
+        if isinstance(x, torch.Tensor) and x.is_nested and x.layout is _checks.STRIDED:
             rest: dict[str, Any] = {"scale": scale, "dropout": dropout, "masks": masks, "backend": backend}
             return _calls.nested(x, lambda rows: lora_linear(rows, weight, lora_A, lora_B, bias, lora_bias, **rest))
         _check(given)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastpeft.ops import _calls, _checks
+from fastpeft import dispatch
+from fastpeft.ops import _calls, _checks, _derivatives
 from fastpeft.ops.lora_adapter import lora_adapter
 from fastpeft.ops.lora_between import lora_between
 
@@ -27,18 +29,26 @@ def _check(
     lora_B: torch.Tensor,
     lora_bias: torch.Tensor | None,
     weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dropout: float,
 ) -> None:
     _checks.activation(_OP, x)
-    _checks.tensor(_OP, "index", index)
+    _checks.dense(_OP, "index", index)
     integer = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     _checks.require_dtype(integer, _OP, "index", "be of an integer dtype", index.dtype)
-    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _checks.tensor(_OP, name, value)
-        _checks.require(value.dim() == 3, _OP, name, "have three dimensions", list(value.shape))
-        _checks.require_dtype(value.is_floating_point(), _OP, name, "be a floating point tensor", value.dtype)
+    for name, value, dims in (("lora_A", lora_A, 3), ("lora_B", lora_B, 3), ("lora_bias", lora_bias, 2)):
+        if value is not None or name != "lora_bias":
+            _checks.dense(_OP, name, value)
+            assert value is not None
+            _checks.require(value.dim() == dims, _OP, name, f"have {dims} dimensions", list(value.shape))
+            _checks.require_dtype(value.is_floating_point(), _OP, name, "be a floating point tensor", value.dtype)
     T, R, K = lora_A.shape
     _checks.entrance(_OP, x, "lora_A", K, lora_A.device)
+    if weight is not None:
+        _checks.matrix(_OP, "weight", weight, (None, K), "[out_features, in_features]")
     N = lora_B.shape[1] if weight is None else weight.shape[0]
+    _checks.require(weight is not None or bias is None, _OP, "bias", "be None without a weight", "a tensor")
+    _checks.vector(_OP, "bias", bias, N, "out_features")
     _checks.require(lora_B.shape == (T, N, R), _OP, "lora_B", f"have shape {[T, N, R]}", list(lora_B.shape))
     _checks.require(T >= 1 and R >= 1, _OP, "lora_A", "have a task and a rank of at least 1", list(lora_A.shape))
     if lora_bias is not None:
@@ -46,6 +56,8 @@ def _check(
     if weight is not None and _calls.autocast_dtype(x, x.device.type) is None:
         _checks.require_dtype(weight.dtype == x.dtype, _OP, "weight", f"have the dtype of x, {x.dtype}", weight.dtype)
     _checks.same_device(_OP, x.device, index=index, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias, weight=weight)
+    _checks.same_device(_OP, x.device, bias=bias)
+    _checks.probability(_OP, "dropout", dropout)
 
 
 def lora_linear_grouped(
@@ -75,19 +87,21 @@ def lora_linear_grouped(
     Raises     ValueError: shape, device, dropout; an index out of range, on a CPU: on a GPU its rows are NaN.
                TypeError: dtype.
     """
-    _check(x, index, lora_A, lora_B, lora_bias, weight)
-    T = lora_A.shape[0]
+    _check(x, index, lora_A, lora_B, lora_bias, weight, bias, dropout)
+    T, cast = lora_A.shape[0], _calls.autocast_dtype(x, x.device.type)
     rows = _rows_of(index, x.shape[:-1])
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or isinstance(rows, FakeTensor):
         return _masked(x, weight, lora_A, lora_B, rows, bias, lora_bias, scale, dropout, backend)
     if rows.numel():
         least, most = map(int, rows.aminmax())
         _checks.require(least >= -1, _OP, "index", "be at least -1", least)
         _checks.require(most < T, _OP, "index", f"be below the number of tasks, {T}", most)
+    if not _derivatives.composed(_OP, backend, False):  # no segment, no call that would ask
+        dispatch.select("lora_shrink", backend, "cpu", cast or x.dtype, _OP)
     y = _segments(x, lora_A, lora_B, rows, lora_bias, scale, dropout, backend)
     if weight is None:
         return y
-    base = torch.nn.functional.linear(x, weight, bias)
+    base = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(weight.dtype))
     return base + y.to(base.dtype)
 
 
@@ -139,7 +153,7 @@ def _segments(
         order = rows.argsort(stable=True)
         flat = flat[order]
         tasks, counts = rows[order].unique_consecutive(return_counts=True)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = _calls.autocast_dtype(x, x.device.type) or x.dtype
     parts = []
     for t, part in zip(tasks.tolist(), flat.split(counts.tolist()), strict=True):
         if t < 0:

@@ -60,7 +60,7 @@ def _dynamic_map() -> tuple[float, ...]:
 
 
 def _check(w: torch.Tensor, quant_type: str, block_size: int) -> None:
-    _checks.tensor(_OP, "w", w)
+    _checks.dense(_OP, "w", w)
     _checks.floats(_OP, "w", w.dtype)
     _checks.require(w.numel() >= 1, _OP, "w", "have at least one element", list(w.shape))
     _checks.one_of(_OP, "quant_type", quant_type, QUANT_TYPES)

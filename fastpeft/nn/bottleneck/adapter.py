@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastpeft import dispatch
-from fastpeft.nn.config import number, size
+from fastpeft.nn.config import adapter_dtype, named_options, number, size
 from fastpeft.ops import _checks
 from fastpeft.ops.lora_between import lora_between
 
@@ -41,6 +41,7 @@ class Adapter(nn.Module):
     Raises     ValueError: a range, an unknown name.  TypeError: a type.
     """
 
+    @named_options
     def __init__(
         self,
         dim: int,
@@ -59,6 +60,7 @@ class Adapter(nn.Module):
         _checks.one_of(op, "activation", activation, tuple(ACTIVATIONS))
         _checks.one_of(op, "kind", kind, KINDS)
         _checks.one_of(op, "backend", backend, (None, *dispatch.BACKENDS))
+        dtype = adapter_dtype(op, dtype)
         super().__init__()
         self.dim, self.bottleneck, self.activation, self.kind = dim, bottleneck, activation, kind
         self.scale, self.backend, self._enabled = number(op, "scale", scale), backend, True

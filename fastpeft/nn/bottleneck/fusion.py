@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastpeft.nn.bottleneck.adapter import ACTIVATIONS, Adapter
-from fastpeft.nn.config import size
+from fastpeft.nn.config import flag, named_options, size
 from fastpeft.ops import _checks
 
 
@@ -30,6 +30,7 @@ class AdapterFusion(nn.Module):
     V [U_1 … U_N] [p_1 a_1 … p_N a_N]: three, whatever N is, and nothing of size N · dim is formed.
     """
 
+    @named_options
     def __init__(self, dim: int, adapters: Iterable[nn.Module], *, freeze_adapters: bool = True) -> None:
         op = type(self).__name__
         size(op, "dim", dim)
@@ -41,6 +42,7 @@ class AdapterFusion(nn.Module):
             )
             assert isinstance(adapter, Adapter)
             _checks.require(adapter.dim == dim, op, "adapters", f"be of dim {dim}", adapter.dim)
+        flag(op, "freeze_adapters", freeze_adapters)
         super().__init__()
         self.dim = dim
         self.adapters = nn.ModuleList(listed)
@@ -61,7 +63,9 @@ class AdapterFusion(nn.Module):
         nn.init.eye_(self.value.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        adapters = self._listed()
+        op, adapters = type(self).__name__, self._listed()
+        _checks.activation(op, x)
+        _checks.entrance(op, x, "query", self.dim, self.query.weight.device)
         sizes = [adapter.bottleneck for adapter in adapters]
         down = nn.functional.linear(
             x.to(adapters[0].down.weight.dtype),
@@ -75,7 +79,8 @@ class AdapterFusion(nn.Module):
         u = nn.functional.linear(self.query(x.to(self.query.weight.dtype)), self.key.weight.t())
         seen = (u @ up).split(sizes, dim=-1)
         scores = torch.stack([(h * k).sum(-1) for h, k in zip(hidden, seen, strict=True)], dim=-1)
-        p = (scores + u @ bias.t()).float().softmax(-1).to(u.dtype)
+        scores = scores + u @ bias.t()
+        p = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(u.dtype)
         weighed = torch.cat([h * p[..., n : n + 1] for n, h in enumerate(hidden)], dim=-1)
         fused = nn.functional.linear(weighed, up) + p @ bias
         return (x + self.value(fused)).to(x.dtype)

@@ -109,6 +109,7 @@ class Conditional(LoRAModule):
         return merged
 
     def _grouped(self, x: torch.Tensor, weight: Any, bias: Any, condition: tuple[Any, ...]) -> torch.Tensor:
+        _checks.activation(self._op, x)
         ids = self._task(condition, x.device)
         index = torch.tensor(ids, device=x.device) if isinstance(ids, int) else ids
         a, b = self.factors()

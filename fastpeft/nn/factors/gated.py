@@ -75,7 +75,7 @@ class Gated(LoRAModule):
 
         def gated(s: torch.Tensor) -> torch.Tensor:
             values, logits = s.split(self.rank, dim=-1)
-            logits = logits.float() + self.attention.bias
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.attention.bias
             gate = logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
             return (values * (gate * self.gate_scale)).to(s.dtype)
 

@@ -86,10 +86,17 @@ class Hyper(LoRAModule):
             return a.unflatten(-1, (K, R)).mT, b.unflatten(-1, (R, N)).mT
         return a.unflatten(-1, (R, K)), b.unflatten(-1, (N, R))
 
+    def _given(self, x: torch.Tensor, condition: tuple[Any, ...]) -> torch.Tensor:
+        """The embedding of a call, [E], or [N, E] for N samples, beside an x that fits."""
+        held = next(self.hyper_net.parameters())
+        _checks.activation(self._op, x)
+        _checks.entrance(self._op, x, "hyper_net", self.in_features, held.device)
+        return self._embedding(condition, x.device)
+
     def _embedding(self, condition: tuple[Any, ...], device: torch.device) -> torch.Tensor:
         """[E], or [N, E] for N samples."""
         op, value = self._op, given(self._op, "task_embedding", condition)
-        _checks.tensor(op, "task_embedding", value)
+        _checks.dense(op, "task_embedding", value)
         _checks.floats(op, "task_embedding", value.dtype)
         E = self.task_embedding_dim
         fits = value.dim() in (1, 2) and value.shape[-1] == E
@@ -121,6 +128,8 @@ class Hyper(LoRAModule):
         op, N = self._op, embedding.shape[0]
         fits = x.dim() >= 2 and x.shape[0] == N
         _checks.require(fits, op, "task_embedding", "have a row for each of x's first dimension", list(embedding.shape))
+        rule = "be None or 'eager' for an embedding of each sample: two batched products of torch"
+        _checks.require(self.backend in (None, "eager"), op, "backend", rule, repr(self.backend))
         a, b = self.factors_of(embedding)
         p = self.dropout_probability if self.training else 0.0
         samples = nn.functional.dropout(x, p) if p else x
@@ -130,7 +139,7 @@ class Hyper(LoRAModule):
         return y if self.lora_bias is None else y + (self.lora_bias * self.scaling).to(y.dtype)
 
     def _adapter(self, x: torch.Tensor, *condition: Any) -> torch.Tensor:
-        embedding = self._embedding(condition, x.device)
+        embedding = self._given(x, condition)
         if embedding.dim() == 2:
             return self._each(x, embedding)
         a, b = self.factors_of(embedding)
@@ -138,8 +147,11 @@ class Hyper(LoRAModule):
         return lora_adapter(x, a, b, self.lora_bias, scale=self.scaling, dropout=p, backend=self.backend)
 
     def _linear(self, x: torch.Tensor, weight: Any, bias: Any, *condition: Any) -> torch.Tensor:
-        embedding = self._embedding(condition, x.device)
+        embedding = self._given(x, condition)
         if embedding.dim() == 2:
+            if not torch.is_autocast_enabled(x.device.type):
+                rule = f"have the dtype of weight, {weight.dtype}, outside autocast"
+                _checks.require_dtype(x.dtype == weight.dtype, self._op, "x", rule, x.dtype)
             return nn.functional.linear(x, weight, bias) + self._each(x, embedding)
         a, b = self.factors_of(embedding)
         p = self.dropout_probability if self.training else 0.0

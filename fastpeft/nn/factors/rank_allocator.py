@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.nn.config import number, size
+from fastpeft.nn.config import named_options, number, size
 from fastpeft.nn.factors.adaptive import Adaptive
 from fastpeft.ops import _checks
 
@@ -33,6 +33,7 @@ class RankAllocator:
     waits for the device.
     """
 
+    @named_options
     def __init__(
         self,
         model: nn.Module | Iterable[nn.Module],

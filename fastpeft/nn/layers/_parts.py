@@ -84,13 +84,15 @@ class LoRAPart(Mergeable):
 
     def reset_parameters(self) -> None:
         """Draw the factors anew by ``init``, with the scaling as it is now."""
-        self._require_unmerged("reset_parameters")
+        self._require_resettable()
         self._reset(self.weight.detach())
 
     def _require_plain(self, doing: str) -> None:
-        held, name = self._owner[0]._parameters, self.site.weight
-        computed = f"one that is computed at every call on {type(self._owner[0]).__name__}"
-        _checks.require(name in held, self._op, name, f"be a plain Parameter for {doing}()", computed)
+        owner = self._owner[0]
+        computed = f"one that is computed at every call on {type(owner).__name__}"
+        for name in (self.site.weight, self.site.bias):
+            plain = name in owner._parameters or getattr(owner, name, None) is None
+            _checks.require(plain, self._op, name, f"be a plain Parameter for {doing}()", computed)
         fits = self.lora_bias is None or self.bias is not None
         _checks.require(fits, self._op, "lora_bias", f"have a bias of the base to go into for {doing}()", "none")
 
@@ -160,6 +162,7 @@ class Parts(nn.Module):
             layer = options.pop("original_layer")
             self._require_torchs(op, layer)
         else:
+            base["dtype"] = adapter_dtype(op, base.get("dtype"))
             layer = self.TORCH(**{name: size(op, name, base.get(name)) for name in self.SIZES} | base)
         sites, configs = self._sites(layer, **own), {}
         for name, site in sites.items():
@@ -210,6 +213,8 @@ class Parts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the factors anew by ``init``; the base is left, but pissa and olora take their part out of it."""
         for part in self.parts().values():
+            part._require_resettable()
+        for part in self.parts().values():
             restart: Any = part.reset_parameters
             restart()
 
@@ -253,11 +258,20 @@ class Parts(nn.Module):
         return reports
 
     def unmerge(self) -> dict[str, MergeReport]:
-        """Every base as it was before ``merge``, as in LoRALinear; the report of each by its child's name."""
+        """Every base as it was before ``merge``, as in LoRALinear; the report of each by its child's name.
+
+        Raises     ValueError: an adapter that is not merged, or cannot be unmerged; nothing has been changed then.
+        """
+        for part in self.parts().values():
+            part._require_merged("unmerge")
+            part._require_plain("unmerge")
         return {name: part.unmerge() for name, part in self.parts().items()}
 
-    def _to_torch(self) -> Any:
+    def _to_torch(self, doing: str) -> Any:
         """A new layer of torch's class that computes what this one computes in eval mode, with its own weights."""
+        for part in self.parts().values():  # before a copy, which torch refuses to make of a computed weight
+            if part.enabled and not part.merged:
+                part._require_plain(doing)
         twin = copy.deepcopy(self)
         for part in twin.parts().values():
             if part.enabled and not part.merged:

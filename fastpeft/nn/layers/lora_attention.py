@@ -104,7 +104,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
 
     def to_attention(self) -> nn.MultiheadAttention:
         """A new nn.MultiheadAttention that computes what this one does in eval mode, with its own weights."""
-        plain = self._to_torch()
+        plain = self._to_torch("to_attention")
         if "out_proj" not in plain._modules:
             out = self.out_proj
             assert isinstance(out, LoRALinear)

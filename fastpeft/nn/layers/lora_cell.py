@@ -39,7 +39,7 @@ class _Cell(Parts):
 
     def to_cell(self) -> Any:
         """A new cell of torch's class that computes what this one computes in eval mode, with its own weights."""
-        return self._to_torch()
+        return self._to_torch("to_cell")
 
     def _plain(self) -> bool:
         return not (self.lora_ih.active or self.lora_hh.active)
@@ -57,7 +57,7 @@ class _Cell(Parts):
                 state = x.new_zeros(*x.shape[:-1], held.hidden_size)
             found.append(state)
         for name, size, tensor in zip(("input", "hx", "cx"), sizes, found, strict=False):
-            _checks.tensor(op, name, tensor)
+            _checks.dense(op, name, tensor)
             shape = [*x.shape[:-1], size]
             _checks.require(list(tensor.shape) == shape, op, name, f"have shape {shape}", list(tensor.shape))
         return [tensor.unsqueeze(0) if x.dim() == 1 else tensor for tensor in found]

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastpeft.nn.config import adapter_dtype, flag, size
-from fastpeft.nn.init import needs_weight
 from fastpeft.nn.layers._construct import constructor_form, from_options, require_linear
 from fastpeft.nn.merge import Mergeable
 
@@ -87,7 +86,8 @@ class LoRALinear(Mergeable):
         known = _ADAPTING if adapting else _NEW
         config, own = self._configure(K, N, options, "out_in" if adapting else layout, True, *known)
         if not adapting:
-            layer = nn.Linear(K, N, new.get("base_bias", True), new.get("device"), new.get("dtype"))
+            kept = adapter_dtype(op, new.get("dtype"))
+            layer = nn.Linear(K, N, new.get("base_bias", True), new.get("device"), kept)
         kind = adapter_dtype(op, kind, layer.weight)
         super().__init__()
         self.register_parameter("weight", layer._parameters["weight"])
@@ -115,9 +115,7 @@ class LoRALinear(Mergeable):
 
     def reset_parameters(self) -> None:
         """Draw the factors anew by ``init``; the base is left, but pissa and olora take their part out of it."""
-        self._require_unmerged("reset_parameters")
-        if needs_weight(self.init):
-            self._require_plain("reset_parameters")
+        self._require_resettable()
         self._reset(self.weight.detach())
 
     def forward(self, x: torch.Tensor, *condition: Any) -> torch.Tensor:

@@ -17,8 +17,9 @@ import torch
 from torch import _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastpeft import dispatch
 from fastpeft.nn.layers._parts import LoRAPart, Parts, Site
-from fastpeft.ops import _calls, _checks, lora_adapter
+from fastpeft.ops import _calls, _checks, _derivatives, lora_adapter
 from fastpeft.ops._recurrent import recurrent
 
 _Self = TypeVar("_Self", bound="_Sequence")
@@ -60,7 +61,7 @@ class _Sequence(Parts):
 
     def to_rnn(self) -> Any:
         """A new layer of torch's class that computes what this one computes in eval mode, with its own weights."""
-        plain = self._to_torch()
+        plain = self._to_torch("to_rnn")
         plain._init_flat_weights()
         return plain
 
@@ -69,7 +70,7 @@ class _Sequence(Parts):
             return self.TORCH.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         x, sizes, order, back = input if packed else (input, None, None, None)
-        op, base = type(self).__name__, self.get_parameter(self._all_weights[0][0])
+        op, base = type(self).__name__, getattr(self, self._all_weights[0][0])
         _checks.activation(op, x)
         _checks.require(packed or x.dim() in (2, 3), op, "input", "have 2 or 3 dimensions", x.dim())
         batched, dim = packed or x.dim() == 3, 0 if self.batch_first else 1
@@ -80,6 +81,9 @@ class _Sequence(Parts):
         held.check_forward_args(x, tuple(hidden) if self.mode == "LSTM" else hidden[0], sizes)
         cast = _calls.autocast_dtype(x, x.device.type)
         kind = torch.promote_types(torch.promote_types(x.dtype, base.dtype), torch.float32)
+        for part in self._adapters():
+            if part.active and part.backend is not None:  # the vendor's loop would not ask
+                dispatch.select("lora_shrink", part.backend, x.device.type, kind, op)
         if order is not None:
             hidden = [h.index_select(1, order) for h in hidden]
         # A weight merged in a half precision would lose most of the update, so the loop runs in fp32 there.
@@ -107,7 +111,7 @@ class _Sequence(Parts):
             _checks.require_dtype(pair, op, "hx", "be a pair (h, c)", type(hx).__name__)
         found = list(hx) if lstm else [hx]
         for h in found:
-            _checks.tensor(op, "hx", h)
+            _checks.dense(op, "hx", h)
             rule = "have 3 dimensions for a batched input, 2 for an unbatched one"
             _checks.require(h.dim() == 2 + batched, op, "hx", rule, h.dim())
         return found if batched else [h.unsqueeze(1) for h in found]
@@ -132,7 +136,7 @@ class _Sequence(Parts):
 
     def _steps_here(self, x: torch.Tensor, sizes: Any) -> bool:
         """Whether our own loop runs: where ATen's is a step at a time too, and nothing traces or transforms it."""
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        traced = torch.compiler.is_compiling() or _derivatives.composed(type(self).__name__, None, False)
         return self.mode != "LSTM" and x.device.type == "cpu" and sizes is None and not traced
 
     def _steps(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -183,7 +187,7 @@ class _Sequence(Parts):
         found = [w_ih, w_hh]
         if b_ih is not None or b_hh is not None:
             found += [w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias for bias in (b_ih, b_hh)]
-        return found + [self.get_parameter(name).to(dtype) for name in names if "_hr" in name]
+        return found + [getattr(self, name).to(dtype) for name in names if "_hr" in name]
 
     def _widened(self, x: torch.Tensor, layer: list[list[str]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """[x, drop(x) Aᵀ of each direction], and one layer's weights with [W_ih, scaling · B] in the place of W_ih.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastpeft.nn.config import number, size
+from fastpeft.nn.config import adapter_dtype, flag, named_options, number, size
 from fastpeft.ops import _checks
 
 _OP = "add_parametrization"
@@ -29,6 +29,7 @@ class LoRAParametrization(nn.Module):
     ``torch.nn.utils.parametrize.cached()`` forms it once for several calls.
     """
 
+    @named_options
     def __init__(
         self,
         features_in: int,
@@ -41,6 +42,7 @@ class LoRAParametrization(nn.Module):
         op = "LoRAParametrization"
         rows, columns = size(op, "features_in", features_in), size(op, "features_out", features_out)
         rank, self.alpha = size(op, "rank", rank), number(op, "alpha", alpha)
+        dtype = adapter_dtype(op, dtype)
         super().__init__()
         self.rank, self.scale, self.enabled = rank, alpha / rank, True
         self.lora_A = nn.Parameter(torch.empty(rank, columns, device=device, dtype=dtype))
@@ -70,6 +72,7 @@ class LoRAParametrization(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha:g}" + ("" if self.enabled else ", disabled")
 
 
+@named_options
 def add_parametrization(
     layer: nn.Module, rank: int = 1, alpha: float = 1, name: str = "weight", *, freeze_base: bool = True
 ) -> LoRAParametrization:
@@ -83,6 +86,7 @@ def add_parametrization(
                been changed then.  torch's parametrize.remove_parametrizations takes it out, merged or not.
     """
     _checks.require_dtype(isinstance(layer, nn.Module), _OP, "layer", "be an nn.Module", type(layer).__name__)
+    flag(_OP, "freeze_base", freeze_base)
     stacked = parametrize.is_parametrized(layer, name)
     weight: Any = getattr(layer, name) if stacked else layer._parameters.get(name)
     names = ", ".join(layer._parameters) or "none"

@@ -72,7 +72,8 @@ class QLoRALinear(Quantized):
         _checks.require(bits == 4, op, "bits", "be 4: weights of 8 bits are not served", bits)
         _checks.one_of(op, "compute_dtype", compute, (None, torch.float32, torch.bfloat16, torch.float16))
         if not adapting:
-            layer = nn.Linear(K, N, given.get("base_bias", True), given.get("device"), given.get("dtype"))
+            kept = adapter_dtype(op, given.get("dtype"))
+            layer = nn.Linear(K, N, given.get("base_bias", True), given.get("device"), kept)
         dtype = adapter_dtype(op, given.get("adapter_dtype"), layer.weight)
         # An explicit backend is asked for by the products; the bytes are the same whichever quantises.
         packing = {name: given[name] for name in ("quant_type", "block_size", "double_quant") if name in given}
