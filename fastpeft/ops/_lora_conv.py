@@ -156,8 +156,7 @@ class LoRAConv(torch.autograd.Function):
         ctx.likes = tuple((t.shape, t.dtype) for t in (w, a, b))
         ctx.out = y.shape
         ctx.bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
-        apart = need[3] and s is not None and not (keep_x and keep_a)
-        if apart and _derivatives.linked(need[0], need[1], need[2]):
+        if s is not None and need[3] and not (keep_x and keep_a) and _derivatives.linked(need[0], need[1], need[2]):
             ctx.set_materialize_grads(False)
             return y, s
         return y

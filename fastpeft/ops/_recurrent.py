@@ -76,17 +76,18 @@ def _rnn_backward(
 
 def _gru_derived(
     dy: torch.Tensor | None,
-    through: tuple[torch.Tensor | None, torch.Tensor | None],
+    to_states: torch.Tensor | None,
+    to_kept: torch.Tensor | None,
     states: torch.Tensor,
     kept: torch.Tensor,
     w: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_gru_backward`, to be differentiated again; ``through`` are the gradients of states and kept, or None."""
-    to_states, (r, z, n, own) = through[0], kept.split(states.shape[-1], -1)
-    to_kept = (None,) * 4 if through[1] is None else through[1].split(states.shape[-1], -1)
+    """`_gru_backward`, to be differentiated again, with the gradients of states and kept, or None."""
+    r, z, n, own = kept.split(states.shape[-1], -1)
+    parts = (None,) * 4 if to_kept is None else to_kept.split(states.shape[-1], -1)
     dh, gates, dgs = torch.zeros_like(states[0]), [], []
     for t in range(len(kept) - 1, -1, -1):
-        more_r, more_z, more_n, more_own = (0.0 if part is None else part[t] for part in to_kept)
+        more_r, more_z, more_n, more_own = (_at(part, t) for part in parts)
         dh = dh + _at(dy, t) + _at(to_states, t + 1)
         dn = (dh * (1 - z[t]) + more_n) * (1 - n[t] * n[t])
         dr = (dn * own[t] + more_r) * r[t] * (1 - r[t])
@@ -142,18 +143,24 @@ class _Recurrent(torch.autograd.Function):
         return states[1:].clone(), states, kept, merged
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, *through: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        dy: torch.Tensor | None,
+        to_states: torch.Tensor | None,
+        to_kept: torch.Tensor | None,
+        dw: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
         states, kept, w, a, b = ctx.saved_tensors
         gru, relu, need = ctx.mode == "GRU", ctx.mode == "RNN_RELU", ctx.needs_input_grad
-        again = dy is None or any(each is not None for each in through) or _derivatives.derived(dy, None)
-        dw = through[2]
+        through = any(each is not None for each in (to_states, to_kept, dw))
+        again = dy is None or through or _derivatives.derived(dy, None)
         if not again:
             assert dy is not None
             parts = _gru_backward(dy, states, kept, w) if gru else _rnn_backward(dy, states, w, relu)
         elif gru:
-            parts = _gru_derived(dy, through[:2], states, kept, w)
+            parts = _gru_derived(dy, to_states, to_kept, states, kept, w)
         else:
-            parts = _rnn_derived(dy, through[0], states, w, relu)
+            parts = _rnn_derived(dy, to_states, states, w, relu)
         dgates, dg, dh = parts
         rows, before = dg.reshape(-1, dg.shape[-1]), states[:-1].reshape(-1, states.shape[-1])
         da = (rows @ b).t() @ before if need[4] else None
