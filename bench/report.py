@@ -36,10 +36,11 @@ def _agreement(found: dict) -> str:
 
 def result_tables(data: dict) -> str:
     """Plain-text tables of one results file: cases, host time, kept bytes, launches, what was absent and why."""
-    lines = [_machine(data["environment"]), *(f"note: {note}" for note in data["notes"])]
+    lines = [_machine(data["environment"]), *(f"note: {note}" for note in data.get("notes", ()))]
     for case in data["cases"]:
         lines.append(f"\n{case['case']}: {case.get('what', 'forward + backward')}")
-        width = max(22, *map(len, (*case["peers"], *case["absent"])))
+        absent = case.get("absent", {})
+        width = max(22, *map(len, (*case["peers"], *absent)))
         title = f"/ {case.get('base', 'frozen')} [quartiles]"
         lines.append(f"  {'peer':{width}} {'median':>11} {'IQR':>9} {title:>26} {'of roof':>8}  rounds")
         for name, row in case["peers"].items():
@@ -48,16 +49,17 @@ def result_tables(data: dict) -> str:
             extra = f"  / frozen fp32 {row['ratio_fp32']:.2f}" if "ratio_fp32" in row else ""
             extra += f"  peak {row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
             extra += f"  kept {row['kept_bytes'] / 1e6:.2f} MB" if "kept_bytes" in row else ""
+            extra += f"  extra {row['extra_bytes'] / 1e6:.1f} MB" if "extra_bytes" in row else ""
             extra += "".join(f"  {times:.2f} x as fast as {peer}" for peer, times in row.get("faster", {}).items())
             lines.append(f"  {name:{width}} {_time(row['median_s']):>11} {iqr:>8.1%} {_spread(row):>27} {share:>8}  "
                          f"{row['rounds']:>4}{extra}")  # fmt: skip
-        lines += [f"  {name:{width}} absent: {why}" for name, why in case["absent"].items()]
+        lines += [f"  {name:{width}} absent: {why}" for name, why in absent.items()]
         if "agreement" in case:
             lines.append("  " + _agreement(case["agreement"]))
-        elif isinstance(case["counted"], str):
+        elif isinstance(case.get("counted", {}), str):
             lines.append(f"  {case['counted']}")
         else:
-            for strategy, c in case["counted"].items():
+            for strategy, c in case.get("counted", {}).items():
                 moved = ", ".join(f"{c[key] / 1e6:.1f} MB {what}" for key, what in _COUNTED.items())
                 flop = c["flop"] / 1e9
                 lines.append(f"  counted, {strategy}, p=0.1: {c['launches']} launches, {flop:.2f} GFLOP, {moved}")
@@ -82,7 +84,7 @@ def _peer_table(data: dict) -> list[str]:
             ratio = "1" if name == case["base"] else f"{_spread(row)} of {case['base']}"
             times = "".join(f", {times:.1f} x as fast as {peer}" for peer, times in row.get("faster", {}).items())
             lines.append(f"| {case['case']} | {name} | {_time(row['median_s'])} | {ratio}{times} |")
-    return [*lines, "", *(f"{note}." for note in data["notes"])]
+    return [*lines, "", *(f"{note}." for note in data.get("notes", ()))]
 
 
 def readme_table(results: list[dict]) -> str:
@@ -104,7 +106,7 @@ def readme_table(results: list[dict]) -> str:
                 cells = [f"{rows[f'{n} p={p}']['ratio']:.2f}" if f"{n} p={p}" in rows else "–" for n in names]
                 frozen = _time(rows["frozen"]["median_s"])
                 lines.append(f"| {case['case']} | {p} | {frozen} | " + " | ".join(cells) + " |")
-        lines += ["", *(f"{note}." for note in data["notes"])]
+        lines += ["", *(f"{note}." for note in data.get("notes", ()))]
         if "host" in data:
             host = data["host"]["peers"]
             sides = (("nn.Linear", "nn.Linear"), ("PEFT p=0", "PEFT"), ("ours p=0", "`lora_linear`"),
