@@ -24,7 +24,8 @@ import gpu_checks_fourbit  # noqa: E402
 from compile_kernels import meta, packed_weight  # noqa: E402
 
 STARTUP = 8  # seconds: a process imports torch and triton and makes a CUDA context
-OTHER = {"PEFT": 40, "torch.compile": 40}  # seconds of checks that are not replayed here: imports, a second compiler
+# Seconds of checks that are not replayed here: imports, a second compiler; ten kernels.
+OTHER = {"PEFT": 40, "torch.compile": 40, "rank space": 14}
 REST = 20  # of each of the others, some with a dozen kernels
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -78,4 +78,9 @@ def check_convolution(ctx) -> str:
     return f"forward and gradients, worst {max(shares):.0%} of the error budget"
 
 
-CHECKS = {"expand in place": check_expand_add, "between": check_between, "convolution": check_convolution}
+def check_rank_space(ctx) -> str:
+    """Both of the above, in one process."""
+    return f"in place: {check_expand_add(ctx)}; between: {check_between(ctx)}"
+
+
+CHECKS = {"convolution": check_convolution, "rank space": check_rank_space}

@@ -1,4 +1,5 @@
-"""Side-by-side timing: peers take turns (A B C A B C), so heat, clocks and neighbours touch all of them alike.
+"""Side-by-side timing: peers take turns, in an order drawn anew each round, so heat, clocks, neighbours and what the
+peer before left in a cache touch all of them alike.
 
 CPU: one thread, perf_counter. CUDA: device events, L2 flushed before every call, the device kept busy while the host
 enqueues so that host time does not leak into a kernel's. Medians and quartiles; ratios are taken round by round.
@@ -8,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +19,7 @@ import torch
 FLUSH_BYTES = 256 << 20  # more than any L2 (B200: 126 MB)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 MMAP_MAX = 65536  # glibc's own
-SLOW_S = 0.5  # a call this long needs no warm-up beyond itself
+SLOW_S = 0.5  # a call this long, once compiled, needs no further warm-up
 
 
 def steady_cpu() -> None:
@@ -70,6 +72,7 @@ class Race:
     def __init__(self, peers: dict[str, Callable[[], object]], device: str = "cpu", calls: int = 1):
         self.peers, self.device, self.calls = peers, device, calls
         self.samples: dict[str, list[float]] = {name: [] for name in peers}  # seconds per call
+        self._order, self._draw = list(peers), random.Random(0)
         self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if device == "cuda" else None
 
     def _time_cpu(self, peer: Callable[[], object]) -> float:
@@ -83,7 +86,7 @@ class Race:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if hasattr(torch.cuda, "_sleep"):
             torch.cuda._sleep(2_000_000)  # about a millisecond in which the host runs ahead
-        self._flush.zero_()
+        self._flush.sum()  # read, not written: dirty lines would be written back on the peer's time
         start.record()
         for _ in range(self.calls):
             peer()
@@ -96,26 +99,22 @@ class Race:
         return time_it(self.peers[name])
 
     def warm_up(self, budget_s: float = 20.0, min_rounds: int = 3, max_rounds: int = 50) -> int:
-        """Runs every peer and returns the rounds that fit the budget. A call over SLOW_S is its own first sample."""
+        """Runs every peer and returns the rounds that fit the budget. No first call is a sample: it may compile."""
         once = 0.0
         for name in self.peers:
-            first = self.time_one(name)
-            if first * self.calls > SLOW_S:
-                self.samples[name].append(first)
-            else:
-                for _ in range(2):
-                    first = min(first, self.time_one(name))
-            once += first * self.calls
-        done = min(len(s) for s in self.samples.values())
-        for s in self.samples.values():  # rounds stay aligned: ratios pair the i-th samples
-            del s[done:]
-        return max(1, max(min_rounds, min(max_rounds, int(budget_s / max(once, 1e-9)))) - done)
+            self.time_one(name)
+            least = self.time_one(name)
+            if least * self.calls <= SLOW_S:
+                least = min(least, self.time_one(name))
+            once += least * self.calls
+        return max(1, min_rounds, min(max_rounds, int(budget_s / max(once, 1e-9))))
 
     def round(self) -> None:
-        """One sample of every peer, in turn."""
+        """One sample of every peer, in an order of this round."""
+        self._draw.shuffle(self._order)
         gc.disable()  # a collection inside one peer's sample is another peer's garbage
         try:
-            for name in self.peers:
+            for name in self._order:
                 self.samples[name].append(self.time_one(name))
         finally:
             gc.enable()
