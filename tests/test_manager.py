@@ -1,7 +1,9 @@
 """The manager: what every method puts in, counts, switches, merges and takes out."""
 
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -198,6 +200,15 @@ def test_an_untrained_importance_is_not_counted():
     assert manager.count_trainable_parameters() == 32
     manager.switch("adalora")
     assert manager.count_trainable_parameters() == 32
+
+
+def test_the_wide_weight_of_a_quantised_layer_is_not_kept():
+    model = Small()
+    weights = [weakref.ref(model.body[name].weight) for name in "ab"]
+    manager = EfficientFineTuningManager(model).apply_qlora(rank=2)
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+    assert manager.unload().body["a"].weight.requires_grad
 
 
 def test_a_square_parallel_adapter():

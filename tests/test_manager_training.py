@@ -45,7 +45,7 @@ def test_checkpointing_of_a_plain_model(use_reentrant, embeds):
     x = torch.arange(4) if embeds else torch.randn(4, 8)
     manager = train(EfficientFineTuningManager(model).apply_lora("body", rank=2, dropout_probability=0.3))
     want = gradients(manager, x)
-    Checkpointed.use_reentrant = use_reentrant
+    model.use_reentrant = use_reentrant
     manager.gradient_checkpointing_enable(use_reentrant=use_reentrant)
     manager.gradient_checkpointing_enable(use_reentrant=use_reentrant)  # a second time adds no hooks
     assert model.gradient_checkpointing and len(model._forward_pre_hooks) == int(use_reentrant)
