@@ -121,12 +121,13 @@ def test_functions():
 # The decisions
 
 
-def test_decision_01_adapters_act_in_eval():
+@pytest.mark.parametrize("targets", [["self_attn.out_proj", "linear2"], ["linear2"]], ids=" ".join)
+def test_decision_01_adapters_act_in_eval(targets):
     """torch calls no out_proj, and its encoder's fast path no linear2: the document's adapters would do nothing."""
     model, x = encoder(), torch.randn(3, 5, D)
     base = model(x)
     manager = EfficientFineTuningManager(model)
-    manager.apply_lora(["self_attn.out_proj", "linear2"], rank=4, dropout_probability=0.0)
+    manager.apply_lora(targets, rank=4, dropout_probability=0.0)
     torch.testing.assert_close(model(x), base)
     trained(manager)
     padding = torch.zeros(3, 5, dtype=torch.bool)

@@ -292,6 +292,9 @@ def test_decision_40_pruned_stays_pruned():
     assert (module.lora_A == 0).sum() == I * 8 // 2
     module.prune()
     assert (module.lora_A == 0).sum() == I * 8 // 2  # the same share in all: nothing to do
+    kept = module.mask_A
+    module.prune(0.25)
+    assert torch.equal(module.mask_A, kept)  # masks only grow
     assert module.prune(0.75) > 0.5 and (module.lora_A == 0).sum() == I * 8 * 3 // 4
     half = PruningAwareLoRALinear(I, O, rank=8, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
     half.prune()
