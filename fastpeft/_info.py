@@ -38,7 +38,8 @@ def info() -> Info:
     backends = {}
     for name in dispatch.BACKENDS:
         op = "linear4bit_fwd" if name == "cuda" else "lora_linear_fwd"
-        missing = {kind: dispatch.unmet(op, name, kind, torch.float32) for kind in {"cpu", device}}
+        dtype = torch.bfloat16 if name == "cuda" else torch.float32  # what each computes in
+        missing = {kind: dispatch.unmet(op, name, kind, dtype) for kind in {"cpu", device}}
         able = sorted(kind for kind, lack in missing.items() if lack is None)
         backends[name] = f"serves {' and '.join(able)}" if able else f"requires {missing[device]}"
     extension = {}

@@ -78,6 +78,11 @@ class Conditional(LoRAModule):
             kind, integer = type(ids).__name__, isinstance(ids, int) and not isinstance(ids, bool)
         _checks.require_dtype(integer, op, "task_id", "be an int or a tensor of integers", kind)
         if isinstance(ids, torch.Tensor):
+            if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+                least, most = map(int, ids.aminmax())
+                wrong = least if least < -1 else most
+                inside = -1 <= least and most < self.num_tasks
+                _checks.require(inside, op, "task_id", f"be in [-1, {self.num_tasks})", wrong)
             return ids.to(device)
         _checks.require(-1 <= ids < self.num_tasks, op, "task_id", f"be in [-1, {self.num_tasks})", ids)
         return int(ids)
@@ -112,6 +117,10 @@ class Conditional(LoRAModule):
         _checks.activation(self._op, x)
         ids = self._task(condition, x.device)
         index = torch.tensor(ids, device=x.device) if isinstance(ids, int) else ids
+        leading = x.shape[:-1]
+        fits = index.numel() == 1 or index.shape == leading[: index.dim()]
+        rule = f"have x's first dimensions, {list(leading)}, or one element"
+        _checks.require(fits, self._op, "task_id", rule, list(index.shape))
         a, b = self.factors()
         p = self.dropout_probability if self.training else 0.0
         return lora_linear_grouped(
