@@ -81,7 +81,7 @@ class Conditional(LoRAModule):
             if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
                 least, most = map(int, ids.aminmax())
                 wrong = least if least < -1 else most
-                inside = -1 <= least and most < self.num_tasks
+                inside = least >= -1 and most < self.num_tasks
                 _checks.require(inside, op, "task_id", f"be in [-1, {self.num_tasks})", wrong)
             return ids.to(device)
         _checks.require(-1 <= ids < self.num_tasks, op, "task_id", f"be in [-1, {self.num_tasks})", ids)
