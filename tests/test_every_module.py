@@ -12,7 +12,14 @@ from torch.nn.utils import parametrize
 
 from every_module import NAMES, build, call, missing
 from fastpeft import RankAllocator
-from fastpeft.nn import AdaLoRALinear, Adapter, AdapterFusion, LoRALinear, LoRAParametrization, add_parametrization
+from fastpeft.nn import (
+    AdaLoRALinear,
+    Adapter,
+    AdapterFusion,
+    LoRALinear,
+    LoRAParametrization,
+    add_parametrization,
+)
 from fastpeft.ops import _derivatives
 from fastpeft.ops._recurrent import recurrent
 

@@ -145,7 +145,10 @@ def _run(
     chosen = "eager" if composed else dispatch.select(FWD, backend, device.type, dtype, op)
     a, b, lora_bias = adapter
     call = (scale, dropout, dtype, chosen, weight.quant_type, weight.block_size, N, K)
-    args: Any = (x, a, b, bias, lora_bias, seed, call, weight.packed, *weight.scales)
+    packed = weight.packed
+    if composed and not compiling:
+        packed = packed.as_subclass(torch.Tensor)  # what traces, torch.func.linearize for one, knows no other class
+    args: Any = (x, a, b, bias, lora_bias, seed, call, packed, *weight.scales)
     if composed:
         return compute(*args, run=_derivatives.run)[0]
     if not torch.is_grad_enabled():

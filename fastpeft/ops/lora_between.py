@@ -237,6 +237,7 @@ def lora_between(
     Cost       as lora_linear of the same ranks: x is read once by the shrink and once by the base product
     Raises     ValueError: shape, device, dropout or backend; an h of another shape.  TypeError: dtype.
     """
+    _checks.require_dtype(callable(between), _OP, "between", "be a function of s", type(between).__name__)
     _check(x, lora_A, lora_B, weight, bias, lora_bias, dropout)
     cast = _calls.autocast_dtype(x, x.device.type)
     dtype = cast or x.dtype
@@ -256,6 +257,9 @@ def lora_between(
         made = _Shrink.apply(x, weight, lora_A, seed, (dropout, dtype, chosen))
         s, token = made if isinstance(made, tuple) else (made, None)
     h = between(s if len(leading) == 1 else s.view(*leading, s.shape[1]))
+    real = isinstance(h, torch.Tensor) and h.is_floating_point() and h.layout is _checks.STRIDED
+    got = h.dtype if isinstance(h, torch.Tensor) else type(h).__name__
+    _checks.require_dtype(real, _OP, "between", "give a dense floating point tensor", got)
     shape = (*leading, lora_B.shape[1])
     _checks.require(h.shape == shape, _OP, "between", f"give a tensor of shape {list(shape)}", list(h.shape))
     h = _calls.rows(h, lora_B.shape[1], dtype).contiguous()

@@ -30,7 +30,7 @@ def _check(
     _checks.activation(op, x)
     sizes = "*in" if D == 1 else f"*in (of {D} dimensions)"
     _checks.require(x.dim() in (D + 1, D + 2), op, "x", f"have shape [N, C, {sizes}] or [C, {sizes}]", list(x.shape))
-    _checks.require_dtype(isinstance(groups, int), op, "groups", "be an int", repr(groups))
+    _checks.require_dtype(type(groups) is int, op, "groups", "be an int", repr(groups))
     C = x.shape[-D - 1]
     _checks.require(groups >= 1 and C % groups == 0, op, "groups", f"divide the {C} channels of x", groups)
     _checks.dense(op, "weight", weight)
