@@ -1,10 +1,10 @@
 """The launchers of csrc/*.cu under the names of the dispatch table.
 
-ImportError where the extension was built without CUDA, or for other GPUs or a later driver than there are.
+ImportError where the extension was built without CUDA, for other GPUs than there are, or for a later driver.
 
-Four primitives are CUDA's, and all that read a packed weight: dequantise, the products of few rows, forward and
-backward, and forward's of up to 512, in 16 bits. What surrounds them is the composition of kernels/linear4bit.py, with
-its passes over activations in Triton and the vendor's GEMM on what was dequantised.
+CUDA computes what reads a packed weight: dequantise, the products of few rows forward and backward, and the forward
+product of up to 512 rows in 16 bits. kernels/linear4bit.py composes these four with Triton's passes over activations
+and the vendor's GEMM on the dequantised weight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MID_ROWS = 512
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its rows are not at multiples of 16 bytes: they are few beside the weight's."""
+    """x, copied where its rows do not begin at multiples of 16 bytes: it is small beside the weight."""
     fits = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) <= 1 << 23
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
@@ -86,7 +86,7 @@ def linear4bit_small(
     lora_bias: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """y [M, N] of a weight that `takes` takes."""
+    """y [M, N] for a weight that `takes` accepts."""
     weight = (packed, scales, quant_type, block_size)
     return _product(_small, x, weight, N, s, b, bias, lora_bias, scale)
 
@@ -100,7 +100,7 @@ def linear4bit_small_dx(
     K: int,
     dx: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dx [M, K] += dy w in place, or a new dx, of a weight that `takes` takes."""
+    """dx [M, K] += dy w in place, or a new dx, for a weight that `takes` accepts."""
     out = dy.new_zeros(dy.shape[0], K) if dx is None else dx
     if dy.numel():
         _small_dx(dy, packed, scales, quant_type, block_size, dx is not None, out)

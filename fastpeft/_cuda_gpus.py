@@ -9,7 +9,7 @@ import torch
 from fastpeft._extension import _C
 from fastpeft._installed import left_out
 
-# Whose machine code must have been compiled for themselves: that of a desktop GPU does not run on them.
+# Embedded GPUs run only machine code compiled for their own architecture, and none of a desktop GPU's.
 _EMBEDDED = {(8, 7), (11, 0)}
 
 
@@ -17,7 +17,7 @@ def _runs(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for an entry of TORCH_CUDA_ARCH_LIST, 8.0 at least, runs on a GPU, by CUDA's compatibility rules."""
     found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", arch)
     if found is None:
-        return True  # a name: whoever gave it knows
+        return True  # a name such as "Hopper": taken at its word
     built = int(found[1]), int(found[2])
     if built == capability or found[3]:
         return built == capability

@@ -55,8 +55,8 @@ def info() -> Info:
 def release_workspace() -> int:
     """Give the system back what the CPU kernels keep between calls, 64 MiB at most; returns how many bytes that was.
 
-    Buffers of 64 KiB and more that a call needs only for its own length, which would cost more in page faults than in
-    arithmetic; later calls ask for new ones. On a GPU they are torch's: ``torch.cuda.empty_cache()``.
+    They are the scratch buffers of 64 KiB and more. A fresh one costs more in page faults than the arithmetic in it, so
+    that they are kept; later calls allocate them anew. On a GPU they are torch's: ``torch.cuda.empty_cache()``.
     """
     if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is not None:
         return 0
@@ -77,6 +77,9 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Run ``module(*args, **kwargs)`` once without gradients and report each operator call that it makes.
 
     The state of torch's generators is put back. Any module will do, a whole model too; equal calls are counted once.
+
+    Returns    an `Explanation`, whose ``calls`` are told apart by shape, dtype, backend and strategy; print it
+    Raises     what the module raises
     """
     seen: Counter[_library.Call] = Counter()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
-"""Of a checkout; an installed package has none."""
+"""Where a checkout has its sources; an installed package has no such folder."""
 BUILD = "pip install --no-build-isolation"
 
 
@@ -23,7 +23,7 @@ def left_out() -> dict[str, str]:
 
 
 def hidden() -> Path | None:
-    """The package installed with its extension that this one, a checkout without, comes before; or None."""
+    """The installed package with an extension that this one, a checkout without an extension, hides; or None."""
     if not SOURCES.is_dir() or any(HERE.glob("_C*")):
         return None
     for found in importlib.metadata.distributions(name="fastpeft"):
@@ -47,6 +47,6 @@ def absent() -> str:
 
 
 def warn_of_hidden() -> None:
-    """Two packages, and the poorer one is taken without a word: the one mistake that no later error tells of."""
+    """Warn where a checkout without an extension hides an installed package with one: no later error would tell."""
     if hidden():
         warnings.warn(f"fastpeft: the compiled extension is {absent()}", RuntimeWarning, stacklevel=3)

@@ -1,7 +1,7 @@
 """A convolution's thin products on the CPU, under the names of the dispatch table: the vendor's convolutions.
 
-They take no dropout: csrc draws the mask into a copy of a few images at a time, which a cache holds, and adds the
-masked share of dx from such a piece. All is channels-last inside, where the vendor's thin products take half the time.
+They take no dropout. So csrc writes the dropped x of a few images at a time, a piece that a cache holds, and adds the
+masked share of dx from such a piece. Inside all is channels-last, where the vendor's thin products take half the time.
 """
 
 from __future__ import annotations

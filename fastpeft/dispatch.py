@@ -146,7 +146,7 @@ def _able(launcher: str, device: str, dtype: torch.dtype) -> list[str]:
 
 
 def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, object] | None:
-    """(argument, rule, value) of what keeps Triton's fused GEMM from x, which is called ``name``, and w; or None."""
+    """Why Triton's fused GEMM cannot take x, called ``name``, and w: (argument, rule, value); None if it can."""
     unmet: tuple[str, str, object] | None
     unmet = importlib.import_module("fastpeft.kernels.lora_linear_fused").fuse_unmet(x, w, name)
     return unmet
@@ -155,7 +155,7 @@ def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, o
 @cache
 def _select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str) -> str:
     if backend is None:
-        # Not Triton's interpreter, which serves those who ask for it: the reference is a thousand times faster.
+        # Triton's interpreter serves only where it is named: the reference is a thousand times faster.
         return next(name for name in _able(launcher, device, dtype) if name != "triton" or device == "cuda")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
@@ -199,7 +199,7 @@ def load(op: str, backend: str) -> Callable[..., Any]:
 def strategy(op: str, backend: str, *args: Any) -> str:
     """How a backend computes this call, in its own words: ``<op>_strategy`` beside the launcher, on the same arguments.
 
-    Empty where there is none: a launcher of one way, or an operator made of others.
+    Empty for a launcher with one strategy only, and for an operator that is made of others.
     """
     if backend == "eager":
         return "eager: the reference, op by op"

@@ -64,6 +64,7 @@ def test_registration(backend):
     torch.library.opcheck(torch.ops.fastpeft.conv_shrink.default, args)
 
 
+@pytest.mark.cpp
 def test_pieces(monkeypatch):
     """A mask drawn a few images at a time is the mask of the whole."""
     native = pytest.importorskip("fastpeft._native_conv")

@@ -129,6 +129,7 @@ def strategies(call):
     return [each.strategy.split(":")[0] for each in seen if each.op.startswith("lora_conv")]
 
 
+@pytest.mark.cpp
 def test_paths(monkeypatch):
     tensors = make(ConvCase("", (12, 12), 16, 16, 4, (3, 3)), torch.float32)
     case = ConvCase("", (12, 12), 16, 16, 4, (3, 3))

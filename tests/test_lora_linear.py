@@ -50,6 +50,7 @@ def test_mixed_adapter_dtype(backend, case, dtype, adapter, poisoned):
     compare(values(case, dtype, adapter, biases=False), backend, dtype, p=0.1)
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 24, 64, 100, 256, 300])
 def test_ranks(rank, poisoned):
     from cases import Case
@@ -152,6 +153,7 @@ def test_only_what_is_needed(backend, wanted):
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == list(wanted)
 
 
+@pytest.mark.cpp
 def test_bytes_kept_for_a_triple(poisoned):
     """q, k and v on one bf16 x with dropout: x once, three thin s, three seeds; 2.2 bytes a token and channel at most."""
     M, K, R = 64, 768, 8
@@ -174,6 +176,7 @@ def test_bytes_kept_for_a_triple(poisoned):
     sum(y.float().sum() for y in outputs).backward()
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_deterministic(dtype, p):

@@ -1,9 +1,9 @@
 """The manager: adapters put into a model by name, counted, switched, saved, loaded, merged and taken out.
 
-``targets`` says which modules are meant, ``defaults`` which where nobody said; ``methods`` which class adapts a module;
-``placing`` puts in and takes out, all or nothing; ``prompts`` is the same for virtual tokens. The manager is one class
-in rooms, each on the one before: ``account``, ``applying``, ``merging``, ``saving`` (over ``archive`` and ``options``),
-``words``, ``checkpointing``, ``manager``. No arithmetic of an adapter may enter here.
+``targets`` says which modules are meant, ``defaults`` which where none is named; ``methods`` which class adapts a
+module; ``placing`` puts in and takes out, all or nothing; ``prompts`` is the same for virtual tokens. The manager is
+one class in several files, each the base of the next: ``account``, ``applying``, ``merging``, ``saving`` (over
+``archive`` and ``options``), ``words``, ``checkpointing``, ``manager``. No arithmetic of an adapter may enter here.
 """
 
 from fastpeft.manager.manager import (

@@ -51,8 +51,6 @@ class Account:
         # By name: a parameter that is replaced (quantised) is not kept alive.
         self._flags: dict[str, bool] | None = None
 
-    # -- what is trained -----------------------------------------------------------------------------------------------
-
     def _flags_now(self) -> dict[str, bool]:
         return {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
 
@@ -107,8 +105,6 @@ class Account:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__})\n{self.summary()}"
 
-    # -- what acts -----------------------------------------------------------------------------------------------------
-
     def _of(self, names: str | Iterable[str] | None = None) -> list[Entry]:
         """The entries of these adapters, of all where it is None."""
         wanted = list(self.methods) if names is None else [names] if isinstance(names, str) else list(names)
@@ -153,8 +149,6 @@ class Account:
         for entry in wanted:  # last: a shared parameter is trained
             for parameter in entry.parameters():
                 parameter.requires_grad_(True)
-
-    # -- merged units --------------------------------------------------------------------------------------------------
 
     def _units(self, entries: list[Entry]) -> list[Any]:
         """What is merged as one: a stack with its layer, or a layer alone."""

@@ -1,4 +1,4 @@
-"""What is adapted where nobody said what."""
+"""What a method adapts where no targets are named."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def _to_model(name: str) -> Callable[..., EfficientFineTuningManager]:
         return manager
 
     function.__name__ = function.__qualname__ = f"{name}_to_model"
-    function.__doc__ = f"``EfficientFineTuningManager(model).{name}(…)``; returns the manager.\n\n{method.__doc__}"
+    doc = inspect.getdoc(method)
+    function.__doc__ = f"``EfficientFineTuningManager(model).{name}(…)``; returns the manager.\n\n{doc}"
     own = [each for each in inspect.signature(method).parameters.values() if each.name != "self"]
     first = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     function.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]

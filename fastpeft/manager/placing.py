@@ -55,7 +55,7 @@ class Entry:
         return [value for value in state.values() if isinstance(value, nn.Parameter)]
 
     def forget_packed(self) -> None:
-        """A packed weight is made for memory: the wide one is not to be kept beside it."""
+        """Drop the wide original of a packed weight, which is packed to save memory."""
         if isinstance(self.module, QLoRALinear):
             self.original = None
 

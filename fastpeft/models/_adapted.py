@@ -160,8 +160,8 @@ class Adapted(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The model's own gradient checkpointing, without reentrance: the embeddings are frozen, and a reentrant
-        checkpoint of what needs no gradient gives its inside none.
+        """The model's own gradient checkpointing, not the reentrant one: the embeddings are frozen, and inside a
+        reentrant checkpoint whose inputs need no gradient no parameter gets one.
 
         Raises     ValueError: a model that has none.
         """

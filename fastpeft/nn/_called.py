@@ -2,8 +2,8 @@
 
 In eval mode nn.TransformerEncoderLayer hands ``linear1.weight`` and the like to one fused operator, and what a LoRA
 module adds would silently be gone. It declines where a module inside it has a forward hook; so ours have one, which
-does nothing. Running hooks costs a call a microsecond, and nn.Module does it only where the dict of the hooks is true:
-the dict of a LoRA module is true only where it holds another one.
+does nothing. nn.Module runs hooks, for a microsecond a call, only where their dict is truthy: the dict of a LoRA module
+is truthy only where it holds another hook.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Hooks(OrderedDict[Any, Callable[..., Any]]):
 
 
 def must_be_called(module: nn.Module) -> None:
-    """Give ``module`` the hook at no price a call; it survives deepcopy and pickle, others come and go beside it."""
+    """Give ``module`` the hook without a cost per call; it survives deepcopy and pickle, and others may be added."""
     hooks = _Hooks(module._forward_pre_hooks)
     hooks[KEY] = called
     module._forward_pre_hooks = hooks

@@ -179,7 +179,7 @@ def flag(op: str, name: str, value: object) -> None:
 
 
 def adapter_dtype(op: str, dtype: torch.dtype | None, weight: torch.Tensor | None = None) -> torch.dtype:
-    """The dtype of new factors; beside a half-precision base fp32, whose updates are below the base's rounding step."""
+    """The dtype of new factors: fp32 beside a half-precision base, as one update is below that base's rounding step."""
     if dtype is None:
         dtype = torch.get_default_dtype() if weight is None else torch.promote_types(weight.dtype, torch.float32)
     known = isinstance(dtype, torch.dtype) and dtype.is_floating_point

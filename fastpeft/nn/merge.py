@@ -100,7 +100,7 @@ class Update:
 
 
 def stacked(updates: Sequence[Update], dtype: torch.dtype) -> Update:
-    """Their sum as one update, exactly: their ranks side by side, their scales in b."""
+    """The sum of ``updates`` as one update, exactly: their ranks side by side, their scales in b."""
     if len(updates) == 1:
         return updates[0]
     biases = [each.bias.to(dtype) * each.scale for each in updates if each.bias is not None]

@@ -20,7 +20,11 @@ def _modules(module: nn.Module) -> list[LoRAModule | LoRAParametrization]:
 
 
 def enable_lora(module: nn.Module) -> int:
-    """``enable()`` on every LoRA module and parametrization in ``module``; returns how many there are."""
+    """``enable()`` on every LoRA module and parametrization in ``module``; returns how many there are.
+
+    Not on an `Adapter` or a prompt, which have switches of their own.
+    Raises     TypeError: not a module.
+    """
     children = _modules(module)
     for child in children:
         child.enable()
@@ -32,7 +36,11 @@ def _merged_stacks(module: nn.Module) -> list[AdapterStack]:
 
 
 def disable_lora(module: nn.Module) -> int:
-    """``disable()`` on every LoRA module and parametrization in ``module``; returns how many there are."""
+    """``disable()`` on every LoRA module and parametrization in ``module``; returns how many there are.
+
+    What is merged is unmerged. Not on an `Adapter` or a prompt, which have switches of their own.
+    Raises     TypeError: not a module.
+    """
     children = _modules(module)
     for stack in _merged_stacks(module):
         stack.unmerge()
@@ -43,7 +51,10 @@ def disable_lora(module: nn.Module) -> int:
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
-    """The base model within the block; after it, each LoRA module is enabled and merged as it was."""
+    """The base model within the block; after it, each LoRA module is enabled and merged as it was.
+
+    Raises     TypeError: not a module.
+    """
     children, stacks = _modules(module), _merged_stacks(module)
     for stack in stacks:
         stack.unmerge()

@@ -1,8 +1,7 @@
 """The only place that words an error: ``<op>: <argument> must <rule>, got <value>``.
 
-What is asked on the way of every call has a quick twin, `<check>_fits`, right below the check that words it. It asks
-the same and answers True or False, and an exception that it meets (`UNFIT`) is a False; tests/test_checks_agree.py
-proves that the two agree.
+A check that runs at every call has a quick twin, `<check>_fits`, right below it. The twin asks the same and returns
+True or False; an exception that it meets (`UNFIT`) counts as False. tests/test_checks_agree.py proves that both agree.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import numbers
 import torch
 
 UNFIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError)
-"""What a quick twin raises where an argument is of another kind than it thinks; a nested tensor has no shape."""
+"""What a quick twin may raise on an argument of an unexpected kind; a nested tensor, for one, has no shape."""
 
 STRIDED = torch.strided
 
@@ -118,10 +117,10 @@ def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> 
 def entrance(
     op: str, x: torch.Tensor, name: str, width: int, device: torch.device, *, sure: tuple[bool, bool] = (True, True)
 ) -> None:
-    """x before the parameters, the first of which, ``name``, takes inputs of ``width`` on ``device``.
+    """Check x against the first parameter, ``name``, which takes inputs of ``width`` on ``device``.
 
-    Of two that differ x is to blame, which is new in each call: where the first parameter is ``sure`` of its width (of
-    its device), as no other one contradicts it.
+    Where they differ the error names x, as x is new in each call; but only where no other parameter contradicts the
+    first one: ``sure`` says so of its width and of its device.
     """
     rule = f"have shape [..., in_features] = [..., {width}]"
     require(x.shape[-1] == width or not sure[0], op, "x", rule, list(x.shape))

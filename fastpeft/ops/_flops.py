@@ -30,7 +30,7 @@ _counting: dict[Any, Callable[..., int]] = {}
 
 
 def tell() -> None:
-    """Register the formulas with the FLOP counters that there are; nothing where nobody has imported them."""
+    """Register the formulas with torch's FLOP counter; nothing where it is not imported."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return

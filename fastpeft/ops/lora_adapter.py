@@ -152,7 +152,7 @@ def _check(given: _Given) -> None:
 
 
 def _fits(given: _Given) -> bool:
-    """What ``_check`` asks: cheap on the way of every call, and traceable with symbolic sizes."""
+    """What ``_check`` asks: cheap, as it runs at every call, and traceable with symbolic sizes."""
     x, lora_A, lora_B, lora_bias, dropout = given
     try:
         N, device = lora_B.shape[0], x.device

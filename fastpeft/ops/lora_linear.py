@@ -31,7 +31,7 @@ def _check(given: _Given) -> None:
 
 
 def _fits(given: _Given) -> bool:
-    """What ``_check`` asks: one cheap conjunction on the way of every call."""
+    """What ``_check`` asks: one cheap conjunction, as it runs at every call."""
     x, weight, lora_A, lora_B, bias, lora_bias, dropout = given
     try:
         (N, K), device = weight.shape, x.device

@@ -54,7 +54,7 @@ _library.register("lora_linear_fused_dx", _fake_dx, describe=_describe_dx)
 
 
 def _select(op: str, backend: str | None, name: str, x: torch.Tensor, w: torch.Tensor, width: int) -> str:
-    """The backend that will serve; Triton's is told from its operands, which it takes only as the copy engine does."""
+    """The backend that will serve; Triton's depends on the operands, whose layout the copy engine must take."""
     chosen = dispatch.select(op, backend, x.device.type, x.dtype)
     # A traced tensor has no address; and of an empty output, `width` wide, nothing is computed.
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()

@@ -96,7 +96,7 @@ def lora_linear_grouped(
         least, most = map(int, rows.aminmax())
         _checks.require(least >= -1, _OP, "index", "be at least -1", least)
         _checks.require(most < T, _OP, "index", f"be below the number of tasks, {T}", most)
-    if not _derivatives.composed(_OP, backend, False):  # no segment, no call that would ask
+    if not _derivatives.composed(_OP, backend, False):  # without a segment no operator is called that would check
         dispatch.select("lora_shrink", backend, "cpu", cast or x.dtype, _OP)
     y = _segments(x, lora_A, lora_B, rows, lora_bias, scale, dropout, backend)
     if weight is None:
@@ -161,7 +161,7 @@ def _segments(
             continue
         own_bias = None if lora_bias is None else lora_bias[t]
         parts.append(lora_adapter(part, lora_A[t], lora_B[t], own_bias, scale=scale, dropout=dropout, backend=backend))
-    if not any(t >= 0 for t in tasks.tolist()):  # a row of none, so that a loss can go backward, and reaches A and B
+    if not any(t >= 0 for t in tasks.tolist()):  # a product of no rows, so that backward runs and reaches A and B
         own_bias = None if lora_bias is None else lora_bias[0]
         none = lora_adapter(flat[:0], lora_A[0], lora_B[0], own_bias, scale=scale, dropout=dropout, backend=backend)
         parts.append(none)

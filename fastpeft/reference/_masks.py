@@ -11,7 +11,7 @@ _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Booleans [rows, columns] -> bits [rows, ceil(columns / 8)]."""
+    """Booleans [rows, columns] -> bits [rows, ceil(columns / 8)] uint8, the lowest first, on the same device."""
     rows, columns = mask.shape
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
     weights = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
@@ -19,6 +19,6 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """bits [rows, ceil(columns / 8)] -> booleans [rows, columns]."""
+    """Bits [rows, ceil(columns / 8)] uint8, as `pack_mask` gives them -> booleans [rows, columns]."""
     weights = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(-1) & weights).ne(0).flatten(1)[:, :columns]

@@ -51,8 +51,8 @@ def quantize_4bit(w: torch.Tensor, quant_type: str, block_size: int) -> tuple[to
 def quantize_absmax(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values fp32 [n], code fp32 [256] ascending -> codes uint8 [n], scale fp32 [⌈n/256⌉].
 
-    The nearest code not of value / scale itself but of that on a grid of 65536 points over [-1, 1]. What has no value /
-    scale gets code 0: a NaN, which has no say in the scale either, and a zero whose scale is zero or has no reciprocal.
+    value / scale is first rounded to a grid of 65536 points over [-1, 1], and then to the nearest code. Code 0 goes to
+    a NaN, which does not count for the scale either, and to a zero whose scale is zero or has no reciprocal.
     """
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % NESTED_BLOCK)).view(-1, NESTED_BLOCK)

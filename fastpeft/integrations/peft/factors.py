@@ -1,6 +1,6 @@
 """How one active adapter of a PEFT layer gives a call its A, B, bias, scale and dropout; or why it does not.
 
-The one place that reads ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling``. `read` is on the way of every call,
+The one place that reads ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling``. `read` runs at every call,
 `unreadable` words what it may find, and the two agree.
 """
 

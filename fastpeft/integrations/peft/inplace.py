@@ -12,7 +12,7 @@ from typing import Any
 
 
 class InPlace:
-    """What is given comes with the copies and pickles of the class that was there; adds nothing to the instance."""
+    """A class given in place: copies keep it, pickles name the class before it; adds nothing to the instance."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the class that was there: what reads the pickle needs no fastpeft."""

@@ -141,7 +141,7 @@ class Accelerated(InPlace):
     _source: Any
     """PEFT's class of the layer."""
     _replaces: tuple[Any]
-    """The forward that it had when this class was made; in a tuple, out of which no instance binds it."""
+    """The forward that it had when this class was made; in a tuple, so that no instance binds it as a method."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Accelerated):  # after `restore`, called by something that kept this method

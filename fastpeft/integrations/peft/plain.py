@@ -2,7 +2,7 @@
 
 Whatever a fused call would skip is asked for at every call, as it may have come since the layer got our class: hooks,
 functions of torch that somebody has replaced, modes that see each function, transforms that do not know our operators.
-A question that is on the way of every call stands beside the one that words its answer, and the two agree.
+A quick test that runs at every call stands beside the check that words its answer, and the two agree.
 """
 
 from __future__ import annotations

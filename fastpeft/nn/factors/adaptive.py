@@ -52,7 +52,7 @@ class Adaptive(Shrinking):
 
     @classmethod
     def _convention(cls, options: dict[str, Any], positions: int) -> str | None:
-        """Puts the form into ``options``: what is given of one document's names, and not of another's, asks for it."""
+        """Puts the form into ``options``: the one whose document's names are given; names of two forms are an error."""
         op, form = cls.__name__, options.get("form")
         _checks.one_of(op, "form", form, (None, *FORMS))
         given = {name for name, value in options.items() if value is not None}
@@ -110,7 +110,7 @@ class Adaptive(Shrinking):
         if form != "svd":
             self.register_buffer("rank_mask", torch.empty(config.rank, dtype=torch.bool, device=device))
         if form == "top_k":
-            # The documents' name for an int, which the property of that name reads.
+            # Under the documents' name, by which a property gives it as an int.
             self._buffers["current_rank"] = torch.empty((), dtype=torch.int64, device=device)
         if form == "scores":
             self.register_buffer("rank_threshold", torch.empty((), dtype=torch.float32, device=device))

@@ -70,7 +70,7 @@ class Gated(LoRAModule):
         a, b = self.factors()
         attention = self.attention.weight
         dtype = torch.promote_types(a.dtype, attention.dtype)
-        if dtype == torch.float16 and x.device.type == "cpu":  # of which autocast on a CPU concatenates none
+        if dtype == torch.float16 and x.device.type == "cpu":  # autocast on a CPU concatenates no fp16
             dtype = torch.float32
 
         def gated(s: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ class Hyper(LoRAModule):
                ``fastpeft.nn.task`` says
     Raises     ValueError: no task_embedding, or a shape.  TypeError: one that is no float tensor.
 
-    Of one embedding A and B are a LoRA like any other and cost what one costs; of N they are N, applied in one batched
-    product each.
+    One embedding gives one A and one B, at the cost of plain LoRA. N embeddings give N of each, applied in two batched
+    products.
     """
 
     OWN = ("task_embedding_dim",)

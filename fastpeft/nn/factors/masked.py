@@ -30,7 +30,7 @@ class Masked(Shrinking):
     def _adapt(self, config: Config, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super()._adapt(config, device, dtype)
         for name, columns in zip(_MASKS, (config.in_features, config.out_features), strict=True):
-            # Under the names that the documents give to tensors of 0 and 1, which properties read.
+            # Under the documents' names, by which properties give them as tensors of 0 and 1.
             self._buffers[name] = torch.empty(config.rank, -(-columns // 8), dtype=torch.uint8, device=device)
 
     def _bits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ class Masked(Shrinking):
         return (self.lora_A.t(), self.lora_B) if self._transposed else (self.lora_A, self.lora_B.t())
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [R, K] and B [N, R], times their masks: for what masks no gradient itself."""
+        """A [R, K] and B [N, R], times their masks: for products that do not mask the gradients themselves."""
         a, b = super().factors()
         kept_a, kept_b = self._kept()
         return a * kept_a, b * kept_b.t()

@@ -18,6 +18,7 @@ _OP = "RankAllocator"
 class RankAllocator:
     """Takes ranks out of AdaLoRA layers, the least important ones first, until ``target_rank`` a layer are left.
 
+    Source         Zhang et al. 2023, arXiv:2303.10512, eq. 7 to 12
     model          a module with AdaLoRA layers in it, or such layers themselves
     target_rank    ranks a layer that are left in the end, on average
     init_rank      ranks a layer at first; must be that of the layers, where it is given

@@ -42,7 +42,7 @@ class Shrinking(LoRAModule):
         value = state_dict.get(prefix + "lora_A")
         if isinstance(value, torch.Tensor) and value.dim() == 2:
             rank = value.shape[int(self._transposed)]
-            # Only a whole and sound set changes the rank; of anything else torch words what does not fit.
+            # The rank changes only where every tensor of ranks is there and fits; else torch says what does not.
             if rank != self.rank and self._fits(state_dict, prefix, rank):
                 self._resize(rank)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""A parameter of bytes that are no numbers, in a module whose parameters others average.
+"""A parameter whose bytes are codes, not numbers, in a module whose parameters may be averaged.
 
 ``p.copy_(p * decay + p * (1 - decay))``, which an exponential moving average does to every parameter, is not the
 identity for integers: the sum of floats is just below many of them, and is truncated. Such a copy is rounded here.
@@ -47,7 +47,7 @@ class BytesParameter(Bytes, nn.Parameter):
 
 
 def hold_bytes(module: nn.Module, name: str) -> None:
-    """Make a frozen uint8 parameter of ``module`` such a one, on the same memory."""
+    """Make a frozen uint8 parameter of ``module`` a `BytesParameter`, on the same memory."""
     parameter: Any = module._parameters[name]
     if type(parameter) in (nn.Parameter, Bytes):
         module._parameters[name] = BytesParameter(parameter.data)

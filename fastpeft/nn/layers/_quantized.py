@@ -125,9 +125,9 @@ class Quantized(Mergeable):
         destination.update({f"{prefix}weight.{name}": part for name, part in weight.to_parts().items()})
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Where torch.distributed.checkpoint.state_dict is to go for ``weight``.
+        """Where torch.distributed.checkpoint.state_dict looks for ``weight``.
 
-        It follows every key attribute by attribute, and no Parameter has an absmax; it takes nothing of what it finds.
+        It follows every key attribute by attribute, and a Parameter has no ``absmax``. What it finds it does not use.
         """
         return {"weight": "_keys"}
 

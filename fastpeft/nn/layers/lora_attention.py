@@ -24,6 +24,8 @@ _APART = ("q_proj", "k_proj", "v_proj", "out_proj")
 class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
     """nn.MultiheadAttention whose projections are x Wᵀ + b + scaling · (dropout(x) Aᵀ Bᵀ + lora_bias)
 
+    Hu et al. 2021, arXiv:2106.09685, eq. 3, for each projection
+
     LoRAMultiheadAttention(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)    layout "out_in"
         adapts an nn.MultiheadAttention: its Parameters become this module's own and are frozen.
     LoRAMultiheadAttention(embed_dim, num_heads, rank=4, dropout=0.0, bias=True, ...)                layout "in_out"
@@ -97,7 +99,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         return LoRALinear(plain, backend=config.backend, adapter_dtype=dtype, freeze_base=False, **options)
 
     def _as_torchs(self) -> bool:
-        """Whether the weights say all: no update acts, and out_proj is nothing but a product."""
+        """Whether the weights alone give the output: no update acts, and out_proj is a plain product."""
         out, parts = self.out_proj, self.parts().values()
         plain = isinstance(out, (nn.Linear, LoRALinear))
         return plain and not any(part.enabled and not part.merged for part in parts)
@@ -212,7 +214,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         if mask is not None:
             shape = [L, S] if mask.dim() == 2 else [N * self.num_heads, L, S]
             _checks.require(list(mask.shape) == shape, op, "attn_mask", f"have shape {shape}", list(mask.shape))
-            # Columns beyond S are for all rows, which the hint would hide from most.
+            # Every row sees the columns beyond S; a causal kernel would hide them from most rows.
             extended = self.bias_k is not None or self.add_zero_attn
             if is_causal and padding is None and not need_weights and not extended:
                 return None, True

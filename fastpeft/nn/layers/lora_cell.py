@@ -74,6 +74,8 @@ class _Cell(Parts):
 class LoRARNNCell(_Cell, nn.RNNCell):
     """h' = act(x W_ihᵀ + b_ih + h W_hhᵀ + b_hh + Δ_ih(x) + Δ_hh(h)), Δ(x) = scaling · (dropout(x) Aᵀ Bᵀ + lora_bias)
 
+    Δ is that of Hu et al. 2021, arXiv:2106.09685, eq. 3
+
     LoRARNNCell(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)      layout "out_in"
         adapts an nn.RNNCell: its Parameters become this module's own and are frozen. Its training flag is kept.
     LoRARNNCell(input_size, hidden_size, rank=4, bias=True, nonlinearity="tanh")            layout "in_out"

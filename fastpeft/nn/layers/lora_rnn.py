@@ -82,7 +82,7 @@ class _Sequence(Parts):
         cast = _calls.autocast_dtype(x, x.device.type)
         kind = torch.promote_types(torch.promote_types(x.dtype, base.dtype), torch.float32)
         for part in self._adapters():
-            if part.active and part.backend is not None:  # the vendor's loop would not ask
+            if part.active and part.backend is not None:  # the vendor's loop does not check it
                 dispatch.select("lora_shrink", part.backend, x.device.type, kind, op)
         if order is not None:
             hidden = [h.index_select(1, order) for h in hidden]
@@ -214,6 +214,8 @@ class _Sequence(Parts):
 
 class LoRARNN(_Sequence, nn.RNN):
     """nn.RNN with LoRA on W_ih and W_hh of every layer and direction                  A [r, in], B [gates · hidden, r]
+
+    Hu et al. 2021, arXiv:2106.09685, eq. 3, for each weight
 
     LoRARNN(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)      layout "out_in"
         adapts an nn.RNN: its Parameters become this module's own and are frozen. Its training flag is kept.

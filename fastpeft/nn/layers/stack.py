@@ -60,8 +60,6 @@ class AdapterStack(nn.Module):
             out = adapter(out)
         return (out, *y[1:]) if several else out
 
-    # -- merging -------------------------------------------------------------------------------------------------------
-
     @property
     def merged(self) -> bool:
         if isinstance(self.layer, Mergeable):
