@@ -146,6 +146,15 @@ def test_transforms(name):
     torch.testing.assert_close(tangent, expected.sum(), rtol=1e-4, atol=1e-3)
 
 
+def test_a_trace_reads_its_task_ids():
+    """torch.jit.trace keeps no segments of the ids that it was shown."""
+    module, (x, ids) = build("ConditionalLoRALinear")
+    with torch.no_grad():
+        traced = torch.jit.trace(module.eval(), (x, ids), check_trace=False)
+        for other in ([1, 1, 0], [-1, 0, 1]):
+            torch.testing.assert_close(traced(x, torch.tensor(other)), module(x, torch.tensor(other)))
+
+
 def test_strict_export_in_a_fresh_process():
     """The references are imported while torch.compile traces: all that a call needs, not the first alone."""
     module, inputs = build("LoRALayer")

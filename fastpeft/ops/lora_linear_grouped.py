@@ -90,14 +90,16 @@ def lora_linear_grouped(
     _check(x, index, lora_A, lora_B, lora_bias, weight, bias, dropout)
     T, cast = lora_A.shape[0], _calls.autocast_dtype(x, x.device.type)
     rows = _rows_of(index, x.shape[:-1])
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or isinstance(rows, FakeTensor):
+    # Values that are read in a trace would be constants of it, and there are none in a fake tensor.
+    traced = torch.compiler.is_compiling() or _derivatives.composed(_OP, backend, False)
+    if traced or x.device.type != "cpu" or isinstance(rows, FakeTensor):
         return _masked(x, weight, lora_A, lora_B, rows, bias, lora_bias, scale, dropout, backend)
     if rows.numel():
         least, most = map(int, rows.aminmax())
         _checks.require(least >= -1, _OP, "index", "be at least -1", least)
         _checks.require(most < T, _OP, "index", f"be below the number of tasks, {T}", most)
-    if not _derivatives.composed(_OP, backend, False):  # without a segment no operator is called that would check
-        dispatch.select("lora_shrink", backend, "cpu", cast or x.dtype, _OP)
+    # Without a segment no operator is called that would check.
+    dispatch.select("lora_shrink", backend, "cpu", cast or x.dtype, _OP)
     y = _segments(x, lora_A, lora_B, rows, lora_bias, scale, dropout, backend)
     if weight is None:
         return y
