@@ -50,6 +50,7 @@ def test_block(block, folders, tmp_path, monkeypatch):
         assert fastpeft.restore(given["model"]) == 0
 
 
+@pytest.mark.cpp
 def test_before_and_after_serves(folders):
     """The first block's own model: every layer is accelerated, and a step is counted as served."""
     peft = pytest.importorskip("peft")
