@@ -122,6 +122,8 @@ def test_every_step_left_out_is_loud():
         (lambda: QLoRALinear.from_linear(linear(), quant="nf4"), r"QLoRALinear: quant must .* did you mean quant_type\?"),
         (lambda: GainedLinear(linear(), gains=1.0), r"GainedLinear: gains must .*did you mean gain\?"),
         (lambda: LoRALinear(linear(), freeze_base=1), "LoRALinear: freeze_base must be True or False, got int"),
+        (lambda: LoRALinear(8, 8, base_bias="no"), "LoRALinear: base_bias must be True or False, got str"),
+        (lambda: QLoRALinear(64, 8, base_bias=1), "QLoRALinear: base_bias must be True or False, got int"),
         (lambda: LoRALinear(linear(), use_rslora="yes"), "use_rslora must be True or False, got str"),
     ],
 )

@@ -65,7 +65,8 @@ class LoRAKind(Kind):
             return "extra arguments (adapter_names)"
         base = layer.base_layer
         return (
-            self.slow((base.weight if x is None else x).device.type)
+            # What is no tensor at all is `_call`'s to name.
+            self.slow((x if isinstance(x, torch.Tensor) else base.weight).device.type)
             or nested(base)
             or self.base_changed(base)
             or observer()

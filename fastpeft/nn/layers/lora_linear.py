@@ -83,6 +83,7 @@ class LoRALinear(Mergeable):
         flag(op, "freeze_base", freeze)
         if not adapting:
             new = {name: options.pop(name) for name in ("base_bias", "device", "dtype") if name in options}
+            flag(op, "base_bias", new.get("base_bias", True))
         known = _ADAPTING if adapting else _NEW
         config, own = self._configure(K, N, options, "out_in" if adapting else layout, True, *known)
         if not adapting:

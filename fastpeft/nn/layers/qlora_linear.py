@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import nn
 
-from fastpeft.nn.config import adapter_dtype, size
+from fastpeft.nn.config import adapter_dtype, flag, size
 from fastpeft.nn.layers._construct import constructor_form, from_options, require_linear
 from fastpeft.nn.layers._quantized import Quantized
 from fastpeft.ops import _calls, _checks, linear4bit, quantize_4bit
@@ -72,6 +72,7 @@ class QLoRALinear(Quantized):
         _checks.require(bits == 4, op, "bits", "be 4: weights of 8 bits are not served", bits)
         _checks.one_of(op, "compute_dtype", compute, (None, torch.float32, torch.bfloat16, torch.float16))
         if not adapting:
+            flag(op, "base_bias", given.get("base_bias", True))
             kept = adapter_dtype(op, given.get("dtype"))
             layer = nn.Linear(K, N, given.get("base_bias", True), given.get("device"), kept)
         dtype = adapter_dtype(op, given.get("adapter_dtype"), layer.weight)
