@@ -46,6 +46,7 @@ def peft_model(kind, **config):
     return model, cases.batch()["x"], [m for m in model.modules() if hasattr(m, "scaling")]
 
 
+@pytest.mark.cpp  # where only the reference could serve, accelerate leaves a layer to PEFT
 @pytest.mark.parametrize("kind", ["peft_cases", "peft_4bit_cases"])
 def test_a_scaling_of_peft_that_changes(kind):
     model, x, layers = peft_model(kind)
@@ -58,6 +59,7 @@ def test_a_scaling_of_peft_that_changes(kind):
 
 
 # bitsandbytes' own forward, to which a layer of 4 bits is left, cannot be traced with strict=False.
+@pytest.mark.cpp
 @pytest.mark.parametrize(("kind", "strict"), [("peft_cases", False), ("peft_cases", True), ("peft_4bit_cases", True)])
 def test_an_exported_model_needs_no_fastpeft(kind, strict):
     model, x, _ = peft_model(kind)
