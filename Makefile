@@ -28,8 +28,8 @@ env: $(VENV)/.done  ## make the virtual environment: torch, this package built i
 demo: $(ENV)  ## fine-tune MiniLM on movie reviews with PEFT, plain and accelerated, and compare
 	$(PYTHON) examples/finetune_minilm.py $(ARGS)
 
-test: $(ENV)  ## all that runs on a CPU: reference, C++, Triton under its interpreter, PEFT integration
-	$(PYTHON) -m pytest -q $(ARGS)
+test: $(ENV)  ## all that runs on a CPU, in two processes: reference, C++, Triton under its interpreter, PEFT integration
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(ENV)  ## ruff, and the order of the layers
 	$(PYTHON) -m ruff check .

@@ -29,6 +29,8 @@ from fastpeft.testing import poisoned_empty, seed_of  # noqa: E402
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In a clone where nothing is built: what is parametrised with the C++ backend, or marked ``cpp``, is skipped."""
+    # Minutes in one test: last, it would leave the other process of `make test` idle.
+    items.sort(key=lambda item: item.get_closest_marker("upstream") is None)
     missing = dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32)
     for item in items if missing else ():
         call = getattr(item, "callspec", None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpeft import dispatch, ops
-from fastpeft.dispatch import BACKENDS, CPP, EAGER, ROWS, TRITON, Row
+from fastpeft.dispatch import BACKENDS, EAGER, ROWS, TRITON, Row
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = {"quantize_4bit", "quantize_absmax"}
@@ -14,7 +14,8 @@ BYTES = {"quantize_4bit", "quantize_absmax"}
 def without_extension(monkeypatch):
     """What Triton and the reference serve where nothing is compiled."""
     importable = dispatch._import_error
-    lacks = lambda module: "not built" if module in {CPP.module, dispatch.CUDA.module} else importable(module)  # noqa: E731
+    compiled = {each.module for row in ROWS.values() for each in row.backends if each.name in ("cpp", "cuda")}
+    lacks = lambda module: "not built" if module in compiled else importable(module)  # noqa: E731
     monkeypatch.setattr(dispatch, "_import_error", lacks)
     dispatch._select.cache_clear()
     yield

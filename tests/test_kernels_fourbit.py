@@ -95,8 +95,8 @@ def test_linear4bit(M, N, K, R, p, dtype, augmented, monkeypatch):
     peer = step(eager.linear4bit_fwd, eager.linear4bit_bwd)
     x, dy, w, a, b, bias, lora_bias = c.wide("x", "dy", "w", "a", "b", "bias", "lora_bias")
     if R:
-        y, s = lora_linear_fwd(x, w, a, b, bias, lora_bias, 0.5, c.p, c.seed, "auto")
-        grads = lora_linear_bwd(dy, x, w, a, b, s, 0.5, c.p, c.seed, "auto", True, True, True, True)
+        y, s = lora_linear_fwd(x, w, a, b, bias, lora_bias, 0.5, c.p, c.seed)
+        grads = lora_linear_bwd(dy, x, w, a, b, s, 0.5, c.p, c.seed, True, True, True, True)
         gold = dict(zip(names, (y, *grads), strict=True))
     else:
         gold = {"y": x @ w.T + bias, "dx": dy @ w, "da": dy[:0, 0], "db": dy[:0, 0], "dbias": dy.sum(0)}
