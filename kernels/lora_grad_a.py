@@ -211,7 +211,7 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask=None, *, tile=None):
             most = 16 if R <= 16 or x.dtype == torch.float32 else 32
             tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
     tile = dict(tile)
-    if mask is not None and not tile["ONE_PASS"]:
+    if mask is not None and not tile["ONE_PASS"] and x.dtype != torch.float32:
         tile = capped(tile, num_stages=1)  # a second stage of 64 ranks spilled on sm_80 beside the mask
     if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
         x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
