@@ -91,7 +91,7 @@ BIASES = {"bias": tensors(N)}
 def test_lora_linear(call):
     names = ("x", "weight", "lora_A", "lora_B", "bias", "lora_bias", "dropout")
     asked = tuple(call[name] for name in names)
-    agree(lambda: lora_linear._fits(asked), lambda: lora_linear._check(asked), ops.lora_linear, call)
+    agree(lambda: lora_linear._fits(*asked), lambda: lora_linear._check(*asked), ops.lora_linear, call)
 
 
 @quick

@@ -26,6 +26,14 @@ def rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def masks(saved: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The masks of a backward, of the saved tensors that come after the others: a pair, or nothing."""
+    if not saved:
+        return None, None
+    a, b = saved
+    return None if a is None else a.contiguous(), None if b is None else b.contiguous()
+
+
 def shaped(y: torch.Tensor, leading: torch.Size) -> torch.Tensor:
     """[M, width] -> [*leading, width], and no view in autograd's eyes: a caller may add to it in place."""
     return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])

@@ -92,17 +92,17 @@ class Function(torch.autograd.Function):
         mask_b: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = forward(x, w, a, b, bias, lora_bias, seed, call)
-        need_x, need_w, need_a, need_b, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
+        need_x, need_w, need_a, need_b, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
+        kept = (
             x if need_a or need_w else None,
             w if need_x else None,
             a if need_x else None,
             b if need_x or need_a else None,
             s if need_b else None,
             seed,
-            mask_a,
-            mask_b,
         )
+        masked = mask_a is not None or mask_b is not None
+        ctx.save_for_backward(*kept, mask_a, mask_b) if masked else ctx.save_for_backward(*kept)
         ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
         if not need_x:
             ctx.a_like = a.shape, a.dtype
@@ -123,11 +123,11 @@ class Function(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, w, a, b, s, seed, mask_a, mask_b = ctx.saved_tensors
+    x, w, a, b, s, seed, *masks = ctx.saved_tensors
     scale, p, dtype, backend = ctx.call
-    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
     dy = _calls.rows(dy, dy.shape[-1], dtype)
-    mask_a, mask_b = (None if mask is None else mask.contiguous() for mask in (mask_a, mask_b))
+    mask_a, mask_b = _calls.masks(masks)
     # What was not saved is not read; a launcher takes its sizes from the others.
     x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
     s = dy.new_empty(0) if s is None else s.contiguous()
@@ -155,9 +155,10 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 def _derived(ctx: Any, dy: Any, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The same by the reference's formula, to be differentiated again."""
-    x, w, a, b, s, seed, mask_a, mask_b = ctx.saved_tensors
+    x, w, a, b, s, seed, *masks = ctx.saved_tensors
+    mask_a, mask_b = _calls.masks(masks)
     scale, p, dtype, _ = ctx.call
-    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
+    need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
     with _derivatives.formula(dy, b, ctx.shape, dtype) as dy:
         x = None if x is None else _calls.rows(x, ctx.shape[-1], dtype)
         if a is None:

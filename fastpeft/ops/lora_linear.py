@@ -9,16 +9,18 @@ import torch
 from fastpeft import dispatch
 from fastpeft.ops import _calls, _checks, _derivatives, _lora_linear
 
-_Given = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", float
-]
-"""x, weight, lora_A, lora_B, bias, lora_bias, dropout."""
 
-
-def _check(given: _Given) -> None:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    dropout: float,
+) -> None:
     """Word what is wrong; called only when ``_fits`` is False."""
     op = "lora_linear"
-    x, weight, lora_A, lora_B, bias, lora_bias, dropout = given
     _checks.activation(op, x)
     _checks.matrix(op, "weight", weight, (None, None), "[out_features, in_features]")
     _checks.matrix(op, "lora_A", lora_A, (None, None), "[rank, in_features]")
@@ -30,9 +32,16 @@ def _check(given: _Given) -> None:
     _checks.adapter(op, x, weight.shape[0], lora_A, lora_B, lora_bias, dropout)
 
 
-def _fits(given: _Given) -> bool:
+def _fits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    dropout: float,
+) -> bool:
     """What ``_check`` asks: one cheap conjunction, as it runs at every call."""
-    x, weight, lora_A, lora_B, bias, lora_bias, dropout = given
     try:
         (N, K), device = weight.shape, x.device
         return (
@@ -80,12 +89,11 @@ def lora_linear(
     Cost       2MNK + 2MR(K + N) FLOP forward, 2MNK + 4MR(K + N) backward; x and y are each moved at least once
     Raises     ValueError: shape, device, dropout or backend.  TypeError: dtype.
     """
-    given: _Given = (x, weight, lora_A, lora_B, bias, lora_bias, dropout)
-    if not _fits(given):
+    if not _fits(x, weight, lora_A, lora_B, bias, lora_bias, dropout):
         if isinstance(x, torch.Tensor) and x.is_nested and x.layout is _checks.STRIDED:
             rest: dict[str, Any] = {"scale": scale, "dropout": dropout, "masks": masks, "backend": backend}
             return _calls.nested(x, lambda rows: lora_linear(rows, weight, lora_A, lora_B, bias, lora_bias, **rest))
-        _check(given)
+        _check(x, weight, lora_A, lora_B, bias, lora_bias, dropout)
     device = x.device
     cast = _calls.autocast_dtype(x, device.type)
     dtype = cast or x.dtype
