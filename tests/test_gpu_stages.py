@@ -206,7 +206,8 @@ def test_make_finds_the_interpreter(tmp_path, cuda, wanted):
         path.write_text(f'#!/bin/sh\n{refuse}\ncase "$1" in bench/gpu.py) echo ran {name} $2;; esac\n')
         path.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    env.pop("PYTHON", None)
+    for name in ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"):  # `make PYTHON=... test` hands its own down
+        env.pop(name, None)
     command = ["make", "-s", "-C", str(ROOT), "gpu", f"VENV={tmp_path}", "ARGS=--fresh"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.stdout.strip() == f"ran {wanted} --fresh", run.stderr
