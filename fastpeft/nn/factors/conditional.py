@@ -87,10 +87,6 @@ class Conditional(LoRAModule):
         _checks.require(-1 <= ids < self.num_tasks, op, "task_id", f"be in [-1, {self.num_tasks})", ids)
         return int(ids)
 
-    def _of(self, ids: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        a, b = self.factors()
-        return a[ids], b[ids], None if self.lora_bias is None else self.lora_bias[ids]
-
     def _pair(self, *condition: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rule = "be given: each task has an update of its own"
         _checks.require(bool(condition), self._op, "task_id", rule, None)
@@ -99,8 +95,8 @@ class Conditional(LoRAModule):
             _checks.require(ids.numel() == 1, self._op, "task_id", "be one task", list(ids.shape))
             ids = int(ids)
         _checks.require(0 <= ids < self.num_tasks, self._op, "task_id", f"be in [0, {self.num_tasks})", ids)
-        a, b, _ = self._of(ids)
-        return a, b
+        a, b = self.factors()
+        return a[ids], b[ids]
 
     def merge(self: Any, task_id: Any = None, keep_backup: bool = True) -> MergeReport:
         """Merge the update of one task, as LoRALinear.merge does its own; until ``unmerge`` every call computes that.
