@@ -123,9 +123,7 @@ def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def run(
-    device: str, tiny: bool, budget_s: float, progress: Callable[[str], None] = print, fresh: bool = False
-) -> dict:
+def run(device: str, tiny: bool, budget_s: float, progress: Callable[[str], None] = print, fresh: bool = False) -> dict:
     """Every case not done yet (fresh: every case), until the budget is spent; the results, written after each case."""
     import time
 

@@ -90,6 +90,7 @@ ROWS: dict[str, Row] = {
 default: str | None = os.environ.get("FASTPEFT_BACKEND") or None
 """The backend that stands in for None: the one debug switch, read once, as a look-up takes 3 % of a tiny call."""
 
+
 @cache
 def _import_error(module: str) -> str | None:
     try:

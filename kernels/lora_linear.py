@@ -23,7 +23,7 @@ STRATEGIES = ("accumulate", "fused", "auto")
 
 
 def resolve_strategy(strategy, x, w, R, p):
-    """"accumulate" or "fused" for x [M, K] (forward) or dy [M, N] (backward).
+    """ "accumulate" or "fused" for x [M, K] (forward) or dy [M, N] (backward).
 
     "auto" takes fused only where `can_fuse` allows; an explicit "fused" that cannot be served raises ValueError.
     """

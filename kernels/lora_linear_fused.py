@@ -36,7 +36,9 @@ MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3
 TILES = {
     (90, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
     (90, "half", "dx", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
-    (100, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+    (100, "half", "fwd", 64): dict(
+        BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3
+    ),
     (100, "half", "dx", 64): dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
 }
 # tiles: end

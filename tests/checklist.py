@@ -27,7 +27,10 @@ INSIDE = {"quantize_absmax": "quantize_4bit"}
 # Tiles that are not timed, and why.
 UNTIMED = {
     ("quantize_4bit", "plain"): "runs once a weight, not once a step",
-    ("lora_shrink", "copy"): "the shrink of a dequantised product; its tiles differ from the plain ones in registers alone",
+    (
+        "lora_shrink",
+        "copy",
+    ): "the shrink of a dequantised product; its tiles differ from the plain ones in registers alone",
     ("lora_shrink", "copy_dropout"): "likewise",
 }
 

@@ -29,7 +29,9 @@ TESTS = [
 
 
 def library(name: str) -> str:
-    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main() -> int:
@@ -39,13 +41,35 @@ def main() -> int:
             shutil.copytree(ROOT / name, site / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         for name in ("setup.py", "setup_commands.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, site)
-        built = {**os.environ, "CC": "gcc", "CXX": "g++", "CFLAGS": FLAGS, "LDFLAGS": FLAGS, "FASTPEFT_CPP": "1", "FASTPEFT_CUDA": "0"}
-        subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=site, env=built, check=True)
+        built = {
+            **os.environ,
+            "CC": "gcc",
+            "CXX": "g++",
+            "CFLAGS": FLAGS,
+            "LDFLAGS": FLAGS,
+            "FASTPEFT_CPP": "1",
+            "FASTPEFT_CUDA": "0",
+        }
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=site, env=built, check=True
+        )
         # Loaded before Python, which is not built with it; libstdc++ too, or the interceptor of `throw` finds nothing.
         preload = f"{library('libasan.so')} {library('libstdc++.so.6')}"
         run = {**os.environ, "PYTHONPATH": folder, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
         # -s: pytest would swallow the report.
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            folder,
+        ]
         return subprocess.run([*command, *TESTS, *sys.argv[1:]], cwd=site, env=run).returncode
 
 

@@ -27,7 +27,14 @@ def test_tiny_run(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / "linear4bit_cpu_tiny.json").read_text())
-    assert [case["kind"] for case in data["cases"]] == ["dequantise", "quantise", "forward", peers4bit.LOOP, "step", peers4bit.KEPT]
+    assert [case["kind"] for case in data["cases"]] == [
+        "dequantise",
+        "quantise",
+        "forward",
+        peers4bit.LOOP,
+        "step",
+        peers4bit.KEPT,
+    ]
     for case in data["cases"]:
         assert case["base"] in case["peers"] and "ours" in case["peers"]
         assert all(row["median_s"] > 0 and row["roof_share"] > 0 for row in case["peers"].values())

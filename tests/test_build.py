@@ -21,7 +21,11 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 def environment(**variables):
     ours = {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "PYTHON", "VENV", "TORCH"}
-    return {name: value for name, value in os.environ.items() if name not in ours} | {"FASTPEFT_CPP": "0", "FASTPEFT_CUDA": "auto", "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    return (
+        {name: value for name, value in os.environ.items() if name not in ours}
+        | {"FASTPEFT_CPP": "0", "FASTPEFT_CUDA": "auto", "PYTHONDONTWRITEBYTECODE": "1"}
+        | variables
+    )
 
 
 def run(folder, *command, check=True, **variables):
@@ -87,8 +91,12 @@ with warnings.catch_warnings(record=True) as caught:
 print(fastpeft.__file__, kernels.__file__, fastpeft.info(), *(str(w.message) for w in caught), sep="\\n")
 """
     installed = run(tmp_path, sys.executable, "-c", code, PYTHONPATH=str(tmp_path)).stdout.splitlines()
-    assert installed[:2] == [str(tmp_path / "fastpeft" / name) for name in ("__init__.py", "kernels/_strategy_table.py")]
-    assert any("cpp" in line and "left out when this package was built, as FASTPEFT_CPP=0" in line for line in installed)
+    assert installed[:2] == [
+        str(tmp_path / "fastpeft" / name) for name in ("__init__.py", "kernels/_strategy_table.py")
+    ]
+    assert any(
+        "cpp" in line and "left out when this package was built, as FASTPEFT_CPP=0" in line for line in installed
+    )
     assert "  extension without CUDA kernels: FASTPEFT_CPP is 0" in installed
 
     (tmp_path / "fastpeft" / f"_C{SUFFIX}").touch()

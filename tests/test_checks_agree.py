@@ -18,7 +18,21 @@ lora_linear, lora_adapter, linear4bit = (
 K, N, R = 6, 5, 2
 DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
 NO_TENSORS = [None, [1.0], "x", 3, np.ones((N, K), np.float32)]
-DROPOUTS = [0, 0.5, 1.0, -0.1, float("nan"), True, False, "0.1", None, 1j, torch.tensor(0.1), np.float64(0.1), np.float32(0.1)]
+DROPOUTS = [
+    0,
+    0.5,
+    1.0,
+    -0.1,
+    float("nan"),
+    True,
+    False,
+    "0.1",
+    None,
+    1j,
+    torch.tensor(0.1),
+    np.float64(0.1),
+    np.float32(0.1),
+]
 
 quick = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -28,7 +42,11 @@ def tensors(*shape):
     good = torch.ones(shape)
     shapes = [tuple(size + (i == j) for j, size in enumerate(shape)) for i in range(len(shape))]
     shapes += [shape[1:], (1, *shape), (*shape[:-1], 0)]
-    others = [good.to(dtype) for dtype in DTYPES] + [torch.ones(each) for each in shapes] + [good.to("meta"), good.t() if good.dim() == 2 else good]
+    others = (
+        [good.to(dtype) for dtype in DTYPES]
+        + [torch.ones(each) for each in shapes]
+        + [good.to("meta"), good.t() if good.dim() == 2 else good]
+    )
     return good, [*others, *NO_TENSORS]
 
 
@@ -52,9 +70,24 @@ def weights():
     shapes = [(N, K, 1), (N + 1, K), (-N, -K), (2**62 + 4, 4), (float(N), K), (N * K,), (0, K), [N, K]]
     parts = {"shape": shapes, "quant_type": ["int4", 4], "block_size": [64, 48, 64.0, None], "dtype": [None]}
     for weight in (good, other):
-        parts["packed"] = [weight.packed[:-1], weight.packed.view(-1, 1), weight.packed.int(), weight.packed.to("meta"), weight.packed.repeat(2)[::2], None]
+        parts["packed"] = [
+            weight.packed[:-1],
+            weight.packed.view(-1, 1),
+            weight.packed.int(),
+            weight.packed.to("meta"),
+            weight.packed.repeat(2)[::2],
+            None,
+        ]
         for i, scale in enumerate(weight.scales):
-            swaps = [scale.double(), scale.to(torch.uint8).float(), scale.to("meta"), scale[None], scale.repeat(2), scale.repeat(2)[::2], None]
+            swaps = [
+                scale.double(),
+                scale.to(torch.uint8).float(),
+                scale.to("meta"),
+                scale[None],
+                scale.repeat(2),
+                scale.repeat(2)[::2],
+                None,
+            ]
             parts.setdefault("scales", []).extend([*weight.scales[:i], swap, *weight.scales[i + 1 :]] for swap in swaps)
         parts["scales"] += [[], weight.scales[:1] * 2, weight.scales * 5]
         for name, values in parts.items():
@@ -68,7 +101,13 @@ def raises(check, *args):
     try:
         check(*args)
     except (ValueError, TypeError) as error:
-        assert str(error).split(": ")[0] in {"lora_linear", "lora_adapter", "linear4bit", "linear4bit_lora", "Weight4bit"}, error
+        assert str(error).split(": ")[0] in {
+            "lora_linear",
+            "lora_adapter",
+            "linear4bit",
+            "linear4bit_lora",
+            "Weight4bit",
+        }, error
         assert " must " in str(error) and ", got " in str(error), error
         return error
     return None

@@ -21,7 +21,9 @@ def test_backward(backend, case, dtype, p, poisoned):
 
     def gradients(backend, work):
         dx = start.to(work, copy=True)
-        da = ops.conv_grad_a(x.to(work), ds.to(work), a.to(a.dtype if work == dtype else work), dx, backend=backend, **call)
+        da = ops.conv_grad_a(
+            x.to(work), ds.to(work), a.to(a.dtype if work == dtype else work), dx, backend=backend, **call
+        )
         return {"da": da, "dx": dx}
 
     ours, gold = gradients(backend, dtype), gradients("eager", torch.float64)
@@ -61,7 +63,20 @@ def test_deterministic(backend, case, dtype):
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_registration(backend):
     x, dx = torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4, 2).movedim(-1, 1)
-    args = (x, torch.randn(16, 2), torch.randn(2, 2, 3, 3), dx, [1, 1], [1, 1], [1, 1], 1, 0.5, torch.tensor(1), True, True)
+    args = (
+        x,
+        torch.randn(16, 2),
+        torch.randn(2, 2, 3, 3),
+        dx,
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        1,
+        0.5,
+        torch.tensor(1),
+        True,
+        True,
+    )
     torch.library.opcheck(torch.ops.fastpeft.conv_grad_a.default, (*args, backend))
 
 
@@ -70,7 +85,11 @@ def test_registration(backend):
     [
         ({"ds": torch.ones(8, 2)}, ValueError, r"ds must have shape \[N · out, groups · R\] = \[9, 2\], got \[8, 2\]"),
         ({"ds": torch.ones(9, 2).half()}, TypeError, "ds must have the dtype of x, torch.float32, got torch.float16"),
-        ({"dx": torch.ones(1, 4, 5, 4)}, ValueError, r"dx must have the shape of x, \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"),
+        (
+            {"dx": torch.ones(1, 4, 5, 4)},
+            ValueError,
+            r"dx must have the shape of x, \[1, 4, 5, 5\], got \[1, 4, 5, 4\]",
+        ),
         ({"dx": torch.ones(1, 4, 5, 5)}, ValueError, "dx must be contiguous in channels-last format, got strides"),
     ],
 )

@@ -1,6 +1,5 @@
 """The CUDA kernels run thread by thread on the CPU: bits, sums, bounds, races."""
 
-
 import pytest
 import torch
 

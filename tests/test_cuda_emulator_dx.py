@@ -110,6 +110,7 @@ def test_linear4bit_small_dx_refuses(kernels):
         assert kernels.linear4bit_small_dx(dy_given, q_given, dx_given) == INVALID
     assert kernels.linear4bit_small_dx(dy[:0], q, dx[:0]) == 0
 
+
 @counts_bytes
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
 def test_linear4bit_small_dx_moves_its_floor(kernels, M):

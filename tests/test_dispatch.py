@@ -40,7 +40,9 @@ def test_the_interpreter_serves_no_one_who_did_not_ask(op, dtype, without_extens
         served = dtype != torch.float32 or "fused" not in op
         assert (dispatch.unmet(op, "triton", "cpu", dtype) is None) == served
         return
-    with pytest.raises(ValueError, match=r"backend must be able to serve .* Triton's interpreter does not compute in bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"backend must be able to serve .* Triton's interpreter does not compute in bfloat16"
+    ):
         dispatch.select(op, "triton", "cpu", dtype)
 
 
@@ -56,7 +58,9 @@ def test_an_operator_without_cpp(monkeypatch):
     """It is not routed to C++, and who names it there is told what is missing."""
     monkeypatch.setitem(ROWS, "lora_dummy_fwd", Row("lora_dummy", (TRITON, EAGER)))
     assert dispatch.select("lora_dummy_fwd", None, "cpu", torch.float32) == "eager"
-    with pytest.raises(ValueError, match=r"^lora_dummy: backend must .* got 'cpp', which requires an implementation of lora_dummy_fwd$"):
+    with pytest.raises(
+        ValueError, match=r"^lora_dummy: backend must .* got 'cpp', which requires an implementation of lora_dummy_fwd$"
+    ):
         dispatch.select("lora_dummy_fwd", "cpp", "cpu", torch.float32, "lora_dummy")
 
 

@@ -131,7 +131,12 @@ def test_decoder_and_transformer():
 def test_hook_survives_copies_and_lets_others_run():
     module = LoRALinear(4, 4)
     x = torch.randn(2, 4)
-    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), QLoRALinear.from_linear(nn.Linear(64, 4))):
+    for twin in (
+        module,
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        QLoRALinear.from_linear(nn.Linear(64, 4)),
+    ):
         hooks = twin._forward_pre_hooks
         # One hook, so that torch's encoder calls the module; false, so that calling it costs what it did.
         assert len(hooks) == 1 and not hooks

@@ -70,11 +70,21 @@ def test_a_summary_fits_its_lines():
     environment = {"gpu": "NVIDIA H100", "torch": "2", "triton": "3", "peft": "0", "commit": "c", "date": "d"}
     ratios = {case: {"PEFT p=0.1": 3.0, "ours p=0.1": 1.07} for case in gpu.AIMS if case.startswith("bf16")}
     host = {f"{name} {way}": 1e-5 for name in ("nn.Linear", "PEFT p=0") for way in ("fwd", "fwd+bwd")}
-    fourbit = {f"{case}x4096->14336": {"ours cuda": 10.0, gpu.LORA_16: 9.0} for case in ("forward 16", "lora 2048", "lora 8192")}
+    fourbit = {
+        f"{case}x4096->14336": {"ours cuda": 10.0, gpu.LORA_16: 9.0}
+        for case in ("forward 16", "lora 2048", "lora 8192")
+    }
     stages = {
         "correctness": {"ok": True, "seconds": 1.0, "checks": {"a": {"ok": True, "detail": "x"}}},
         "tune": {"ok": True, "seconds": 1.0, "jobs": "3 of 3 done", "strategies": {"k": "fused"}, "fourbit_rows": {}},
-        "bench": {"ok": True, "seconds": 1.0, "ratios": ratios, "kept": {"ours": 2.1}, "host": host, "absent": {"u": "why"}},
+        "bench": {
+            "ok": True,
+            "seconds": 1.0,
+            "ratios": ratios,
+            "kept": {"ours": 2.1},
+            "host": host,
+            "absent": {"u": "why"},
+        },
         "fourbit": {"ok": True, "seconds": 1.0, "fourbit": fourbit, "absent": {}},
     }
     lines = gpu.summary({"environment": environment, "stages": stages})
@@ -111,7 +121,10 @@ def test_fourbit_limits_are_written(tmp_path):
 
 
 def test_fourbit_aims():
-    cases = {"lora 2048x4096->14336": {"16-bit LoRA": 100.0, "ours cuda": 108.0, "ours triton": 120.0}, "forward 1x1->1": {}}
+    cases = {
+        "lora 2048x4096->14336": {"16-bit LoRA": 100.0, "ours cuda": 108.0, "ours triton": 120.0},
+        "forward 1x1->1": {},
+    }
     assert gpu.fourbit_aims(cases) == ["QLoRA / 16-bit LoRA: 2048x4096->14336 1.08 (aim 1.10)"]
     assert gpu.fourbit_aims({}) == []
 

@@ -33,7 +33,11 @@ def test_explain_counts_equal_calls_and_leaves_the_generator_alone():
 def test_explain_an_adapter_alone(backend):
     layer = fastpeft.LoRALayer(12, 7, rank=3, dropout=0.0, backend=backend)
     (call,) = fastpeft.explain(layer, normal(2, 5, 12)).calls
-    assert (call.op, call.backend, call.shape) == ("lora_adapter", backend, (("M", 10), ("K", 12), ("N", 7), ("rank", 3)))
+    assert (call.op, call.backend, call.shape) == (
+        "lora_adapter",
+        backend,
+        (("M", 10), ("K", 12), ("N", 7), ("rank", 3)),
+    )
     assert (call.flop, call.elements) == (2 * 10 * 3 * 19, 10 * 12 + 10 * 7)
 
 
@@ -113,7 +117,9 @@ EXAMPLES = {
 MADE_OF = {"lora_between": {"lora_shrink", "lora_between"}, "lora_linear_grouped": {"lora_adapter"}}
 
 
-@pytest.mark.parametrize("op", sorted(name for name in fastpeft.ops.__all__ if name not in {"Weight4bit", "pack_mask", "unpack_mask"}))
+@pytest.mark.parametrize(
+    "op", sorted(name for name in fastpeft.ops.__all__ if name not in {"Weight4bit", "pack_mask", "unpack_mask"})
+)
 def test_every_operator_is_explained(op):
     """By its own name, or by those of what it is made of, and once."""
     assert op in EXAMPLES, "a new operator has an example of a call here"

@@ -117,7 +117,10 @@ def cuda(monkeypatch):
 
     def small_dx(dy, packed, scales, quant_type, block_size, accumulate, dx):
         calls.append("small_dx")
-        total = dy.double() @ dequantized(packed, scales, quant_type, block_size, dy.shape[1], dx.shape[1], dy.dtype).double()
+        total = (
+            dy.double()
+            @ dequantized(packed, scales, quant_type, block_size, dy.shape[1], dx.shape[1], dy.dtype).double()
+        )
         dx.copy_(dx.double() + total if accumulate else total)
 
     def dequantize(*args):

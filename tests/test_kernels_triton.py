@@ -226,7 +226,9 @@ def test_can_fuse_says_why():
     assert "contiguous rows" in can_fuse(x, w.t().contiguous().t())
     assert "16 bytes" in can_fuse(torch.zeros(4 * 16 + 1).half()[1:].view(4, 16), w)
     with pytest.raises(ValueError, match="lora_linear: strategy must be 'accumulate' or 'auto' here, got 'fused'"):
-        lora_linear_fwd(x.float(), w.float(), w[:2].float(), w[:, :2].float(), None, None, 1.0, 0.0, None, strategy="fused")
+        lora_linear_fwd(
+            x.float(), w.float(), w[:2].float(), w[:, :2].float(), None, None, 1.0, 0.0, None, strategy="fused"
+        )
 
 
 @pytest.mark.parametrize("strategy", ["accumulate", "fused", "auto"])
@@ -243,7 +245,9 @@ def test_linear(strategy, p):
     assert_close(out[1], lambda x, dy, b, mask, **_: (c.scale * (dy @ b)).T @ (x * mask * c.factor), c)
     assert_close(out[2], lambda dy, s, **_: c.scale * (dy.T @ s), c)
     assert_close(out[3], lambda dy, **_: dy.sum(0), c)
-    none = lora_linear_bwd(c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, False, False, False, False, strategy=strategy)
+    none = lora_linear_bwd(
+        c.dy, c.x, c.w, c.a, c.b, s, c.scale, p, c.seed, False, False, False, False, strategy=strategy
+    )
     assert [t.shape for t in none] == [(0,)] * 4
 
 

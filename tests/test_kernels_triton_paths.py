@@ -93,11 +93,15 @@ def test_fp64_adapters(launched, R):
     assert (da.dtype, db.dtype, ds.dtype) == (torch.float64, torch.float64, torch.bfloat16)
     assert len(launched) > 8
     for kernel, _, args in launched:
-        given = {name for name, value in args.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float64}
+        given = {
+            name for name, value in args.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float64
+        }
         assert not given, kernel
 
 
-@pytest.mark.parametrize("op", [pytest.param("lora_grad_a", marks=unless_served("lora_grad_a", "triton", torch.float16))])
+@pytest.mark.parametrize(
+    "op", [pytest.param("lora_grad_a", marks=unless_served("lora_grad_a", "triton", torch.float16))]
+)
 def test_fp64_gradients(op):
     """The values, not only the dtype."""
     x, ds, a = torch.randn(9, 40).half(), torch.randn(9, 3).half(), torch.randn(3, 40, dtype=torch.float64)
@@ -107,7 +111,9 @@ def test_fp64_gradients(op):
 
 
 @pytest.mark.parametrize(("R", "rows"), [(16, 16), (64, 32)])
-@pytest.mark.parametrize(("K", "stride", "small"), [(512, 512, False), (513, 513, True), (512, 520, True), (504, 504, True)])
+@pytest.mark.parametrize(
+    ("K", "stride", "small"), [(512, 512, False), (513, 513, True), (512, 520, True), (504, 504, True)]
+)
 def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
     """An address a register spills the table's tiles; bench/compile_kernels.py proves that the smaller ones do not."""
     x = torch.empty_strided((128, K), (stride, 1), dtype=torch.bfloat16, device="meta")
@@ -115,7 +121,11 @@ def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
     lora_expand_add(x, meta(128, R), meta(K, R), 1.0)
     lora_shrink(x, meta(R, K), 0.0, None)
     tiles = {kernel: args for kernel, _, args in launched if "reduce" not in kernel}
-    sides = [tiles["_lora_grad_a_kernel"]["BLOCK_M"], tiles["_lora_expand_kernel"]["BLOCK_N"], tiles["_lora_shrink_kernel"]["BLOCK_K"]]
+    sides = [
+        tiles["_lora_grad_a_kernel"]["BLOCK_M"],
+        tiles["_lora_expand_kernel"]["BLOCK_N"],
+        tiles["_lora_shrink_kernel"]["BLOCK_K"],
+    ]
     assert sides == ([rows, 128, 64] if small else [64, 256, 128])
     both = [args["NEED_DX"] and args["NEED_DA"] for kernel, _, args in launched if kernel == "_lora_grad_a_kernel"]
     assert both == ([False, False] if small else [True])

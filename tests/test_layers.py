@@ -28,7 +28,16 @@ ALLOWED = {
     "fastpeft._cuda": {"fastpeft._cuda_gpus", "fastpeft.kernels"},
     "fastpeft._version": set(),
     "fastpeft._info": {"fastpeft._installed", "fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
-    "fastpeft": {"fastpeft.manager", "fastpeft.integrations", "fastpeft.models", "fastpeft.nn", "fastpeft.ops", "fastpeft._info", "fastpeft._installed", "fastpeft._version"},
+    "fastpeft": {
+        "fastpeft.manager",
+        "fastpeft.integrations",
+        "fastpeft.models",
+        "fastpeft.nn",
+        "fastpeft.ops",
+        "fastpeft._info",
+        "fastpeft._installed",
+        "fastpeft._version",
+    },
 }
 OUTSIDE = {"fastpeft.kernels": {"torch", "triton", "__future__"}, "fastpeft.reference": {"torch", "__future__"}}
 STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os", "pathlib", "struct"}  # fmt: skip

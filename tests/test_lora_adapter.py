@@ -184,10 +184,18 @@ def test_compile_dropout():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"x": torch.zeros(6, 31)}, ValueError, r"lora_adapter: x must have shape \[..., in_features\] = \[..., 32\], got \[6, 31\]"),
+        (
+            {"x": torch.zeros(6, 31)},
+            ValueError,
+            r"lora_adapter: x must have shape \[..., in_features\] = \[..., 32\], got \[6, 31\]",
+        ),
         ({"lora_A": torch.zeros(5, 31)}, ValueError, r"lora_adapter: lora_A must have shape \[rank, in_features\]"),
         ({"lora_B": torch.zeros(24, 5)}, ValueError, "lora_adapter: lora_B must have shape"),
-        ({"lora_bias": torch.zeros(24, dtype=torch.int64)}, TypeError, "lora_adapter: lora_bias must be a floating point"),
+        (
+            {"lora_bias": torch.zeros(24, dtype=torch.int64)},
+            TypeError,
+            "lora_adapter: lora_bias must be a floating point",
+        ),
         ({"lora_bias": torch.zeros(23)}, ValueError, "lora_adapter: lora_bias must have shape"),
         ({"dropout": 1.0}, ValueError, r"lora_adapter: dropout must be in \[0, 1\), got 1.0"),
         ({"backend": "fast"}, ValueError, "lora_adapter: backend must be one of"),

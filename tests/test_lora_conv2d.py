@@ -227,7 +227,11 @@ def test_scale_tensor():
         ({"x": torch.ones(1, 4, 5, 5, dtype=torch.int32)}, TypeError, "x must be float32"),
         ({"weight": torch.ones(6, 4, 3)}, ValueError, r"weight must have shape \[out, in / groups, \*kernel\]"),
         ({"weight": torch.ones(6, 4, 3, 3).half()}, TypeError, "weight must have the dtype of x, torch.float32"),
-        ({"lora_A": torch.ones(2, 35)}, ValueError, r"lora_A must have shape \[rank, in / groups · kernel\] = \[any, 36\]"),
+        (
+            {"lora_A": torch.ones(2, 35)},
+            ValueError,
+            r"lora_A must have shape \[rank, in / groups · kernel\] = \[any, 36\]",
+        ),
         ({"lora_B": torch.ones(6, 3)}, ValueError, r"lora_B must have shape \[out_features, rank\] = \[6, 2\]"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[out_channels\] = \[6\], got \[5\]"),
         ({"groups": 3}, ValueError, "groups must divide the 4 channels of x, got 3"),
@@ -254,7 +258,9 @@ TRAINED = [(0, 1, 2, 3), (0, 3), (0, 2), (2, 3), (0,)]
 
 
 @pytest.mark.parametrize("trained", TRAINED, ids=str)
-@pytest.mark.parametrize(("case", "options"), [(CASES[0], {}), (CASES[2], {"dropout": 0.3}), (CASES[0], {"path": "merged"})])
+@pytest.mark.parametrize(
+    ("case", "options"), [(CASES[0], {}), (CASES[2], {"dropout": 0.3}), (CASES[0], {"path": "merged"})]
+)
 def test_twice(case, options, trained):
     """Gradients of gradients are those of the definition, whatever is frozen."""
     options, p = {"path": "accumulate", **options}, options.get("dropout", 0.0)

@@ -36,7 +36,17 @@ def test_deterministic(backend, case, dtype):
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_registration(backend):
-    args = (normal(3, 8), normal(3, 2), normal(2, 8), 0.5, torch.tensor(1), True, True, torch.full((2, 1), 0x5A, dtype=torch.uint8), backend)
+    args = (
+        normal(3, 8),
+        normal(3, 2),
+        normal(2, 8),
+        0.5,
+        torch.tensor(1),
+        True,
+        True,
+        torch.full((2, 1), 0x5A, dtype=torch.uint8),
+        backend,
+    )
     torch.library.opcheck(torch.ops.fastpeft.lora_grad_a.default, args)
 
 

@@ -33,7 +33,16 @@ def test_deterministic(backend, case, dtype):
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_registration(backend):
-    args = (normal(3, 5), normal(3, 2), normal(5, 2), 0.5, True, True, torch.full((2, 1), 0x5A, dtype=torch.uint8), backend)
+    args = (
+        normal(3, 5),
+        normal(3, 2),
+        normal(5, 2),
+        0.5,
+        True,
+        True,
+        torch.full((2, 1), 0x5A, dtype=torch.uint8),
+        backend,
+    )
     torch.library.opcheck(torch.ops.fastpeft.lora_grad_b.default, args)
 
 

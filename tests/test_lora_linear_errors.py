@@ -91,7 +91,8 @@ def test_compiled_numbers():
 def test_backend_that_cannot_serve(monkeypatch):
     double = {name: value.double() for name, value in good().items()}
     with pytest.raises(
-        ValueError, match=r"^lora_linear: backend must be able to serve torch.float64 on cpu \(one of: eager\), got 'cpp'"
+        ValueError,
+        match=r"^lora_linear: backend must be able to serve torch.float64 on cpu \(one of: eager\), got 'cpp'",
     ):
         ops.lora_linear(**double, backend="cpp")
     monkeypatch.setattr(dispatch, "default", "nonsense")

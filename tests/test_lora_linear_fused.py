@@ -85,7 +85,9 @@ def test_operands_that_tma_does_not_read(op, argument, text, change):
     x, w = change(x, w)
     b = b[: w.shape[0]]
     gold = x.double() @ w.double().t() + s.double() @ b.double().t()
-    torch.testing.assert_close(ops.lora_linear_fused_fwd(x, w, s, b, backend="eager").double(), gold, rtol=0.01, atol=0.02)
+    torch.testing.assert_close(
+        ops.lora_linear_fused_fwd(x, w, s, b, backend="eager").double(), gold, rtol=0.01, atol=0.02
+    )
     with pytest.raises(ValueError, match=f"^{op}: {argument} must {text}"):
         ops.lora_linear_fused_fwd(x, w, s, b, backend="triton")
     dy = x.new_zeros(x.shape[0], w.shape[0])
@@ -113,7 +115,10 @@ def test_gpus_without_its_tile(op, arch, monkeypatch):
 
     x, w, s, b = operands()
     monkeypatch.setattr(lora_linear_fused, "arch_of", lambda tensor: arch)
-    with pytest.raises(ValueError, match=rf"^{op}: x must be on a GPU of compute capability 9.0 to 11.x .*, got {arch // 10}.{arch % 10}$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{op}: x must be on a GPU of compute capability 9.0 to 11.x .*, got {arch // 10}.{arch % 10}$",
+    ):
         ops.lora_linear_fused_fwd(x, w, s, b, backend="triton")
     key = _cost.strategy_key(8192, 14336, 4096, 16, 0.0, "bf16", arch)
     monkeypatch.setitem(_cost.TABLE, key, "fused")

@@ -13,7 +13,14 @@ INDEX = torch.tensor([2, 0, -1, 2, 1, 0])
 
 
 def tensors(dtype=torch.float32):
-    shapes = {"x": (6, 9), "weight": (7, 9), "lora_A": (3, 4, 9), "lora_B": (3, 7, 4), "bias": (7,), "lora_bias": (3, 7)}
+    shapes = {
+        "x": (6, 9),
+        "weight": (7, 9),
+        "lora_A": (3, 4, 9),
+        "lora_B": (3, 7, 4),
+        "bias": (7,),
+        "lora_bias": (3, 7),
+    }
     return {name: normal(*shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
 
 
@@ -35,7 +42,9 @@ def road(request, monkeypatch):
     """Both roads on a CPU: a GPU and torch.compile take the masks."""
     if request.param == "masked":
         monkeypatch.setattr(
-            grouped, "_segments", lambda x, a, b, rows, bias, *rest: grouped._masked(x, None, a, b, rows, None, bias, *rest)
+            grouped,
+            "_segments",
+            lambda x, a, b, rows, bias, *rest: grouped._masked(x, None, a, b, rows, None, bias, *rest),
         )
 
 

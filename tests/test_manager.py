@@ -128,7 +128,12 @@ def test_functions_have_the_methods_signatures_and_docs():
         ("apply_lora", {"adapter_name": 3}, TypeError, "adapter_name must be a string"),
         ("apply_lora", {"modules_to_save": ""}, ValueError, "modules_to_save must name modules of the model"),
         ("apply_lora", {"modules_to_save": "tail"}, ValueError, "modules_to_save must match modules of the model"),
-        ("apply_lora", {"modules_to_save": "body", "target_modules": "a"}, ValueError, "match more than modules_to_save"),
+        (
+            "apply_lora",
+            {"modules_to_save": "body", "target_modules": "a"},
+            ValueError,
+            "match more than modules_to_save",
+        ),
         ("apply_adapter", {"target_modules": ["a", "b"], "kind": "parallel"}, ValueError, "name square layers"),
         ("apply_adapter", {"target_modules": "a", "kind": "serial"}, ValueError, "kind must be one of"),
         ("apply_conditional_lora", {}, TypeError, "num_tasks must be an integer"),
@@ -417,8 +422,16 @@ def test_share_lora():
     [
         (lambda: [LoRALinear(nn.Linear(8, 8))], ValueError, "two or more, got 1"),
         (lambda: [LoRALinear(nn.Linear(8, 8)), nn.Linear(8, 8)], TypeError, "must be LoRA modules, got Linear"),
-        (lambda: [LoRALinear(nn.Linear(8, 8)), LoRALinear(nn.Linear(8, 9))], ValueError, r"lora_B must be as the first"),
-        (lambda: [LoRALinear(nn.Linear(8, 8)), LoRALinear(nn.Linear(8, 8), bias=True)], ValueError, "lora_bias must be"),
+        (
+            lambda: [LoRALinear(nn.Linear(8, 8)), LoRALinear(nn.Linear(8, 9))],
+            ValueError,
+            r"lora_B must be as the first",
+        ),
+        (
+            lambda: [LoRALinear(nn.Linear(8, 8)), LoRALinear(nn.Linear(8, 8), bias=True)],
+            ValueError,
+            "lora_bias must be",
+        ),
         (lambda: [LoRALinear(nn.Linear(8, 8)), LoRALinear(8, 8, rank=8)], ValueError, "layout must be"),
         (lambda: [fastpeft.HyperLoRALayer(8, 8), fastpeft.HyperLoRALayer(8, 8)], ValueError, "of their own"),
     ],
@@ -428,7 +441,11 @@ def test_share_lora_errors(modules, error, text):
     before = [dict(module._parameters) for module in listed]
     with pytest.raises(error, match=text):
         share_lora(listed)
-    assert all(a is b for old, m in zip(before, listed, strict=True) for a, b in zip(old.values(), m._parameters.values(), strict=True))
+    assert all(
+        a is b
+        for old, m in zip(before, listed, strict=True)
+        for a, b in zip(old.values(), m._parameters.values(), strict=True)
+    )
 
 
 def test_a_shared_sparse_adapter_shares_its_masks():

@@ -208,14 +208,26 @@ WRONG = {
     "unknown": (lambda t: t | {"x/y/z": torch.ones(1)}, None, "hold the tensors of these adapters, got .'x/y/z'."),
     "shape": (lambda t: t | {"lora/body.a/lora_A": torch.ones(3, 8)}, None, "must fit the adapter at lora/body.a/"),
     "nan": (lambda t: t | {"lora/body.a/lora_A": torch.full((2, 8), torch.nan)}, None, "lora_A must be finite"),
-    "overflow": (lambda t: t | {"lora/body.a/lora_A": torch.full((2, 8), 1e39, dtype=torch.float64)}, None, "be finite"),
-    "dtype": (lambda t: t | {"lora/body.a/lora_A": torch.ones(2, 8, dtype=torch.int64)}, None, "must have a dtype like"),
+    "overflow": (
+        lambda t: t | {"lora/body.a/lora_A": torch.full((2, 8), 1e39, dtype=torch.float64)},
+        None,
+        "be finite",
+    ),
+    "dtype": (
+        lambda t: t | {"lora/body.a/lora_A": torch.ones(2, 8, dtype=torch.int64)},
+        None,
+        "must have a dtype like",
+    ),
     "head": (lambda t: t | {"/head/weight": torch.ones(2, 2)}, None, "must fit the adapter at /head/"),
     "mask": (lambda t: t | {"sparse_lora/body.a/mask_A": torch.ones(5)}, None, "must fit the adapter at sparse_lora/"),
     "version": (None, lambda a: a | {"version": 2}, "be of version 1 of this format, got 2"),
     "no adapters": (None, lambda a: a | {"adapters": 3}, "say which adapters it holds"),
     "other": (None, lambda a: a | {"adapters": a["adapters"][:2]}, "hold the adapters"),
-    "method": (None, lambda a: a | {"adapters": [{**each, "method": "lora"} for each in a["adapters"]]}, "hold the adapters"),
+    "method": (
+        None,
+        lambda a: a | {"adapters": [{**each, "method": "lora"} for each in a["adapters"]]},
+        "hold the adapters",
+    ),
 }
 
 
@@ -237,7 +249,9 @@ def test_nothing_is_changed_by_a_file_that_does_not_fit(wrong, tmp_path):
 @pytest.mark.parametrize("wrong", ["missing", "shape", "nan", "no adapters"])
 def test_nor_by_one_that_a_fresh_manager_cannot_load(wrong, tmp_path):
     path, base = tmp_path / "a.pt", Small()
-    manager = EfficientFineTuningManager(copy.deepcopy(base)).apply_lora("a", rank=2, modules_to_save="head", init="pissa")
+    manager = EfficientFineTuningManager(copy.deepcopy(base)).apply_lora(
+        "a", rank=2, modules_to_save="head", init="pissa"
+    )
     manager.apply_qlora("b", rank=2).save_efficient_weights(path)
     tensors, about, _ = WRONG[wrong]
     old = content(path)

@@ -184,7 +184,11 @@ def test_state():
         (state | {name: 1.0}, TypeError, "lora_A must be a tensor"),
         ([state], TypeError, "state must be a state dict"),
     ):
-        broken = {k: v + 1 if isinstance(v, torch.Tensor) and k != name else v for k, v in broken.items()} if isinstance(broken, dict) else broken
+        broken = (
+            {k: v + 1 if isinstance(v, torch.Tensor) and k != name else v for k, v in broken.items()}
+            if isinstance(broken, dict)
+            else broken
+        )
         with pytest.raises(error, match=message):
             twin.load_efficient_state_dict(broken)
         assert all(torch.equal(value, before[key]) for key, value in twin.efficient_state_dict().items())
@@ -199,7 +203,9 @@ def test_state():
 def test_files(tmp_path, name):
     model, twin, batch = moved(SentimentClassifier(bert())), SentimentClassifier(bert()), inputs()
     twin.bert.load_state_dict(model.bert.state_dict(), strict=False)
-    twin.load_state_dict({k: v for k, v in model.state_dict().items() if k not in model.efficient_state_dict()}, strict=False)
+    twin.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k not in model.efficient_state_dict()}, strict=False
+    )
     model.save_efficient_weights(tmp_path / name)
     twin.load_efficient_weights(str(tmp_path / name))
     assert torch.equal(twin(**batch), model(**batch))
@@ -269,7 +275,11 @@ def test_from_a_folder(tmp_path):
 
 def test_bad_input(tmp_path):
     for call, error, message in (
-        (lambda: LoRABERT(3), TypeError, "LoRABERT: model must be a model, a local folder or a name on the hub, got int"),
+        (
+            lambda: LoRABERT(3),
+            TypeError,
+            "LoRABERT: model must be a model, a local folder or a name on the hub, got int",
+        ),
         (lambda: LoRABERT(tmp_path / "no"), ValueError, "model must be a folder that exists"),
         (lambda: SentimentClassifier("./no"), ValueError, "model must be a folder that exists"),
         (lambda: LoRABERT(nn.Linear(2, 2)), ValueError, "model must have nn.Linear in an nn.ModuleList"),

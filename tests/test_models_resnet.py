@@ -163,6 +163,8 @@ def test_bad_input():
 
 
 def test_resnet50_of_torchvision():
-    pytest.importorskip("torchvision.models", exc_type=(ImportError, RuntimeError), reason="no torchvision that fits this torch")
+    pytest.importorskip(
+        "torchvision.models", exc_type=(ImportError, RuntimeError), reason="no torchvision that fits this torch"
+    )
     model = LoRAResNet(3)
     assert sum(isinstance(m, LoRAConv2d) for m in model.modules()) == 53 and model.resnet.fc.out_features == 3

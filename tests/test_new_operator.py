@@ -33,7 +33,9 @@ def launched_by(checks, wanted, monkeypatch):
     """The launchers that checks run here on tiny shapes, by record or by name, until all that are wanted have run."""
     seen, load = set(), dispatch.load
     with monkeypatch.context() as patch, _common.count_launches() as launches:
-        patch.setattr(dispatch, "load", lambda op, backend: (seen.add(op) if backend == "triton" else None, load(op, backend))[1])
+        patch.setattr(
+            dispatch, "load", lambda op, backend: (seen.add(op) if backend == "triton" else None, load(op, backend))[1]
+        )
         for check in checks:
             check(gpu_checks.Ctx("cpu", True))
             seen |= {launch.name for launch in launches}
@@ -42,7 +44,9 @@ def launched_by(checks, wanted, monkeypatch):
     return seen
 
 
-@pytest.mark.skipif("Interpreted" not in type(_common._reduce_splits_kernel).__name__, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(
+    "Interpreted" not in type(_common._reduce_splits_kernel).__name__, reason="needs TRITON_INTERPRET=1"
+)
 def test_every_operator(monkeypatch):
     checks = [check for name, check in gpu_checks.CHECKS.items() if name not in ELSEWHERE]
     wanted = {op for op, row in ROWS.items() if row.get("triton")}
@@ -62,13 +66,13 @@ def test_native_schemas_are_those_that_run():
 
 
 OP = "dummy_scale"
-REFERENCE = f'''
+REFERENCE = f"""
 import torch
 
 
 def {OP}(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x * factor
-'''
+"""
 FAKE = f'''
 import torch
 from fastpeft import dispatch
@@ -159,7 +163,9 @@ def add(tmp_path, monkeypatch):
 
         ours = FAKE + (REGISTER if does("register") else "") + PUBLIC
         ours = ours if does("describe") else ours.replace(", describe=_describe", "")
-        files = {step: file for step, file in FILES.items() if cpp or not {step} & {"schema", "implementation", "native"}}
+        files = {
+            step: file for step, file in FILES.items() if cpp or not {step} & {"schema", "implementation", "native"}
+        }
         for step, (path, text) in {**files, "ops": ("fastpeft/ops/dummy_scale.py", ours)}.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             if does(step):
@@ -171,7 +177,11 @@ def add(tmp_path, monkeypatch):
             if does("export"):
                 monkeypatch.setattr(ops, "__all__", [*ops.__all__, OP])
                 monkeypatch.setattr(ops, OP, getattr(module, OP), raising=False)
-        check = [lambda ctx: dispatch.load(OP, "triton")(torch.ones(3), 2.0)] if not {"check", "kernel", "row"} & {*omitted} else []
+        check = (
+            [lambda ctx: dispatch.load(OP, "triton")(torch.ones(3), 2.0)]
+            if not {"check", "kernel", "row"} & {*omitted}
+            else []
+        )
         checked = launched_by(check, {OP}, monkeypatch)
         compiled, timed = [OP] if does("compile") else [], [(OP, "plain")] if does("time") else []
         return House(tmp_path, compiled, timed, checked)
@@ -194,14 +204,21 @@ def test_a_dummy_operator_runs(add):
     assert torch.equal(ops.dummy_scale(x, 3.0), x * 3.0)
     assert torch.equal(ops.dummy_scale(x, 3.0, backend="triton"), x * 3.0)
     for backend in ("eager", "triton"):
-        torch.library.opcheck(torch.ops.fastpeft.dummy_scale.default, (x, 3.0, backend), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.fastpeft.dummy_scale.default, (x, 3.0, backend), test_utils=("test_schema", "test_faketensor")
+        )
 
     class Module(torch.nn.Module):
         def forward(self, x):
             return ops.dummy_scale(x, 3.0, backend="triton")
 
     (call,) = fastpeft.explain(Module(), x).calls
-    assert (call.op, call.backend, call.shape, call.strategy) == (OP, "triton", (("size", 100),), "direct: kernels of its own")
+    assert (call.op, call.backend, call.shape, call.strategy) == (
+        OP,
+        "triton",
+        (("size", 100),),
+        "direct: kernels of its own",
+    )
     with pytest.raises(ValueError, match=r"which requires an implementation of dummy_scale$"):
         ops.dummy_scale(x, 3.0, backend="cpp")
 
@@ -225,4 +242,6 @@ def test_a_schema_that_differs(add):
     file = house.root / "csrc" / "library.cpp"
     file.write_text(SCHEMA.replace("float factor", "float factor, bool exact"))
     (said,) = left_out(OP, house)
-    assert said.startswith("csrc/library.cpp: the schema of dummy_scale differs from fastpeft::dummy_scale(Tensor x, float factor")
+    assert said.startswith(
+        "csrc/library.cpp: the schema of dummy_scale differs from fastpeft::dummy_scale(Tensor x, float factor"
+    )

@@ -241,7 +241,10 @@ def test_allocator_follows_peft():
                 patterns.append([flag for name in ("fc1", "fc2", "fc3") for flag in allocator.rank_pattern()[name]])
             else:
                 pattern = config.rank_pattern or {}
-                patterns.append([flag for n in ("fc1", "fc2", "fc3") for key, v in pattern.items() if n in key for flag in v] or [True] * 18)
+                patterns.append(
+                    [flag for n in ("fc1", "fc2", "fc3") for key, v in pattern.items() if n in key for flag in v]
+                    or [True] * 18
+                )
         runs.append((losses, patterns))
     torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-5)
     assert runs[1][1] == runs[0][1]

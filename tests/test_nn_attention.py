@@ -80,11 +80,15 @@ def test_is_torchs_with_merged_weights(case):
             torch.testing.assert_close(weights, gold_weights)
         leaves = list({id(x): x for x in xs}.values())
         dy = torch.randn_like(gold)
-        for mine, theirs in zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(gold, leaves, dy), strict=True):
+        for mine, theirs in zip(
+            torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(gold, leaves, dy), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize(("options", "names"), [({}, ("in_proj",)), ({"kdim": 6, "vdim": 10}, ("q_proj", "k_proj", "v_proj"))])
+@pytest.mark.parametrize(
+    ("options", "names"), [({}, ("in_proj",)), ({"kdim": 6, "vdim": 10}, ("q_proj", "k_proj", "v_proj"))]
+)
 def test_gradients_of_the_factors(options, names):
     """dA and dB are those of W + scaling · B A in torch's attention."""
     module = build(**options)
@@ -125,7 +129,9 @@ def test_one_product_for_one_x(monkeypatch):
     calls = []
     for where in (base, lora_attention):
         real = where.lora_linear
-        monkeypatch.setattr(where, "lora_linear", lambda *args, real=real, **kw: calls.append(args[1].shape) or real(*args, **kw))
+        monkeypatch.setattr(
+            where, "lora_linear", lambda *args, real=real, **kw: calls.append(args[1].shape) or real(*args, **kw)
+        )
     module = build(torch.float32)
     x = torch.randn(N, L, E)
     module(x, x, x, need_weights=False)
@@ -180,7 +186,9 @@ def test_merged_state_of_slices():
 def test_from_sizes():
     module = LoRAMultiheadAttention(E, HEADS, 2, dropout=0.25, bias=False, batch_first=True, lora_dropout=0.5)
     assert module.dropout == 0.25 and module.in_proj_bias is None and module.in_proj.dropout_probability == 0.5
-    assert module.in_proj.layout == "in_out" and module.in_proj.lora_A.shape == (E, 2) and module.in_proj.scaling == 0.01
+    assert (
+        module.in_proj.layout == "in_out" and module.in_proj.lora_A.shape == (E, 2) and module.in_proj.scaling == 0.01
+    )
     x = torch.randn(N, L, E)
     assert module(x, x, x)[0].shape == x.shape
 
@@ -209,7 +217,10 @@ def test_checkpointing_repeats_the_dropout():
     module = build(torch.float32, dropout=0.5)
     x = torch.randn(N, L, E, requires_grad=True)
     found = []
-    for run in (lambda: module(x, x, x)[0], lambda: torch.utils.checkpoint.checkpoint(lambda v: module(v, v, v)[0], x, use_reentrant=False)):
+    for run in (
+        lambda: module(x, x, x)[0],
+        lambda: torch.utils.checkpoint.checkpoint(lambda v: module(v, v, v)[0], x, use_reentrant=False),
+    ):
         torch.manual_seed(3)
         y = run()
         module.zero_grad()

@@ -89,7 +89,11 @@ def test_fusion_parity(dtype):
 
 def test_fusion_stages_and_states():
     fusion = fused()
-    assert {name for name, p in fusion.named_parameters() if p.requires_grad} == {"query.weight", "key.weight", "value.weight"}
+    assert {name for name, p in fusion.named_parameters() if p.requires_grad} == {
+        "query.weight",
+        "key.weight",
+        "value.weight",
+    }
     fresh = AdapterFusion(12, [Adapter(12, 4), Adapter(12, 4)])
     x = torch.randn(5, 12)
     assert torch.equal(fresh(x), x) and torch.equal(fresh.value.weight, torch.eye(12))
@@ -119,7 +123,11 @@ def test_fusion_stages_and_states():
         (lambda: Adapter(8, 2, backend="gpu"), ValueError, "backend must be one of"),
         (lambda: AdapterFusion(8, [Adapter(8)]), ValueError, "adapters must be two or more, got 1"),
         (lambda: AdapterFusion(8, [Adapter(8), Adapter(6)]), ValueError, "adapters must be of dim 8, got 6"),
-        (lambda: AdapterFusion(8, [Adapter(8), nn.Linear(8, 8)]), TypeError, "adapters must be Adapter modules, got Linear"),
+        (
+            lambda: AdapterFusion(8, [Adapter(8), nn.Linear(8, 8)]),
+            TypeError,
+            "adapters must be Adapter modules, got Linear",
+        ),
         (lambda: Adapter(8)(torch.ones(2, 7)), ValueError, "x must have shape .* 8"),
     ],
 )

@@ -62,7 +62,9 @@ def test_parity(kind, layout, dtype, road, monkeypatch):
         nn.init.normal_(module.lora_bias)
     if road == "masked":  # what a GPU takes
         monkeypatch.setattr(
-            grouped, "_segments", lambda x, a, b, rows, bias, *rest: grouped._masked(x, None, a, b, rows, None, bias, *rest)
+            grouped,
+            "_segments",
+            lambda x, a, b, rows, bias, *rest: grouped._masked(x, None, a, b, rows, None, bias, *rest),
         )
     assert_parity(module, by_row(module, ids), torch.randn(*leading, 32, dtype=torch.float64), dtype, ids)
 

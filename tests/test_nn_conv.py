@@ -16,7 +16,9 @@ KINDS = {LoRAConv1d: nn.Conv1d, LoRAConv2d: nn.Conv2d, LoRAConv3d: nn.Conv3d}
 BASES = [
     pytest.param(LoRAConv1d, (4, 6, 3), {"padding": "same"}, (8,), id="1d"),
     pytest.param(LoRAConv2d, (4, 6, (3, 2)), {"stride": (2, 1), "padding": (1, 0), "groups": 2}, (6, 5), id="2d"),
-    pytest.param(LoRAConv2d, (4, 6, 3), {"padding": 1, "padding_mode": "circular", "bias": False}, (6, 5), id="circular"),
+    pytest.param(
+        LoRAConv2d, (4, 6, 3), {"padding": 1, "padding_mode": "circular", "bias": False}, (6, 5), id="circular"
+    ),
     pytest.param(LoRAConv3d, (4, 6, (1, 3, 2)), {"dilation": (1, 2, 1)}, (2, 6, 5), id="3d"),
 ]
 

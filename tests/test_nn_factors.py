@@ -119,7 +119,10 @@ def test_every_step_left_out_is_loud():
         (lambda: LoRALinear(linear(), base_bias=False), "LoRALinear: base_bias must be a known option"),
         (lambda: LoRALayer(8, 8, drop_out=0.1), r"LoRALayer: drop_out must .* did you mean dropout\?"),
         (lambda: LoRALayer(8, 8, zzz=1), "these are known: alpha, backend, bias"),
-        (lambda: QLoRALinear.from_linear(linear(), quant="nf4"), r"QLoRALinear: quant must .* did you mean quant_type\?"),
+        (
+            lambda: QLoRALinear.from_linear(linear(), quant="nf4"),
+            r"QLoRALinear: quant must .* did you mean quant_type\?",
+        ),
         (lambda: GainedLinear(linear(), gains=1.0), r"GainedLinear: gains must .*did you mean gain\?"),
         (lambda: LoRALinear(linear(), freeze_base=1), "LoRALinear: freeze_base must be True or False, got int"),
         (lambda: LoRALinear(8, 8, base_bias="no"), "LoRALinear: base_bias must be True or False, got str"),

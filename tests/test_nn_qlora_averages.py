@@ -69,7 +69,9 @@ CHANGES = {
     "loaded": lambda module: (module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True), module)[1],
     "unmerged": lambda module: (module.merge(), module.unmerge(), module)[2],
     "pickled": lambda module: torch.load(io.BytesIO(saved(module)), weights_only=False),
-    "meta": lambda module: (kept := module.state_dict(), module.to("meta").load_state_dict(kept, assign=True), module)[2],
+    "meta": lambda module: (kept := module.state_dict(), module.to("meta").load_state_dict(kept, assign=True), module)[
+        2
+    ],
 }
 
 

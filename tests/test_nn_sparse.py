@@ -45,7 +45,9 @@ def test_bits():
     mask = torch.rand(5, 19) < 0.4
     bits = ops.pack_mask(mask)
     assert bits.shape == (5, 3) and torch.equal(ops.unpack_mask(bits, 19), mask)
-    assert ops.pack_mask(torch.tensor([[True, False, False, False, False, False, False, False, True]])).tolist() == [[1, 1]]
+    assert ops.pack_mask(torch.tensor([[True, False, False, False, False, False, False, False, True]])).tolist() == [
+        [1, 1]
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -76,7 +76,9 @@ class _Variant:
         return result
 
 
-@pytest.mark.parametrize("evaluate", [lambda m: m(batch()["x"]), mixed, disabled, dora], ids=["plain", "mixed", "disabled", "variant"])
+@pytest.mark.parametrize(
+    "evaluate", [lambda m: m(batch()["x"]), mixed, disabled, dora], ids=["plain", "mixed", "disabled", "variant"]
+)
 def test_evaluation_does_not_repack(evaluate):
     """Also where PEFT's own forward runs: a repacked weight has wrong gradients from then on."""
     model = toy(adapters=2).eval()
@@ -293,7 +295,9 @@ def test_report_and_reasons():
     assert reason(layer) is None and reason(layer, x) is None
     assert reason(layer, x[..., :20]) == "the input is [3, 5, 20] for a weight of [128, 64]"
     assert reason(layer, x.double()) == "the input is torch.float64"
-    assert reason(layer, x, kwargs={"adapter_names": ["default", "__base__", "default"]}) == "mixed batch (adapter_names)"
+    assert (
+        reason(layer, x, kwargs={"adapter_names": ["default", "__base__", "default"]}) == "mixed batch (adapter_names)"
+    )
     base = layer.base_layer
     changes = {
         "has not been quantised yet": lambda: vars(base.weight).update(quant_state=None) or vars(base).update(quant_state=None),

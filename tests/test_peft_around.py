@@ -207,9 +207,7 @@ def test_fsdp2(tmp_path):
             calls = []
             operator = linear.lora_linear
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    linear, "lora_linear", lambda *a, op=operator, c=calls, **k: c.append(1) or op(*a, **k)
-                )
+                patch.setattr(linear, "lora_linear", lambda *a, op=operator, c=calls, **k: c.append(1) or op(*a, **k))
                 found = run(model, {"x": torch.ones(3, 20)}, None, 3)
             assert len(calls) == 3, "FSDP2 gathers plain tensors for the call"
             for name, value in run(plain, {"x": torch.ones(3, 20)}, None, 3).items():

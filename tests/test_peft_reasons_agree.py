@@ -35,7 +35,9 @@ def put(module, name, value):
 
 
 def set_dtype(dtype):
-    return lambda layer: put(layer.lora_A["default"], "weight", nn.Parameter(layer.lora_A["default"].weight.detach().to(dtype)))
+    return lambda layer: put(
+        layer.lora_A["default"], "weight", nn.Parameter(layer.lora_A["default"].weight.detach().to(dtype))
+    )
 
 
 def repacked(layer):
@@ -131,7 +133,9 @@ def check(make, states, context, kind):
         except ValueError as error:  # an x of another width: ours refuses it in words, as PEFT's would in torch's
             served = str(error).startswith("lora_linear: x must have shape")
             assert served, error
-    assert served == (why is None), f"{'served' if served else 'left to PEFT'}, reason {why!r}: {states} {context} {kind}"
+    assert served == (why is None), (
+        f"{'served' if served else 'left to PEFT'}, reason {why!r}: {states} {context} {kind}"
+    )
     assert served or left
 
 

@@ -85,7 +85,11 @@ STATES = {
         {"adapters": 3, "lora_dropout": 0.3},
         lambda m: (
             m.base_model.set_adapter(["default", "second", "second2"]),
-            [x.lora_dropout.update({name: torch.nn.Identity()}) for x in lora_layers(m) for name in ("default", "second2")],
+            [
+                x.lora_dropout.update({name: torch.nn.Identity()})
+                for x in lora_layers(m)
+                for name in ("default", "second2")
+            ],
         ),
         3,
     ),

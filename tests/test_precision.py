@@ -14,7 +14,9 @@ def gradients(run, *inputs):
     return [leaf.grad.double() for leaf in leaves]
 
 
-@pytest.mark.parametrize("backend", [name for name in ("cpp", "eager") if name in ("eager", *backends("lora_linear_fwd"))])
+@pytest.mark.parametrize(
+    "backend", [name for name in ("cpp", "eager") if name in ("eager", *backends("lora_linear_fwd"))]
+)
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("M", [1, 40])
 @pytest.mark.parametrize("over", ["s", "ds"])

@@ -10,7 +10,24 @@ from fastpeft.nn.prompts import PatternVerbalizer, freeze_body, insert_prompt
 from prompt_cases import model, prompt
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["<pad>", "<s>", "</s>", "<mask>", "<unk>", "it", "was", ".", "great", "bad", "fine", "poor", "a", "film", "plot", "out"]
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<mask>",
+    "<unk>",
+    "it",
+    "was",
+    ".",
+    "great",
+    "bad",
+    "fine",
+    "poor",
+    "a",
+    "film",
+    "plot",
+    "out",
+]
 
 
 def tokenizer(mask=True, side="right"):

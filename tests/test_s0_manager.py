@@ -88,7 +88,9 @@ def test_manager_from_end_to_end(tmp_path):
     for _ in range(2):
         optimizer.zero_grad()
         tokens = torch.cat([manager.ptuning_embeddings(3), x], 1)
-        states = sum(state.square().sum() for layer in range(2) for state in manager.prefix_tuning.get_prefix_states(layer))
+        states = sum(
+            state.square().sum() for layer in range(2) for state in manager.prefix_tuning.get_prefix_states(layer)
+        )
         (model.train()(tokens).square().mean() + states).backward()
         optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
@@ -175,6 +177,7 @@ def test_decision_04_forward_waits_for_no_score(monkeypatch):
     """The document's ``.item()`` in forward stops the device once a layer and step."""
     layer = AdaLoRALayer(input_dimension=D, output_dimension=12)
     for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
+
         def refused(*_):
             raise AssertionError("a value was read")
 
@@ -209,7 +212,9 @@ def test_decision_05_ties_and_state():
 
 def test_decision_06_prompt_signatures():
     """The document's usage passes what its classes reject, and its states have another shape than it says."""
-    ptuning = PTuningEmbedding(num_virtual_tokens=20, embedding_dimension=D, hidden_dimension=8, dropout_probability=0.1)
+    ptuning = PTuningEmbedding(
+        num_virtual_tokens=20, embedding_dimension=D, hidden_dimension=8, dropout_probability=0.1
+    )
     assert ptuning(4).shape == (4, 20, D) and PTuningEmbedding(20, D, 8)(1).shape == (1, 20, D)
     prefix = PrefixTuning(num_layers=12, num_heads=12, head_dimension=64, prefix_length=20, dropout_probability=0.1)
     key, value = prefix.get_prefix_states(3)
@@ -392,7 +397,9 @@ def test_decision_15_targets(targets, found):
         model = encoder()
         with pytest.raises(ValueError, match=r"target_modules must match .*linear"):
             EfficientFineTuningManager(model).apply_lora(wrong)
-        assert not any(isinstance(m, LoRALinear) for m in model.modules()) and model.layers[0].linear1.weight.requires_grad
+        assert (
+            not any(isinstance(m, LoRALinear) for m in model.modules()) and model.layers[0].linear1.weight.requires_grad
+        )
 
 
 def test_decision_16_numbers_and_no_score():

@@ -80,7 +80,11 @@ def test_adapter_fusion_in_two_stages():
             optimizer.step()
         stages.append(adapter)
     fusion, before = AdapterFusion(12, stages), copy.deepcopy(stages)
-    assert {name for name, p in fusion.named_parameters() if p.requires_grad} == {"query.weight", "key.weight", "value.weight"}
+    assert {name for name, p in fusion.named_parameters() if p.requires_grad} == {
+        "query.weight",
+        "key.weight",
+        "value.weight",
+    }
     assert torch.equal(fusion.value.weight, torch.eye(12))
     deltas = torch.stack([adapter.delta(x) for adapter in stages], 1)
     p = (fusion.query(x).unsqueeze(1) * fusion.key(deltas)).sum(-1).softmax(-1)

@@ -43,7 +43,11 @@ def test_a_suffix_ends_at_a_dot():
 @pytest.mark.parametrize(
     ("wanted", "error", "text"),
     [
-        (["linear2", "linaer1"], ValueError, r"must match modules of the model, got 'linaer1': nothing matches; close: linear1"),
+        (
+            ["linear2", "linaer1"],
+            ValueError,
+            r"must match modules of the model, got 'linaer1': nothing matches; close: linear1",
+        ),
         ("xyz", ValueError, "'xyz': nothing matches; the model has layers"),
         (["dropout"], ValueError, "must match nn.Linear, or what holds such, got 'dropout': Dropout"),
         ([], ValueError, "must name at least one module"),

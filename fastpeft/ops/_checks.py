@@ -107,10 +107,7 @@ def masks(op: str, value: object, lora_A: torch.Tensor, lora_B: torch.Tensor) ->
 def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> bool:
     """What ``vector`` and ``same_device`` ask."""
     return value is None or (
-        value.shape == (size,)
-        and value.device == device
-        and value.is_floating_point()
-        and value.layout is STRIDED
+        value.shape == (size,) and value.device == device and value.is_floating_point() and value.layout is STRIDED
     )
 
 

@@ -164,9 +164,7 @@ def _derived(ctx: Any, dy: Any, ds: torch.Tensor | None) -> tuple[torch.Tensor |
         if a is None:
             a = _derivatives.stand_in(dy, ctx.a_like)
             b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
-        dx, da, db = _derivatives.adapter(
-            dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db, mask_a, mask_b
-        )
+        dx, da, db = _derivatives.adapter(dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db, mask_a, mask_b)
         sums = _derivatives.bias_gradient(dy) if need_bias or need_lora_bias else dy
         return (
             (dx + dy @ w.to(dtype)).reshape(ctx.shape).to(ctx.dtype) if need_dx else None,

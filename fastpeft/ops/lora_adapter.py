@@ -104,9 +104,7 @@ def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tupl
         if a is None:
             a = _derivatives.stand_in(dy, ctx.a_like)
             b = _derivatives.stand_in(dy, ctx.b_like) if b is None else b
-        dx, da, db = _derivatives.adapter(
-            dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db, mask_a, mask_b
-        )
+        dx, da, db = _derivatives.adapter(dy, ds, x, a, b, s, scale, p, seed, need_dx, need_da, need_db, mask_a, mask_b)
         return (
             dx.reshape(ctx.shape).to(ctx.dtype) if need_dx else None,
             da if need_da else None,

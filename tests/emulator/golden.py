@@ -31,7 +31,9 @@ def build_for_gpu(folder: Path, arch: int) -> Path:
     if nvcc is None:
         raise FileNotFoundError("nvcc: not found on PATH")
     out = folder / "twins_gpu.so"
-    build.run([nvcc, "-std=c++17", f"-arch=sm_{arch}", "-shared", "-Xcompiler", "-fPIC", "-I", build.CSRC, SOURCE, "-o", out])
+    build.run(
+        [nvcc, "-std=c++17", f"-arch=sm_{arch}", "-shared", "-Xcompiler", "-fPIC", "-I", build.CSRC, SOURCE, "-o", out]
+    )
     return out
 
 

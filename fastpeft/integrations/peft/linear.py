@@ -1,6 +1,6 @@
 """PEFT's ``lora.Linear`` over torch's Linear or transformers' Conv1D.
 
-    y = x Wᵀ + bias + Σ_active scale · (dropout(x) Aᵀ Bᵀ + lora_bias)             `fastpeft.ops.lora_linear`
+y = x Wᵀ + bias + Σ_active scale · (dropout(x) Aᵀ Bᵀ + lora_bias)             `fastpeft.ops.lora_linear`
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ class Conditional(LoRAModule):
         _checks.require(not schemes.needs_weight(config.init), op, "init", "need no base weight", repr(config.init))
         return config, own
 
-    def _adapt(
-        self, config: Config, device: torch.device | str | None, dtype: torch.dtype, num_tasks: int = 1
-    ) -> None:
+    def _adapt(self, config: Config, device: torch.device | str | None, dtype: torch.dtype, num_tasks: int = 1) -> None:
         super()._adapt(config, device, dtype)
         self.num_tasks = num_tasks
         for name in ("lora_A", "lora_B", "lora_bias"):

@@ -155,9 +155,7 @@ class Hyper(LoRAModule):
             return nn.functional.linear(x, weight, bias) + self._each(x, embedding)
         a, b = self.factors_of(embedding)
         p = self.dropout_probability if self.training else 0.0
-        return lora_linear(
-            x, weight, a, b, bias, self.lora_bias, scale=self.scaling, dropout=p, backend=self.backend
-        )
+        return lora_linear(x, weight, a, b, bias, self.lora_bias, scale=self.scaling, dropout=p, backend=self.backend)
 
     def _linear4bit(self, x: torch.Tensor, weight: Weight4bit, bias: Any, *condition: Any) -> torch.Tensor:
         return linear4bit(x, weight, bias, backend=self.backend) + self._adapter(x, *condition)
