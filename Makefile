@@ -31,9 +31,13 @@ demo: $(ENV)  ## fine-tune MiniLM on movie reviews with PEFT, plain and accelera
 test: $(ENV)  ## all that runs on a CPU, in two processes: reference, C++, Triton under its interpreter, PEFT integration
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-lint: $(ENV)  ## ruff, and the order of the layers
+fmt: $(ENV)  ## format every Python file
+	$(PYTHON) -m ruff format .
+
+lint: $(ENV)  ## ruff, the formatter, and the order of the layers
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -q tests/test_layers.py
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -q tests/package/test_layers.py
 
 type: $(ENV)  ## mypy
 	$(PYTHON) -m mypy
@@ -44,7 +48,7 @@ kernels: $(ENV)  ## compile every Triton kernel and tile for sm_80, sm_90, sm_10
 cuda: $(ENV)  ## compile every CUDA kernel for sm_80 to sm_120 with nvcc and no GPU: registers, spills, shared memory
 	$(PYTHON) bench/compile_cuda.py $(ARGS)
 
-EMULATED = $(PYTHON) -m pytest -q -s tests/test_cuda_emulator*.py -k "dequantize or linear4bit or deterministic or twins"
+EMULATED = $(PYTHON) -m pytest -q -s tests/device/test_cuda_emulator*.py -k "dequantize or linear4bit or deterministic or twins"
 
 sanitize: $(ENV)  ## the CPU kernels under AddressSanitizer and UBSan; the CUDA kernels, emulated, under these and ThreadSanitizer
 	$(PYTHON) tests/sanitize_cpu.py
@@ -74,4 +78,4 @@ gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, t
 check: export FASTPEFT_WERROR = 1
 check: $(ENV) lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 
-.PHONY: help env demo test lint type kernels cuda sanitize model bench roof gpu check
+.PHONY: help env demo test fmt lint type kernels cuda sanitize model bench roof gpu check

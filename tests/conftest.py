@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
-from fastpeft import dispatch  # noqa: E402
-from fastpeft.testing import poisoned_empty, seed_of  # noqa: E402
+from fastpeft import dispatch
+from fastpeft.testing import poisoned_empty, seed_of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 # The tile registers as arrays: what they read and write is checked too, and on any processor with AVX-512-BF16.
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DFP_EMULATED_TILES"
 TESTS = [
-    "tests/test_fourbit_cpu.py",
-    "tests/test_isa.py",
-    "tests/test_lora_linear.py::test_more_rows_than_a_mask_has_room_for",
-    "tests/test_lora_between.py",
-    "tests/test_nn_sparse.py::test_kernels_mask_what_they_write",
-    "tests/test_conv_shrink.py",
-    "tests/test_conv_grad_a.py",
+    "tests/device/test_fourbit_cpu.py",
+    "tests/device/test_isa.py",
+    "tests/ops/test_lora_linear.py::test_more_rows_than_a_mask_has_room_for",
+    "tests/ops/test_lora_between.py",
+    "tests/nn/test_nn_sparse.py::test_kernels_mask_what_they_write",
+    "tests/ops/test_conv_shrink.py",
+    "tests/ops/test_conv_grad_a.py",
     # Neither the interpreter of Triton nor what torch.compile builds is ours to check.
     *("-k", "not triton and not compile"),
 ]

@@ -1,7 +1,8 @@
 """The only place that words an error: ``<op>: <argument> must <rule>, got <value>``.
 
 A check that runs at every call has a quick twin, `<check>_fits`, right below it. The twin asks the same and returns
-True or False; an exception that it meets (`UNFIT`) counts as False. tests/test_checks_agree.py proves that both agree.
+True or False; an exception that it meets (`UNFIT`) counts as False. tests/ops/test_checks_agree.py proves that they
+agree.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ import torch
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale  # noqa: E402
-from peft.utils import hotswap  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
+from peft.utils import hotswap
+from torch.utils.checkpoint import checkpoint
 
-from fastpeft.integrations.peft import linear  # noqa: E402
-from peft_cases import TARGETS, Toy, accelerated, batch, compare, lora_layers, toy  # noqa: E402
+from fastpeft.integrations.peft import linear
+from peft_cases import TARGETS, Toy, accelerated, batch, compare, lora_layers, toy
 
 
 @pytest.fixture(autouse=True)

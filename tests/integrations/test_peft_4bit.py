@@ -12,14 +12,14 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="peft is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 
-from fastpeft.integrations import accelerate  # noqa: E402
-from fastpeft.integrations.peft import reason  # noqa: E402
-from fastpeft.ops import Weight4bit, dequantize_4bit  # noqa: E402
-from peft_4bit_cases import BF16, F16, F32, TARGETS, batch, compare, layers, toy  # noqa: E402
-from peft_cases import run  # noqa: E402
+from fastpeft.integrations import accelerate
+from fastpeft.integrations.peft import reason
+from fastpeft.ops import Weight4bit, dequantize_4bit
+from peft_4bit_cases import BF16, F16, F32, TARGETS, batch, compare, layers, toy
+from peft_cases import run
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,8 @@
 """The examples from end to end on models of two layers and made-up data: a few seconds, nothing fetched."""
 
-# ruff: noqa: E402  (what the examples need may be absent, and they lie outside the package)
-
 import hashlib
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,8 +16,6 @@ import peft
 import transformers
 from rich.console import Console
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import _assets
 import _data

@@ -8,7 +8,7 @@
    tune_fourbit.TILES) times each mode of its tiles, and a check of bench/gpu_checks launches it
 5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++; or the module that it names,
    where Python calls the vendor and C++
-6. tests/test_<file>.py; an example in tests/test_info.py for a public function
+6. tests/ops/test_<file>.py; an example in tests/ops/test_info.py for a public function
 """
 
 import importlib
@@ -67,7 +67,7 @@ def native_schemas(root: Path) -> dict[str, str]:
 
 def _python(op: str, row: dispatch.Row, house: House) -> list[str]:
     out = []
-    for folder in ("fastpeft/reference", "fastpeft/ops", "tests/test_"):
+    for folder in ("fastpeft/reference", "fastpeft/ops", "tests/ops/test_"):
         path = f"{folder}{row.file}.py" if folder.endswith("_") else f"{folder}/{row.file}.py"
         if not (house.root / path).exists():
             out.append(f"{path}: no such file")

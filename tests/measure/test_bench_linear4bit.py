@@ -1,7 +1,5 @@
 """The benchmark of 4-bit weights on tiny shapes: its rows, its checks, and what it says where bitsandbytes is absent."""
 
-# ruff: noqa: E402  (bench/ lies outside the package)
-
 import json
 import os
 import subprocess
@@ -11,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 import bench_linear4bit
 import peers4bit

@@ -17,14 +17,14 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from peft.tuners.lora.layer import Embedding as PeftEmbedding  # noqa: E402
-from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
+from peft.tuners.lora.layer import Linear as PeftLinear
 
-import fastpeft  # noqa: E402
-from fastpeft.integrations.peft import calls, kinds  # noqa: E402
-from fastpeft.integrations.peft.kind import Accelerated, Kind  # noqa: E402
-from peft_cases import Toy, batch, lora_layers, toy  # noqa: E402
+import fastpeft
+from fastpeft.integrations.peft import calls, kinds
+from fastpeft.integrations.peft.kind import Accelerated, Kind
+from peft_cases import Toy, batch, lora_layers, toy
 
 
 @pytest.fixture

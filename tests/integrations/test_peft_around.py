@@ -10,13 +10,13 @@ import torch
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch._dynamo.backends.debugging import aot_eager
 
-from fastpeft.integrations import accelerate, restore  # noqa: E402
-from fastpeft.integrations.peft import linear, reason  # noqa: E402
-from fastpeft.integrations.peft.kind import Accelerated  # noqa: E402
-from peft_cases import Toy, accelerated, batch, compare, lora_layers, run, toy  # noqa: E402
+from fastpeft.integrations import accelerate, restore
+from fastpeft.integrations.peft import linear, reason
+from fastpeft.integrations.peft.kind import Accelerated
+from peft_cases import Toy, accelerated, batch, compare, lora_layers, run, toy
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 peft = pytest.importorskip("peft", reason="peft is not installed")
 hf = pytest.importorskip("accelerate", reason="Hugging Face's accelerate is not installed")
 
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module  # noqa: E402
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 
-from fastpeft.integrations import accelerate, reason, restore  # noqa: E402
-from peft_cases import batch, compare, lora_layers, run, toy  # noqa: E402
+from fastpeft.integrations import accelerate, reason, restore
+from peft_cases import batch, compare, lora_layers, run, toy
 
 
 def spread(model, device="cpu"):

@@ -137,4 +137,4 @@ def missing():
     kinds = (fastpeft.LoRALayer.__mro__[1], nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, Adapter, AdapterFusion)
     public = {name for name in fastpeft.__all__ if isinstance(getattr(fastpeft, name), type)}
     ours = {name for name in public if issubclass(getattr(fastpeft, name), kinds)}
-    return ours - {name.split()[0] for name in NAMES} - {"QLoRALinear"}  # tests/test_nn_qlora.py
+    return ours - {name.split()[0] for name in NAMES} - {"QLoRALinear"}  # tests/nn/test_nn_qlora.py

@@ -11,10 +11,10 @@ import torch
 peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model
 
-from fastpeft.integrations import accelerate, restore  # noqa: E402
-from peft_cases import compare, deep_budget, draw_seed, lora_layers, run  # noqa: E402
+from fastpeft.integrations import accelerate, restore
+from peft_cases import compare, deep_budget, draw_seed, lora_layers, run
 
 TOKENS = {"input_ids": torch.arange(14).view(2, 7) % 31}
 

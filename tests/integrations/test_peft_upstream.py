@@ -13,7 +13,7 @@ import pytest
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("FASTPEFT_CACHE", ROOT / ".cache"))
 
 
@@ -37,7 +37,7 @@ def sources() -> Path:
 def run_theirs(folder: Path, report: Path, *arguments: str) -> dict:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(ROOT / "tests" / "support"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -14,14 +14,14 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="peft is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt  # noqa: E402
-from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from torch._dynamo.backends.debugging import aot_eager
 
-from fastpeft.integrations import accelerate, restore  # noqa: E402
-from fastpeft.integrations.peft import reason  # noqa: E402
-from peft_4bit_cases import BF16, F32, Toy, batch, counted, layers, toy  # noqa: E402
-from peft_cases import run  # noqa: E402
+from fastpeft.integrations import accelerate, restore
+from fastpeft.integrations.peft import reason
+from peft_4bit_cases import BF16, F32, Toy, batch, counted, layers, toy
+from peft_cases import run
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,6 @@ def run_sanitized(sanitizer, selection):
         "LD_PRELOAD": " ".join(found), "FASTPEFT_SANITIZE": sanitizer,
         "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
     }  # fmt: skip
-    files = sorted(Path(__file__).parent.glob("test_cuda_emulator*.py"))
+    files = sorted((Path(__file__).parents[1] / "device").glob("test_cuda_emulator*.py"))
     command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", *files, "-k", selection]
     return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -9,21 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="the driver's stages run Triton kernels")
 
-import _tree  # noqa: E402
+import _tree
 
 _tree.ensure_importable()
-import bench_lora_linear  # noqa: E402
-import gpu  # noqa: E402
-import gpu_budget  # noqa: E402
-import gpu_build  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_checks_fourbit as fourbit  # noqa: E402
-import gpu_fourbit  # noqa: E402
-import tune  # noqa: E402
+import bench_lora_linear
+import gpu
+import gpu_budget
+import gpu_build
+import gpu_checks
+import gpu_checks_fourbit as fourbit
+import gpu_fourbit
+import tune
 
 ENVIRONMENT = {"gpu": "any", "torch": "2", "triton": "3", "peft": None, "commit": "c", "date": "d"}
 

@@ -8,22 +8,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+ROOT = Path(__file__).resolve().parents[2]
 
-import _tree  # noqa: E402
+import _tree
 
 _tree.ensure_importable()
-import compile_kernels  # noqa: E402
-import fastpeft  # noqa: E402
-import gpu_checks  # noqa: E402
-import tune  # noqa: E402
-import tune_fourbit  # noqa: E402
-from checklist import House, left_out, native_schemas, plain, registered  # noqa: E402
-from fastpeft import dispatch, ops  # noqa: E402
-from fastpeft.dispatch import CPP, EAGER, ROWS, TRITON, Row  # noqa: E402
-from fastpeft.kernels import _common  # noqa: E402
-from fastpeft.ops import _flops, _library  # noqa: E402
+import compile_kernels
+import fastpeft
+import gpu_checks
+import tune
+import tune_fourbit
+from checklist import House, left_out, native_schemas, plain, registered
+from fastpeft import dispatch, ops
+from fastpeft.dispatch import CPP, EAGER, ROWS, TRITON, Row
+from fastpeft.kernels import _common
+from fastpeft.ops import _flops, _library
 
 # Checks that cannot run without a GPU, or that need other packages.
 ELSEWHERE = {"PEFT", "torch.compile", "4-bit bitsandbytes"}
@@ -124,7 +123,7 @@ SCHEMA = f'  m.def("{OP}(Tensor x, float factor) -> Tensor");\n'
 FILES = {
     "reference": ("fastpeft/reference/dummy_scale.py", REFERENCE),
     "kernel": ("kernels/dummy_scale.py", KERNEL),
-    "test": ("tests/test_dummy_scale.py", ""),
+    "test": ("tests/ops/test_dummy_scale.py", ""),
     "schema": ("csrc/library.cpp", SCHEMA),
     "implementation": ("csrc/dummy_scale_cpu.cpp", f'm.impl("{OP}", TORCH_BOX(&{OP}));'),
     "native": ("fastpeft/_native.py", f"{OP} = _ops.{OP}.default._op\n"),
@@ -144,7 +143,7 @@ SAYS = {
     "schema": "csrc/library.cpp: no schema of dummy_scale",
     "implementation": "csrc: nothing implements dummy_scale",
     "native": "fastpeft/_native.py: no dummy_scale",
-    "test": "tests/test_dummy_scale.py: no such file",
+    "test": "tests/ops/test_dummy_scale.py: no such file",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastpeft import dispatch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # prefix of a module -> the modules of the package that it may import, itself and its own folder apart
 ALLOWED = {
@@ -90,7 +90,7 @@ def test_same_base_name_in_every_folder():
         file = f"{row.file}.py"
         for folder in ("fastpeft/reference", "fastpeft/ops", "kernels"):
             assert (ROOT / folder / file).exists(), f"{op}: no {folder}/{file}"
-        assert (ROOT / "tests" / f"test_{file}").exists(), f"{op}: no tests/test_{file}"
+        assert (ROOT / "tests" / "ops" / f"test_{file}").exists(), f"{op}: no tests/ops/test_{file}"
 
 
 def test_files_are_one_room():

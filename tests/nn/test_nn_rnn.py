@@ -28,7 +28,7 @@ from fastpeft import (
 from fastpeft.ops import lora_adapter
 from fastpeft.testing import assert_within_budget
 
-BENCH = Path(__file__).resolve().parent.parent / "bench" / "bench_lora_lstm.py"
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "bench_lora_lstm.py"
 CELLS = {LoRARNNCell: nn.RNNCell, LoRALSTMCell: nn.LSTMCell, LoRAGRUCell: nn.GRUCell}
 LAYERS = {LoRARNN: nn.RNN, LoRALSTM: nn.LSTM, LoRAGRU: nn.GRU}
 CASES = {

@@ -11,13 +11,13 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from peft import IA3Config, LoraConfig, get_peft_model  # noqa: E402
-from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
 
-from fastpeft.integrations import Report, accelerate, restore  # noqa: E402
-from fastpeft.integrations.peft import inplace, linear, reason  # noqa: E402
-from fastpeft.integrations.peft.kinds import KINDS  # noqa: E402
-from peft_cases import TARGETS, Toy, lora_layers, toy  # noqa: E402
+from fastpeft.integrations import Report, accelerate, restore
+from fastpeft.integrations.peft import inplace, linear, reason
+from fastpeft.integrations.peft.kinds import KINDS
+from peft_cases import TARGETS, Toy, lora_layers, toy
 
 
 class Mixed(nn.Module):

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="the driver's stages run Triton kernels under the interpreter")
 
-import _tree  # noqa: E402
+import _tree
 
 _tree.ensure_importable()
-import gpu  # noqa: E402
-import gpu_checks_twins  # noqa: E402
-import tune  # noqa: E402
-import tune_fourbit  # noqa: E402
-from timing import Race, quartiles  # noqa: E402
+import gpu
+import gpu_checks_twins
+import tune
+import tune_fourbit
+from timing import Race, quartiles
 
 
 def _tables() -> dict[str, str]:

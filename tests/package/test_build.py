@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 

@@ -1,16 +1,12 @@
 """The cost model against the measured H100 rows, and that it behaves like a time."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import _tree
 
 _tree.ensure_importable()
-import model  # noqa: E402
-from fastpeft.kernels import _cost  # noqa: E402
+import model
+from fastpeft.kernels import _cost
 
 PASSES = ("shrink", "expand", "expand_add", "grad_b", "grad_a", "grad_a_dx")
 SHAPES = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (1, 4096, 4096), (512, 1024, 768)]

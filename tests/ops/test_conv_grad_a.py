@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from test_conv_shrink import operands, served
 
 from conv_cases import CASES, LAST, vendor
 from fastpeft import ops
 from fastpeft.testing import assert_within_budget
-from test_conv_shrink import operands, served
 
 OP = "conv_grad_a"
 
