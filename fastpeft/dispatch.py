@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
     "linear4bit_fwd": Row("linear4bit", (CPP, _CUDA_HALF, TRITON, EAGER)),
     "linear4bit_bwd": Row("linear4bit", (CPP, _CUDA_HALF, TRITON, EAGER)),
 }
-"""launcher -> its row. A new operator: a line here and `ops/_library.register`; tests/support/checklist.py has the rest."""
+"""launcher -> its row. What else a new operator needs: tests/support/checklist.py."""
 
 default: str | None = os.environ.get("FASTPEFT_BACKEND") or None
 """The backend that stands in for None: the one debug switch, read once, as a look-up takes 3 % of a tiny call."""
