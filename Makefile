@@ -26,7 +26,7 @@ $(VENV)/.done: pyproject.toml setup.py setup_commands.py $(wildcard csrc/*)
 env: $(VENV)/.done  ## make the virtual environment: torch, this package built in place, everything for demo and tests
 
 demo: $(ENV)  ## fine-tune MiniLM on movie reviews with PEFT, plain and accelerated, and compare
-	$(PYTHON) examples/finetune_minilm.py $(ARGS)
+	$(PYTHON) examples/compare/finetune_minilm.py $(ARGS)
 
 test: $(ENV)  ## all that runs on a CPU, in two processes: reference, C++, Triton under its interpreter, PEFT integration
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)

@@ -28,6 +28,15 @@ ALLOWED = {
     "fastpeft._cuda": {"fastpeft._cuda_gpus", "fastpeft.kernels"},
     "fastpeft._version": set(),
     "fastpeft._info": {"fastpeft._installed", "fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
+    "fastpeft.cli": {
+        "fastpeft",
+        "fastpeft.integrations",
+        "fastpeft.manager",
+        "fastpeft.models",
+        "fastpeft.nn",
+        "fastpeft.ops",
+    },
+    "fastpeft.__main__": {"fastpeft.cli"},
     "fastpeft": {
         "fastpeft.manager",
         "fastpeft.integrations",

@@ -1,4 +1,4 @@
-"""The examples from end to end on models of two layers and made-up data: a few seconds, nothing fetched."""
+"""The measured comparisons from end to end on models of two layers and made-up data: a few seconds, nothing fetched."""
 
 import hashlib
 import io

@@ -1,8 +1,8 @@
 """Fine-tunes SmolLM2-135M on Shakespeare with LoRA: plain PEFT against it accelerated.
 
-    python examples/finetune_smollm2.py                      # 30 steps; CPU or, where there is one, the CUDA GPU
-    python examples/finetune_smollm2.py --steps 300 --bf16
-    python examples/finetune_smollm2.py --model some/causal-lm --data my_text.txt
+    python examples/compare/finetune_smollm2.py                      # 30 steps; CPU or, where there is one, the CUDA GPU
+    python examples/compare/finetune_smollm2.py --steps 300 --bf16
+    python examples/compare/finetune_smollm2.py --model some/causal-lm --data my_text.txt
 
 A real Llama: 30 layers, 9 query heads on 3 key and value heads, tied embeddings. Trained on Hamlet, King Lear and
 Othello, tested on Romeo and Juliet. The baseline is the frozen model. Writes adapter/, summary.json and comparison.png

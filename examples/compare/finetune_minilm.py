@@ -1,8 +1,8 @@
 """Fine-tunes all-MiniLM-L6-v2 on the polarity of movie reviews with LoRA: plain PEFT against it accelerated.
 
-    python examples/finetune_minilm.py                       # CPU or, where there is one, the CUDA GPU
-    python examples/finetune_minilm.py --dropout 0           # both runs must agree to rounding
-    python examples/finetune_minilm.py --model bert-base-uncased --data mine.csv --bf16
+    python examples/compare/finetune_minilm.py                       # CPU or, where there is one, the CUDA GPU
+    python examples/compare/finetune_minilm.py --dropout 0           # both runs must agree to rounding
+    python examples/compare/finetune_minilm.py --model bert-base-uncased --data mine.csv --bf16
 
 One epoch, 252 steps of 32 sentences. Weights and sentences come from two packages of the Python Package Index (see
 _assets.py). Writes adapter/, summary.json and comparison.png to --output.
