@@ -1,7 +1,7 @@
 """Fine-tunes all-MiniLM-L6-v2 on the polarity of movie reviews with LoRA: plain PEFT against it accelerated.
 
-    python examples/compare/finetune_minilm.py                       # CPU or, where there is one, the CUDA GPU
-    python examples/compare/finetune_minilm.py --dropout 0           # both runs must agree to rounding
+    python examples/compare/finetune_minilm.py    # CPU or, where there is one, the CUDA GPU
+    python examples/compare/finetune_minilm.py --dropout 0    # both runs must agree to rounding
     python examples/compare/finetune_minilm.py --model bert-base-uncased --data mine.csv --bf16
 
 One epoch, 252 steps of 32 sentences. Weights and sentences come from two packages of the Python Package Index (see

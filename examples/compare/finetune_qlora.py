@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M on Shakespeare with QLoRA, its frozen weights in 4 bits, beside LoRA over them as they are.
 
-    python examples/compare/finetune_qlora.py                        # 20 steps; CPU or, where there is one, the CUDA GPU
-    python examples/compare/finetune_qlora.py --bf16                 # the frozen weights and the arithmetic in bf16
+    python examples/compare/finetune_qlora.py    # 20 steps; CPU or, where there is one, the CUDA GPU
+    python examples/compare/finetune_qlora.py --bf16    # the frozen weights and the arithmetic in bf16
     python examples/compare/finetune_qlora.py --model some/causal-lm --data my_text.txt
 
 fastpeft alone: a QLoRALinear takes the place of every linear layer but the head, with no PEFT and no bitsandbytes. Both

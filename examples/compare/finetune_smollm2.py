@@ -1,6 +1,6 @@
 """Fine-tunes SmolLM2-135M on Shakespeare with LoRA: plain PEFT against it accelerated.
 
-    python examples/compare/finetune_smollm2.py                      # 30 steps; CPU or, where there is one, the CUDA GPU
+    python examples/compare/finetune_smollm2.py    # 30 steps; CPU or, where there is one, the CUDA GPU
     python examples/compare/finetune_smollm2.py --steps 300 --bf16
     python examples/compare/finetune_smollm2.py --model some/causal-lm --data my_text.txt
 
