@@ -43,10 +43,10 @@ type: $(ENV)  ## mypy
 	$(PYTHON) -m mypy
 
 kernels: $(ENV)  ## compile every Triton kernel and tile for sm_80, sm_90, sm_100 with no GPU: registers, spills, shared memory
-	$(PYTHON) bench/compile_kernels.py $(ARGS)
+	$(PYTHON) bench kernels $(ARGS)
 
 cuda: $(ENV)  ## compile every CUDA kernel for sm_80 to sm_120 with nvcc and no GPU: registers, spills, shared memory
-	$(PYTHON) bench/compile_cuda.py $(ARGS)
+	$(PYTHON) bench cuda $(ARGS)
 
 EMULATED = $(PYTHON) -m pytest -q -s tests/device/test_cuda_emulator*.py -k "dequantize or linear4bit or deterministic or twins"
 
@@ -57,20 +57,20 @@ sanitize: $(ENV)  ## the CPU kernels under AddressSanitizer and UBSan; the CUDA 
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" $(EMULATED)
 
 model: $(ENV)  ## the cost model against the measured rows
-	$(PYTHON) bench/model.py
+	$(PYTHON) bench model
 
 bench: $(ENV)  ## time OP=lora_linear beside eager, PEFT and torch.compile; JSON and a plot under bench/results
 	$(PYTHON) -m pytest bench/bench_$(OP).py -o addopts= --benchmark-only -q $(ARGS)
 
 roof: $(ENV)  ## measure this machine's roofs
-	$(PYTHON) bench/roofline.py $(ARGS)
+	$(PYTHON) bench roof $(ARGS)
 
 # Where PYTHON is not given, the machine's own python3 serves too, with no environment made: the first of the two whose
 # torch has CUDA, else the first that has a torch.
 gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, tuning, benchmarks in under ten minutes
 	@for able in "import torch; assert torch.version.cuda" "import torch"; do \
 	  for python in $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3); do \
-	    if $$python -c "$$able" 2> /dev/null; then exec $$python bench/gpu.py $(ARGS); fi; \
+	    if $$python -c "$$able" 2> /dev/null; then exec $$python bench gpu $(ARGS); fi; \
 	  done; \
 	done; echo "gpu: PYTHON must be an interpreter with torch, got $(PYTHON)" >&2; exit 1
 

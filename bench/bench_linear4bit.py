@@ -11,13 +11,11 @@ PEFT's. On a CPU only: `make gpu` has the GPU's.
 
 import argparse
 
-import _tree
-
-_tree.ensure_importable()
-from peers4bit import BASES, KEPT, KINDS, LOOP, Case, Field, build  # noqa: E402
-from report import plot, result_tables  # noqa: E402
-from roofline import measure  # noqa: E402
-from timing import Race, kept_bytes, peak_cpu_bytes, steady_cpu  # noqa: E402
+from common import tree
+from common.report import plot, result_tables
+from common.roofline import measure
+from common.timing import Race, kept_bytes, peak_cpu_bytes, steady_cpu
+from peers.fourbit import BASES, KEPT, KINDS, LOOP, Case, Field, build
 
 OP = "linear4bit"
 __all__ = ["OP", "cases", "new_results", "plot"]  # what conftest.py reads off this module
@@ -37,8 +35,8 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
 
 def new_results(device: str, tiny: bool = False) -> dict:
     steady_cpu()
-    data = {"op": OP, "environment": _tree.environment("cpu"), "roof": measure("cpu", tiny), "notes": [], "cases": []}
-    if not _tree.mkldnn_bf16():
+    data = {"op": OP, "environment": tree.environment("cpu"), "roof": measure("cpu", tiny), "notes": [], "cases": []}
+    if not tree.mkldnn_bf16():
         data["notes"].append("torch has no native bf16 GEMM on this CPU (no AVX-512): it runs a scalar fallback, which "
                              "is all that peers other than ours have for their products")  # fmt: skip
     return data
@@ -77,7 +75,7 @@ def run(tiny: bool = False, budget_s: float = 20.0, progress=print) -> dict:
         raced = Race({name: peer.call for name, peer in field.peers.items()}, calls=case.calls).run(budget_s)
         data["cases"].append(case_result(case, raced, field, data["roof"]))
         progress(f"bench: {case.name} done")
-        path = _tree.save_json(name, data)
+        path = tree.save_json(name, data)
         del field, raced
     plot(data, path.with_suffix(".png"))
     return data

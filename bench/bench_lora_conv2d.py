@@ -8,14 +8,12 @@ The ratio is to the frozen convolution's forward + dX, one thread. Memory is wha
 import argparse
 from collections.abc import Callable
 
-import _tree
+import torch
+from torch import nn
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from fastpeft import LoRAConv2d  # noqa: E402
-from timing import Race, peak_cpu_bytes, steady_cpu  # noqa: E402
+from common import tree
+from common.timing import Race, peak_cpu_bytes, steady_cpu
+from fastpeft import LoRAConv2d
 
 OP = "lora_conv2d"
 RANK, ALPHA = 16, 32.0
@@ -78,7 +76,7 @@ def run(tiny: bool = False, budget_s: float = 20.0, clock: str = "wall") -> dict
     shape, C = ((1, 16, 8, 8), 16) if tiny else ((8, 256, 64, 64), 256)
     data: dict = {
         "op": OP,
-        "environment": _tree.environment("cpu"),
+        "environment": tree.environment("cpu"),
         "rank": RANK,
         "x": shape,
         "out": C,
@@ -100,7 +98,7 @@ def run(tiny: bool = False, budget_s: float = 20.0, clock: str = "wall") -> dict
                     f"{name:<20}{row['median_s'] * 1e3:>9.1f}{row['ratio']:>8.3f}{row['extra_bytes'] / 1e6:>10.1f}",
                     flush=True,
                 )
-    _tree.save_json(f"{OP}_cpu" + ("_tiny" if tiny else ""), data)
+    tree.save_json(f"{OP}_cpu" + ("_tiny" if tiny else ""), data)
     return data
 
 

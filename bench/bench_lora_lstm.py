@@ -11,15 +11,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import _tree
+import torch
+from torch import nn
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-import fastpeft  # noqa: E402
-from report import plot, result_tables  # noqa: E402
-from timing import Race, steady_cpu  # noqa: E402
+import fastpeft
+from common import tree
+from common.report import plot, result_tables
+from common.timing import Race, steady_cpu
 
 OP = "lora_lstm"
 KINDS = {
@@ -55,7 +53,7 @@ def new_results(device: str, tiny: bool = False) -> dict:
         steady_cpu()
     notes = ["the loop of an LSTM is oneDNN's, whose backward gives dW whether it is asked for or not; of GRU and RNN "
              "ATen's where frozen, ours with LoRA"]  # fmt: skip
-    return {"op": OP, "environment": _tree.environment(device), "notes": notes, "cases": [], "left_out": []}
+    return {"op": OP, "environment": tree.environment(device), "notes": notes, "cases": [], "left_out": []}
 
 
 def build(case: Case, device: str) -> dict[str, Callable[[], object]]:
@@ -99,7 +97,7 @@ def run(device: str, tiny: bool = False, budget_s: float | None = None) -> dict:
     data = new_results(device, tiny)
     for case in cases(device, tiny):
         data["cases"].append(case_result(case, Race(build(case, device), device).run(budget_s or 5.0)))
-    path = _tree.save_json(f"{OP}_{device}" + ("_tiny" if tiny else ""), data)
+    path = tree.save_json(f"{OP}_{device}" + ("_tiny" if tiny else ""), data)
     plot(data, path.with_suffix(".png"))
     return data
 

@@ -12,15 +12,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import _tree
+import torch
+from torch import nn
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-import fastpeft  # noqa: E402
-from report import plot, result_tables  # noqa: E402
-from timing import Race, steady_cpu  # noqa: E402
+import fastpeft
+from common import tree
+from common.report import plot, result_tables
+from common.timing import Race, steady_cpu
 
 OP = "variants"
 __all__ = ["OP", "cases", "new_results", "plot"]  # what conftest.py reads off this module
@@ -136,7 +134,7 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
 def new_results(device: str, tiny: bool = False) -> dict:
     if device == "cpu":
         steady_cpu()
-    return {"op": OP, "environment": _tree.environment(device), "notes": [], "cases": []}
+    return {"op": OP, "environment": tree.environment(device), "notes": [], "cases": []}
 
 
 def case_result(case: Case, race: Race) -> dict:
@@ -159,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     for case in cases("cpu", args.tiny):
         race = Race(case.make(args.tiny), "process" if args.clock == "process" else "cpu").run(args.seconds)
         data["cases"].append(case_result(case, race))
-    path = _tree.save_json(f"{OP}_cpu" + ("_tiny" if args.tiny else ""), data)
+    path = tree.save_json(f"{OP}_cpu" + ("_tiny" if args.tiny else ""), data)
     plot(data, path.with_suffix(".png"))
     print(result_tables(data))
 

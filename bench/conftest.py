@@ -6,19 +6,12 @@ pytest-benchmark's own table shows a *round*: every peer once, in turn. Peer by 
 extra_info, in bench/results/<op>_<device>.json and in the table printed at the end.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import _tree
-
-_tree.ensure_importable()
-import torch  # noqa: E402
-
-from report import result_tables  # noqa: E402
-from timing import Race, steady_cpu  # noqa: E402
+from common import tree
+from common.report import result_tables
+from common.timing import Race, steady_cpu
 
 
 def pytest_addoption(parser):
@@ -58,8 +51,8 @@ def results(request, device, tiny):
     data = request.module.new_results(device, tiny)
     yield data
     _COLLECTED[name] = data
-    _tree.save_json(name, data)
-    request.module.plot(data, _tree.RESULTS / f"{name}.png")
+    tree.save_json(name, data)
+    request.module.plot(data, tree.RESULTS / f"{name}.png")
 
 
 @pytest.fixture

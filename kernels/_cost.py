@@ -5,7 +5,7 @@ A pass that reads (or writes) an [M, C] activation once, with rank-R products on
     t = launch + ramp + max(bytes / bandwidth, FLOP / skinny MMA rate) + mask uses * M * C * seconds per mask
     t_GEMM = launch + max(bytes / bandwidth, boost FLOP / boost rate + remaining FLOP / sustained rate)
 
-The H100 constants are fitted once to the measured rows that bench/model.py prints beside the predictions; one constant
+The H100 constants are fitted once to the measured rows that `make model` prints beside the predictions; one constant
 serves every row (no constant belongs to a single shape). The other parts are scaled from data sheets by the same
 fractions of peak and say so in `measured`; on them the fused GEMM has no measurement behind it, so they accumulate.
 
@@ -62,7 +62,7 @@ class Arch:
     measured: bool
 
 
-# Fit: facts in the docstring of bench/model.py. 0.28 ps a mask is 3.6e12 masks/s, that is 4 integer operations an
+# Fit: facts in the docstring of bench/gpu/model.py. 0.28 ps a mask is 3.6e12 masks/s, that is 4 integer operations an
 # element at 132 SM * 64 lanes * 1.7 GHz, which is what 7 Philox rounds for 8 masks plus compare and select come to.
 H100 = Arch(
     name="H100 80GB HBM3", cc=90, sms=132,

@@ -115,7 +115,7 @@ def test_fp64_gradients(op):
     ("K", "stride", "small"), [(512, 512, False), (513, 513, True), (512, 520, True), (504, 504, True)]
 )
 def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
-    """An address a register spills the table's tiles; bench/compile_kernels.py proves that the smaller ones do not."""
+    """An address a register spills the table's tiles; bench/compile/kernels.py proves that the smaller ones do not."""
     x = torch.empty_strided((128, K), (stride, 1), dtype=torch.bfloat16, device="meta")
     lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True)
     lora_expand_add(x, meta(128, R), meta(K, R), 1.0)

@@ -12,9 +12,8 @@ import torch
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 import bench_linear4bit
-import peers4bit
-import report
-import timing
+from common import report, timing
+from peers import fourbit as peers4bit
 
 
 def test_tiny_run(tmp_path):

@@ -14,14 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="the driver's stages run Triton kernels under the interpreter")
 
-import _tree
-
-_tree.ensure_importable()
-import gpu
-import gpu_checks_twins
-import tune
-import tune_fourbit
-from timing import Race, quartiles
+from checks import twins
+from common import tree
+from common.timing import Race, quartiles
+from gpu import aims
+from gpu import driver as gpu
+from tune import fourbit as tune_fourbit
+from tune import tiles as tune
 
 
 def _tables() -> dict[str, str]:
@@ -33,7 +32,7 @@ def _tables() -> dict[str, str]:
 
 def _drive(results: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "FASTPEFT_BENCH_RESULTS": str(results), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--dry-run", *args]
+    command = [sys.executable, str(ROOT / "bench"), "gpu", "--device", "cpu", "--dry-run", *args]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=results)
 
 
@@ -60,17 +59,17 @@ def test_a_stage_out_of_time_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTPEFT_BENCH_RESULTS", str(tmp_path))
     row = gpu.run_stage("tune", "cpu", True, 0.2 - gpu.GRACE)
     assert row["ok"] is False and row["error"] == "out of time"
-    lines = gpu.summary({"environment": _tree.environment(), "stages": {"tune": row}})
+    lines = gpu.summary({"environment": tree.environment(), "stages": {"tune": row}})
     assert lines[1].startswith("FAIL tune") and "out of time" in lines[1]
 
 
 def test_a_summary_fits_its_lines():
     """On a GPU with every stage passed, and with failures, which come before the figures."""
     environment = {"gpu": "NVIDIA H100", "torch": "2", "triton": "3", "peft": "0", "commit": "c", "date": "d"}
-    ratios = {case: {"PEFT p=0.1": 3.0, "ours p=0.1": 1.07} for case in gpu.AIMS if case.startswith("bf16")}
+    ratios = {case: {"PEFT p=0.1": 3.0, "ours p=0.1": 1.07} for case in aims.AIMS if case.startswith("bf16")}
     host = {f"{name} {way}": 1e-5 for name in ("nn.Linear", "PEFT p=0") for way in ("fwd", "fwd+bwd")}
     fourbit = {
-        f"{case}x4096->14336": {"ours cuda": 10.0, gpu.LORA_16: 9.0}
+        f"{case}x4096->14336": {"ours cuda": 10.0, aims.LORA_16: 9.0}
         for case in ("forward 16", "lora 2048", "lora 8192")
     }
     stages = {
@@ -97,7 +96,7 @@ def test_a_summary_fits_its_lines():
 
 def test_needs_a_gpu():
     run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "bench"), "gpu", "--device", "cpu"], capture_output=True, text=True
     )
     assert run.returncode == 2 and "device must be cuda outside a dry run" in run.stderr
 
@@ -130,16 +129,16 @@ def test_fourbit_aims():
 
 def test_golden_vectors_are_kept(tmp_path, monkeypatch):
     """As a GPU gave them; twins that give others fail the check, which says where."""
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
     environment = dict.fromkeys(("gpu", "cc", "cuda", "date"), "any")
     words = {"bf16": [1, 2, 3], "fp16": [4, 5, 6]}
-    path = tmp_path / gpu_checks_twins.golden.FILE.name
-    for twins in (None, words):
-        assert "written" in gpu_checks_twins.keep(words, environment, twins)
-        assert gpu_checks_twins.golden.read(path)["words"] == words
+    path = tmp_path / twins.golden.FILE.name
+    for other in (None, words):
+        assert "written" in twins.keep(words, environment, other)
+        assert twins.golden.read(path)["words"] == words
     with pytest.raises(AssertionError, match="differ from this GPU in 1 words of fp16, first 2"):
-        gpu_checks_twins.keep(words, environment, words | {"fp16": [4, 5, 7]})
-    assert gpu_checks_twins.golden.read(path)["words"] == words
+        twins.keep(words, environment, words | {"fp16": [4, 5, 7]})
+    assert twins.golden.read(path)["words"] == words
 
 
 def test_tables_are_rewritten(tmp_path):

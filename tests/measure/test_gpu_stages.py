@@ -12,17 +12,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="the driver's stages run Triton kernels")
 
-import _tree
-
-_tree.ensure_importable()
-import bench_lora_linear
-import gpu
-import gpu_budget
-import gpu_build
-import gpu_checks
-import gpu_checks_fourbit as fourbit
-import gpu_fourbit
-import tune
+from checks import fourbit
+from checks import lora as checks
+from common import tree
+from gpu import budget, build
+from gpu import driver as gpu
+from gpu import fourbit as gpu_fourbit
+from peers import rows
+from tune import tiles as tune
 
 ENVIRONMENT = {"gpu": "any", "torch": "2", "triton": "3", "peft": None, "commit": "c", "date": "d"}
 
@@ -33,18 +30,18 @@ def test_checks_fit_their_stage():
     That is the mean of `make kernels` on a quiet core, and a fifth; its table has the seconds of its last, maybe busy, run.
     """
     # In a process of its own: under the interpreter, which the tests run, kernels have no signature.
-    code = "import gpu_budget, json; print(json.dumps(gpu_budget.expected()))"
+    code = "import json; from gpu import budget; print(json.dumps(budget.expected()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", env=os.environ | {"TRITON_INTERPRET": "0"},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    checks = json.loads(done.stdout)
-    seconds = [1.2 * kernels or each for kernels, each in checks.values()]
-    assert next(iter(checks)) == "4-bit linear cuda"
-    assert gpu_budget.makespan(seconds, gpu_checks.WORKERS) < 0.6 * gpu.STAGES["correctness"]
-    assert gpu_budget.makespan(seconds, gpu_checks.WORKERS * 2 // 3) < 0.8 * gpu.STAGES["correctness"]
+    expected = json.loads(done.stdout)
+    seconds = [1.2 * kernels or each for kernels, each in expected.values()]
+    assert next(iter(expected)) == "4-bit linear cuda"
+    assert budget.makespan(seconds, checks.WORKERS) < 0.6 * gpu.STAGES["correctness"]
+    assert budget.makespan(seconds, checks.WORKERS * 2 // 3) < 0.8 * gpu.STAGES["correctness"]
     assert max(seconds) < 90
-    assert checks["4-bit linear cuda"][0] and checks["4-bit bytes"][0]
-    assert gpu_budget.makespan([1, 2, 3], 2) == 2 * gpu_budget.STARTUP + 4
+    assert expected["4-bit linear cuda"][0] and expected["4-bit bytes"][0]
+    assert budget.makespan([1, 2, 3], 2) == 2 * budget.STARTUP + 4
 
 
 def test_stages_fit_ten_minutes():
@@ -68,8 +65,8 @@ def test_products_meet_every_format_and_row_count():
 def test_without_peft(monkeypatch):
     """Its check is left out, and the other measurements of kept bytes stay."""
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert gpu_checks.check_peft(gpu_checks.Ctx("cpu", True)).startswith("left out: ")
-    kept = bench_lora_linear.kept_result("cpu", True)
+    assert checks.check_peft(checks.Ctx("cpu", True)).startswith("left out: ")
+    kept = rows.kept_result("cpu", True)
     assert kept["ours"]["bytes"] > 0
     assert kept["PEFT"].startswith("absent: ") and kept["PEFT base dtype"].startswith("absent: ")
 
@@ -93,7 +90,7 @@ def test_fresh_reaches_a_stage(monkeypatch):
 
 
 def test_fresh_forgets_the_stages_that_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
     state = gpu.State("cpu", True, [])
     state.data["stages"] = {name: {"ok": True} for name in gpu.STAGES}
     state.save()
@@ -102,7 +99,7 @@ def test_fresh_forgets_the_stages_that_run(tmp_path, monkeypatch):
 
 
 def test_tuning_errors_are_of_one_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
     first = tune.Tuner("cpu", 1.0, tmp_path, tiny=True)
     first.state["errors"].append("a GPU that someone else held")
     first.state["jobs"]["any"] = {"done": True}
@@ -114,7 +111,7 @@ def test_tuning_errors_are_of_one_run(tmp_path, monkeypatch):
 
 def test_a_tile_that_failed_once_is_tried_again(tmp_path, monkeypatch):
     """The table's own: without its time nothing can be compared, so that the job says so and is not done."""
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
     tuner = tune.Tuner("cpu", 60.0, tmp_path, tiny=True, log=lambda _: None)
     calls = []
 
@@ -138,11 +135,11 @@ def test_a_tile_that_failed_once_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_fourbit_takes_up_cases_unless_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_fourbit, "measure", lambda *_: {})
     monkeypatch.setattr(gpu_fourbit, "cases", lambda _: [])
     path = tmp_path / "linear4bit_cpu_tiny.json"
-    path.write_text(json.dumps({"stamp": _tree.stamp("cpu"), "cases": {"any": {}}}))
+    path.write_text(json.dumps({"stamp": tree.stamp("cpu"), "cases": {"any": {}}}))
     assert gpu_fourbit.run("cpu", True, 1.0)["cases"] == {"any": {}}
     assert gpu_fourbit.run("cpu", True, 1.0, fresh=True)["cases"] == {}
 
@@ -150,12 +147,12 @@ def test_fourbit_takes_up_cases_unless_fresh(tmp_path, monkeypatch):
 @pytest.mark.parametrize("lacking", [None, "the compiled extension"])
 def test_a_run_without_cuda_kernels_fails(tmp_path, monkeypatch, capsys, lacking):
     """Though every stage passes, and says so in its first lines."""
-    monkeypatch.setattr(_tree, "RESULTS", tmp_path)
-    monkeypatch.setattr(_tree, "stamp", lambda _: {})
-    monkeypatch.setattr(_tree, "environment", lambda _: dict(ENVIRONMENT))
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tree, "stamp", lambda _: {})
+    monkeypatch.setattr(tree, "environment", lambda _: dict(ENVIRONMENT))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_build, "build", lambda _: lacking)
+    monkeypatch.setattr(build, "build", lambda _: lacking)
     monkeypatch.setattr(gpu, "run_stage", lambda *_: {"ok": True, "seconds": 1.0})
     assert gpu.main(["--only", "bench"]) == (1 if lacking else 0)
     summary = capsys.readouterr().out.split("== summary\n")[1].splitlines()
@@ -176,24 +173,24 @@ def test_a_missing_extension_is_built(monkeypatch, capsys):
             return "", None
 
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(gpu_build, "_stale", lambda _: False)
-    monkeypatch.setattr(gpu_build, "lacking", lambda: None if built else "the compiled extension")
-    monkeypatch.setattr(gpu_build.subprocess, "Popen", Process)
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: None)
-    assert gpu_build.build((9, 0)) == "the compiled extension" and not built
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: "nvcc")
-    assert gpu_build.build((9, 0)) is None and built == [([sys.executable, "setup.py"], "9.0a")]
+    monkeypatch.setattr(build, "_stale", lambda _: False)
+    monkeypatch.setattr(build, "lacking", lambda: None if built else "the compiled extension")
+    monkeypatch.setattr(build.subprocess, "Popen", Process)
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    assert build.build((9, 0)) == "the compiled extension" and not built
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: "nvcc")
+    assert build.build((9, 0)) is None and built == [([sys.executable, "setup.py"], "9.0a")]
     assert "== build: " in capsys.readouterr().out
-    assert gpu_build.build((8, 0)) is None and len(built) == 1
+    assert build.build((8, 0)) is None and len(built) == 1
 
 
 def test_a_failed_build_is_lacking(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_build, "lacking", lambda: "the compiled extension")
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda *_, **__: "nvcc")
-    monkeypatch.setattr(gpu_build, "COMMAND", [sys.executable, "-c", "print('a.cu: error: x'); raise SystemExit(3)"])
-    assert gpu_build.build((9, 0)) == "a build that succeeds (a.cu: error: x)"
-    monkeypatch.setattr(gpu_build, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
-    assert "out of time" in gpu_build.build((9, 0), 0.5)
+    monkeypatch.setattr(build, "lacking", lambda: "the compiled extension")
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: "nvcc")
+    monkeypatch.setattr(build, "COMMAND", [sys.executable, "-c", "print('a.cu: error: x'); raise SystemExit(3)"])
+    assert build.build((9, 0)) == "a build that succeeds (a.cu: error: x)"
+    monkeypatch.setattr(build, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert "out of time" in build.build((9, 0), 0.5)
 
 
 @pytest.mark.parametrize("cuda, wanted", [("python3", "python3"), ("own", "own"), ("neither", "own")])
@@ -202,13 +199,13 @@ def test_make_finds_the_interpreter(tmp_path, cuda, wanted):
     for name, path in (("own", tmp_path / "bin/python"), ("python3", tmp_path / "python3")):
         path.parent.mkdir(exist_ok=True)
         refuse = "" if name == cuda else 'case "$2" in *version.cuda*) exit 1;; esac'
-        path.write_text(f'#!/bin/sh\n{refuse}\ncase "$1" in bench/gpu.py) echo ran {name} $2;; esac\n')
+        path.write_text(f'#!/bin/sh\n{refuse}\ncase "$1" in bench) echo ran {name} $2 $3;; esac\n')
         path.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for name in ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"):  # `make PYTHON=... test` hands its own down
         env.pop(name, None)
     command = ["make", "-s", "-C", str(ROOT), "gpu", f"VENV={tmp_path}", "ARGS=--fresh"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.stdout.strip() == f"ran {wanted} --fresh", run.stderr
+    assert run.stdout.strip() == f"ran {wanted} gpu --fresh", run.stderr
     given = subprocess.run([*command, f"PYTHON={tmp_path}/none"], env=env, capture_output=True, text=True)
     assert given.returncode and "PYTHON must be an interpreter with torch" in given.stderr

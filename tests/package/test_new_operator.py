@@ -10,19 +10,16 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
-import _tree
-
-_tree.ensure_importable()
-import compile_kernels
 import fastpeft
-import gpu_checks
-import tune
-import tune_fourbit
 from checklist import House, left_out, native_schemas, plain, registered
+from checks import lora as gpu_checks
+from compile import kernels as compile_kernels
 from fastpeft import dispatch, ops
 from fastpeft.dispatch import CPP, EAGER, ROWS, TRITON, Row
 from fastpeft.kernels import _common
 from fastpeft.ops import _flops, _library
+from tune import fourbit as tune_fourbit
+from tune import tiles as tune
 
 # Checks that cannot run without a GPU, or that need other packages.
 ELSEWHERE = {"PEFT", "torch.compile", "4-bit bitsandbytes"}
@@ -137,9 +134,9 @@ SAYS = {
     "describe": "fastpeft/ops/dummy_scale.py: no describe for dummy_scale, which explain does not show",
     "export": "fastpeft/ops/__init__.py: exports nothing of dummy_scale",
     "kernel": "kernels/dummy_scale.py: no such file",
-    "compile": "bench/compile_kernels.py: no case compiles dummy_scale",
-    "time": "bench/tune.py: no job times mode 'plain' of dummy_scale",
-    "check": "bench/gpu_checks.py: no check launches dummy_scale",
+    "compile": "bench/compile/kernels.py: no case compiles dummy_scale",
+    "time": "bench/tune/tiles.py: no job times mode 'plain' of dummy_scale",
+    "check": "bench/checks: no check launches dummy_scale",
     "schema": "csrc/library.cpp: no schema of dummy_scale",
     "implementation": "csrc: nothing implements dummy_scale",
     "native": "fastpeft/_native.py: no dummy_scale",

@@ -4,8 +4,8 @@
 2. fastpeft/reference/<file>.py: the launcher in plain torch
 3. fastpeft/ops/<file>.py: the fake, `describe` (`flops` for a backward), `_library.register`, and the public function,
    which ops/__init__ exports
-4. kernels/<file>.py, where the row names Triton; bench/compile_kernels.CASES compiles its kernels, tune.JOBS (or
-   tune_fourbit.TILES) times each mode of its tiles, and a check of bench/gpu_checks launches it
+4. kernels/<file>.py, where the row names Triton; bench/compile/kernels.CASES compiles its kernels, tune/tiles.JOBS (or
+   tune/fourbit.TILES) times each mode of its tiles, and a check of bench/checks launches it
 5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++; or the module that it names,
    where Python calls the vendor and C++
 6. tests/ops/test_<file>.py; an example in tests/ops/test_info.py for a public function
@@ -37,7 +37,7 @@ UNTIMED = {
 
 @dataclass(frozen=True)
 class House:
-    """root: of the sources · compiled: bench/compile_kernels.CASES · timed: (file, mode) of the tuner's jobs ·
+    """root: of the sources · compiled: bench/compile/kernels.CASES · timed: (file, mode) of the tuner's jobs ·
     checked: what the checks of a GPU launch, by name of the launcher."""
 
     root: Path
@@ -94,12 +94,12 @@ def _triton(op: str, row: dispatch.Row, house: House) -> list[str]:
     if not hasattr(module, op):
         out.append(f"kernels/{row.file}.py: no {op}")
     if op not in house.checked:
-        out.append(f"bench/gpu_checks.py: no check launches {op}")
+        out.append(f"bench/checks: no check launches {op}")
     if re.search(r"^@triton\.jit\ndef _\w+_kernel\(", path.read_text(), re.MULTILINE):
         if row.file not in house.compiled:
-            out.append(f"bench/compile_kernels.py: no case compiles {row.file}")
+            out.append(f"bench/compile/kernels.py: no case compiles {row.file}")
         modes = {(row.file, mode) for mode in module.MODES} - UNTIMED.keys() - set(house.timed)
-        out += [f"bench/tune.py: no job times mode {mode!r} of {file}" for file, mode in sorted(modes)]
+        out += [f"bench/tune/tiles.py: no job times mode {mode!r} of {file}" for file, mode in sorted(modes)]
     return out
 
 

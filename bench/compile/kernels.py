@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every architecture with no GPU, and check registers, spills and shared memory.
 
-    python bench/compile_kernels.py [--only lora_shrink lora_expand] [--jobs 2] [--arch 90]
+    python bench kernels [--only lora_shrink lora_expand] [--jobs 2] [--arch 90]
 
 The launchers themselves name what is compiled: they run on meta tensors with their `launch` captured, so a kernel is
 compiled with the arguments, flags and tile it would really get. Every tile-table entry must be met on the way.
@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
-import _tree
-
-_tree.ensure_importable()
-from compile_conv import convolution  # noqa: E402
+from common import tree
+from compile.conv import convolution
 
 # A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -257,12 +255,12 @@ def compile_job(job):
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CASES, nargs="+", default=[])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append")
     parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     archs = options.arch or sorted(SHARED_LIMIT)
     import triton
 
@@ -282,7 +280,7 @@ def main():
                 print(f"sm_{row['arch']:<3} {size} {what}", flush=True)
     unmet = [f"tile {op} {key}" for op, t in tables.items() for key in t if (id(t), key) not in met]
     launched = {job["kernel"] for job in jobs}
-    sources = {op: (_tree.ROOT / "kernels" / f"{op}.py").read_text() for op in tables}
+    sources = {op: (tree.ROOT / "kernels" / f"{op}.py").read_text() for op in tables}
     unmet += [f"kernel {name} of {op}" for op, text in sources.items()
               for name in re.findall(r"def (_\w+_kernel)\(", text) if name not in launched]  # fmt: skip
     unmet = [] if options.arch else unmet
@@ -292,7 +290,7 @@ def main():
     total = f"{len(rows)} kernels compiled in {seconds:.0f} s, {faults} faults, {len(unmet)} not reached"
     print(f"triton {triton.__version__}: {total}")
     if not options.only and not options.arch:
-        _tree.save_json(f"kernels_triton{triton.__version__}", {"triton": triton.__version__, "rows": rows})
+        tree.save_json(f"kernels_triton{triton.__version__}", {"triton": triton.__version__, "rows": rows})
     sys.exit(1 if faults or unmet else 0)
 
 

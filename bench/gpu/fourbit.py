@@ -9,15 +9,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import _tree
+import torch
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-
-from fastpeft import dispatch, ops  # noqa: E402
-from gpu import LORA_16  # noqa: E402
-from roofline import measure  # noqa: E402
-from timing import Race  # noqa: E402
+from common import tree
+from common.roofline import measure
+from common.timing import Race
+from fastpeft import dispatch, ops
+from gpu.aims import LORA_16
 
 OP = "linear4bit"
 SCALE, RANK = 2.0, 16
@@ -128,8 +126,8 @@ def run(device: str, tiny: bool, budget_s: float, progress: Callable[[str], None
     import time
 
     deadline = time.monotonic() + budget_s
-    path = _tree.RESULTS / f"{OP}_{device}{'_tiny' if tiny else ''}.json"
-    environment, stamp = _tree.environment(device), _tree.stamp(device)
+    path = tree.RESULTS / f"{OP}_{device}{'_tiny' if tiny else ''}.json"
+    environment, stamp = tree.environment(device), tree.stamp(device)
     data = {"op": OP, "stamp": stamp, "environment": environment, "cases": {}, "left_out": []}
     if path.exists() and not fresh:
         loaded = json.loads(path.read_text())
@@ -154,7 +152,7 @@ def run(device: str, tiny: bool, budget_s: float, progress: Callable[[str], None
         for row in rows.values():
             row["roof_share"] = least / row["median_s"]
         data["cases"][case.name] = {**asdict(case), "peers": rows, "absent": absent}
-        _tree.save_json(path.stem, data)
+        tree.save_json(path.stem, data)
         progress(f"{case.name}: " + ", ".join(f"{n} {row['median_s'] * 1e6:.0f} us" for n, row in rows.items()))
-    _tree.save_json(path.stem, data)
+    tree.save_json(path.stem, data)
     return data

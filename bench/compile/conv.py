@@ -1,4 +1,4 @@
-"""What bench/compile_kernels.py compiles of the convolutions' kernels."""
+"""What compile/kernels.py compiles of the convolutions' kernels."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Measures this machine's roofs: copy bandwidth, GEMM rate by dtype, in-cache FMA rate. Prints and returns them.
 
-    python bench/roofline.py [--device cpu|cuda] [--json NAME]
+    python bench roof [--device cpu|cuda] [--json NAME]
 
 A roof is the best of several tries, not a median: it bounds what anything can reach. CPU: one thread.
 """
@@ -10,8 +10,8 @@ import json
 
 import torch
 
-import _tree
-from timing import Race
+from common import tree
+from common.timing import Race
 
 GEMM_SHAPES = {"cuda": [(8192, 4096, 4096), (8192, 8192, 8192)], "cpu": [(512, 512, 512), (512, 1024, 1024)]}
 TINY_SHAPES = [(32, 32, 32)]
@@ -58,7 +58,7 @@ def measure(device: str = "cpu", tiny: bool = False) -> dict:
     """Roofs in bytes/s and FLOP/s, with where they were measured."""
     if device == "cpu":
         torch.set_num_threads(1)
-    out = {"environment": _tree.environment(device), "copy_bytes_per_s": copy_bandwidth(device, tiny),
+    out = {"environment": tree.environment(device), "copy_bytes_per_s": copy_bandwidth(device, tiny),
            "fma_flop_per_s": fma_rate(device, tiny)}  # fmt: skip
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         out[f"gemm_{name}_flop_per_s"] = gemm_rate(device, dtype, tiny)
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     roof = measure(args.device, args.tiny)
     print(describe(roof))
-    if not _tree.mkldnn_bf16():
+    if not tree.mkldnn_bf16():
         print("note: torch has no native bf16 GEMM on this CPU; its bf16 figure is a scalar fallback")
     if args.json:
-        print(_tree.save_json(args.json, roof))
+        print(tree.save_json(args.json, roof))
     else:
         print(json.dumps(roof, indent=1))
 

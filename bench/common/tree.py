@@ -11,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(os.environ.get("FASTPEFT_BENCH_RESULTS") or ROOT / "bench" / "results")
 
 
+FOLDERS = {"fastpeft": ROOT / "fastpeft", "emulator": ROOT / "tests" / "emulator"}
+
+
 class _Finder:
-    """Resolves fastpeft, where it is not installed, to its folder.
+    """Resolves what is not installed to its folder in the checkout.
 
     ROOT itself on sys.path would let the folder kernels/ pass for the package of that name, which transformers imports.
     """
@@ -25,9 +28,9 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name != "fastpeft":
+        if name not in FOLDERS:
             return None
-        folder = ROOT / name
+        folder = FOLDERS[name]
         return importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
@@ -35,9 +38,9 @@ class _Finder:
 
 def ensure_importable() -> str:
     """Returns "installed", or "tree": the package of this checkout, with the fastpeft._C that was built in place."""
-    if _Finder not in sys.meta_path and importlib.util.find_spec("fastpeft") is None:
-        _Finder.mode = "tree"
-        sys.meta_path.append(_Finder)
+    if _Finder not in sys.meta_path:
+        _Finder.mode = "tree" if importlib.util.find_spec("fastpeft") is None else "installed"
+        sys.meta_path.append(_Finder)  # the last: what is installed goes first
     return _Finder.mode
 
 

@@ -1,15 +1,12 @@
 """Times tile candidates and strategies on this GPU and writes the winners into the tables the kernels read.
 
-    python bench/tune.py [--seconds 150] [--ranks 16,64] [--fresh]
-
 Written: the dict between `# tiles: begin` and `# tiles: end` of each kernel file, kernels/_strategy_table.py and, by
-bench/tune_fourbit.py, the tiles of the 4-bit kernels and the tables of kernels/_fourbit_cost.py; each under a temporary
+tune/fourbit.py, the tiles of the 4-bit kernels and the tables of kernels/_fourbit_cost.py; each under a temporary
 name, then renamed. A search walks one tile key at a time from the table's current entry (a candidate is a compile of
 seconds, so no full grid); a winner must compute what the current entry does before it is written.
 Resumable: bench/results/tune_state.json holds every timing; what is done for these sources and this GPU is not redone.
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -19,13 +16,11 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import _tree
+import torch
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-
-import tune_conv  # noqa: E402
-from timing import Race, quartiles  # noqa: E402
+from common import tree
+from common.timing import Race, quartiles
+from tune import conv
 
 SCALE, P, MARGIN = 2.0, 0.1, 0.02  # a challenger must be faster by the margin: less is the spread of one run
 SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (2048, 4096, 4096))  # M, N, K
@@ -42,7 +37,7 @@ JOBS: dict[tuple[str, str], Callable] = {
         t.x, t.w, t.s, t.b, None, None, SCALE, tile=tile),
     ("lora_linear_fused", "dx"): lambda m, t, tile: m.lora_linear_fused_dx(t.dy, t.w, t.ds, t.a, P, t.seed, tile=tile),
     ("lora_grad_b", "rows"): lambda m, t, tile: m.lora_grad_b(t.dy, t.s, t.b, SCALE, False, False, tile=tile),
-} | tune_conv.JOBS  # fmt: skip
+} | conv.JOBS  # fmt: skip
 
 
 def tensors(M: int, N: int, K: int, R: int, dtype: torch.dtype, device: str) -> SimpleNamespace:
@@ -74,7 +69,7 @@ def replace_section(path: Path, marker: str, body: str) -> None:
     pattern = re.compile(rf"(# {marker}: begin[^\n]*\n).*?(# {marker}: end)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"tune: {path.name} must hold one pair of '# {marker}: begin/end' comments")
-    _tree.write_atomic(path, pattern.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text))
+    tree.write_atomic(path, pattern.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text))
 
 
 def write_strategies(path: Path, table: dict) -> None:
@@ -116,8 +111,8 @@ class Tuner:
         if device == "cuda":
             major, minor = torch.cuda.get_device_capability()
             self.arch = 10 * major + minor
-        self.state_path = _tree.RESULTS / ("tune_state_tiny.json" if tiny else "tune_state.json")
-        stamp = _tree.stamp(device)
+        self.state_path = tree.RESULTS / ("tune_state_tiny.json" if tiny else "tune_state.json")
+        stamp = tree.stamp(device)
         self.state = {"stamp": stamp, "jobs": {}, "strategies": {}, "errors": []}
         if self.state_path.exists() and not fresh:
             loaded = json.loads(self.state_path.read_text())
@@ -128,7 +123,7 @@ class Tuner:
         return self.deadline - time.monotonic()
 
     def save(self) -> None:
-        _tree.write_atomic(self.state_path, json.dumps(self.state, indent=1))
+        tree.write_atomic(self.state_path, json.dumps(self.state, indent=1))
 
     def time_tile(self, job: dict, call: Callable[[dict], object], tile: dict) -> float:
         """Median seconds; infinite for a tile that does not compile or does not fit. Remembered in the state."""
@@ -280,21 +275,3 @@ class Tuner:
                 self.tune_strategy(M, N, K, R, p, dtype)
         self.save()
         return self.state
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--ranks", default="16,64", help="comma-separated")
-    parser.add_argument("--fresh", action="store_true", help="forget the timings of earlier runs")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("tune: device must be a CUDA GPU, got none; the tables that ship need no tuning to work")
-    from tune_fourbit import run_all  # which imports this file
-
-    tuner = Tuner("cuda", args.seconds, _tree.ROOT / "kernels", fresh=args.fresh)
-    run_all(tuner, tuple(map(int, args.ranks.split(","))))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,12 @@
 """`make gpu`: everything a GPU has to prove, in one command under ten minutes, from a bare checkout.
 
-    python bench/gpu.py [--fresh] [--only STAGE] [--device cpu --dry-run]
+    python bench gpu [--fresh] [--only STAGE] [--device cpu --dry-run]
 
 Stages: build -> correctness -> tune -> bench -> fourbit -> summary. Each runs in a process of its own with a time
 limit, so that one crash or hang costs one stage. A stage that passed for these sources and this GPU is not run again
 unless --fresh, which forgets the timings of earlier runs too.
 Nothing has to be installed beside torch and triton: the extension is built in place where this interpreter lacks it
-(bench/gpu_build.py). Without its CUDA kernels the run fails: nothing would have proven them.
+(gpu/build.py). Without its CUDA kernels the run fails: nothing would have proven them.
 Results: bench/results/gpu_state.json, tune_state.json, lora_linear_cuda.json, linear4bit_cuda.json, and ptx_twins.json,
 the golden vectors of the emulator. Exit status 1 if a stage failed.
 --dry-run exercises every stage at tiny shapes on the CPU, Triton under its interpreter, and tunes copies of the tables.
@@ -23,30 +23,25 @@ import tempfile
 import time
 from pathlib import Path
 
-import _tree
-import gpu_build
+from common import tree
+from gpu import build
+from gpu.aims import AIMS, LORA_16
 
-# Seconds at most. Correctness on a cold cache: bench/gpu_budget.py expects 90, on 4 cores 270, where a second run takes
+# Seconds at most. Correctness on a cold cache: gpu/budget.py expects 90, on 4 cores 270, where a second run takes
 # up what the first has compiled.
 STAGES = {"correctness": 180, "tune": 115, "bench": 170, "fourbit": 60}
 GRACE = 30  # for the compile in flight when a stage's own budget ran out
 TOTAL = 570  # of the build, about 45 on 16 cores, and all stages; the last gets what the others left, and GRACE
 LINES = 20
-LORA_16 = "16-bit LoRA"  # the peer of a QLoRA layer
 FOURBIT_SHOWN = ("dequantize 14336", "forward 16x4096", "lora 2048x4096->14336")  # the other rows are in the JSON
-# What is aimed at on an H100: ours over the frozen layer, and microseconds.
-AIMS = {
-    "bf16 M=8192 4096->4096 r=16": 1.08, "bf16 M=8192 4096->14336 r=16": 1.04, "bf16 M=8192 14336->4096 r=16": 1.05,
-    "forward 16x4096->14336": 15,
-}  # fmt: skip
 
 
 class State:
     """What passed, for which sources and device; one JSON, rewritten atomically after every stage."""
 
     def __init__(self, device: str, dry_run: bool, forgotten: list[str]):
-        self.path = _tree.RESULTS / ("gpu_state_dry.json" if dry_run else "gpu_state.json")
-        self.stamp = _tree.stamp(device)
+        self.path = tree.RESULTS / ("gpu_state_dry.json" if dry_run else "gpu_state.json")
+        self.stamp = tree.stamp(device)
         self.data = {"stamp": self.stamp, "environment": {}, "stages": {}}
         if self.path.exists():
             loaded = json.loads(self.path.read_text())
@@ -59,11 +54,11 @@ class State:
         return self.data["stages"].get(stage, {}).get("ok", False)
 
     def save(self) -> None:
-        _tree.write_atomic(self.path, json.dumps(self.data, indent=1) + "\n")
+        tree.write_atomic(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
 def stage_correctness(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dict:
-    from gpu_checks import Ctx, run_checks
+    from checks.lora import Ctx, run_checks
 
     checks = {}
     for name, passed, detail in run_checks(Ctx(device, dry_run), budget_s):
@@ -75,24 +70,24 @@ def stage_correctness(device: str, dry_run: bool, budget_s: float, fresh: bool) 
 def stage_tune(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dict:
     import shutil
 
-    import tune
-    import tune_fourbit
+    from tune.command import run_all
+    from tune.tiles import Tuner
 
     def work(root: Path) -> dict:
-        tuner = tune.Tuner(
+        tuner = Tuner(
             device, budget_s, root, tiny=dry_run, log=lambda line: print(line, flush=True), fresh=dry_run or fresh
         )
-        return tune_fourbit.run_all(tuner, (16,) if dry_run else (16, 64))
+        return run_all(tuner, (16,) if dry_run else (16, 64))
 
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "kernels"
-            shutil.copytree(_tree.ROOT / "kernels", root, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(tree.ROOT / "kernels", root, ignore=shutil.ignore_patterns("__pycache__"))
             state = work(root)
             for path in root.glob("*.py"):
                 compile(path.read_text(), str(path), "exec")
     else:
-        state = work(_tree.ROOT / "kernels")
+        state = work(tree.ROOT / "kernels")
     won = sum("winner" in job for job in state["jobs"].values())
     done = sum(job["done"] for job in state["jobs"].values())
     return {
@@ -105,10 +100,10 @@ def stage_tune(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dict
 
 
 def stage_bench(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dict:
-    import bench_lora_linear
+    from peers import rows
 
     seconds = 0.5 if dry_run else min(8.0, budget_s / 16)  # a case has compiles and about 14 peers beside its rounds
-    data = bench_lora_linear.run(device, dry_run, seconds, budget_s, progress=lambda line: print(line, flush=True))
+    data = rows.run(device, dry_run, seconds, budget_s, progress=lambda line: print(line, flush=True))
     ratios = {
         case["case"]: {name: round(row["ratio"], 3) for name, row in case["peers"].items()} for case in data["cases"]
     }
@@ -120,7 +115,7 @@ def stage_bench(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dic
 
 
 def stage_fourbit(device: str, dry_run: bool, budget_s: float, fresh: bool) -> dict:
-    import gpu_fourbit
+    from gpu import fourbit as gpu_fourbit
 
     data = gpu_fourbit.run(device, dry_run, budget_s, lambda line: print(line, flush=True), fresh)
     fourbit = {
@@ -136,8 +131,8 @@ def run_stage(name: str, device: str, dry_run: bool, budget_s: float, fresh: boo
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--stage", name, "--out", str(out), "--device", device,
-                   "--budget", str(budget_s), *["--dry-run"] * dry_run, *["--fresh"] * fresh]  # fmt: skip
+        command = [sys.executable, str(tree.ROOT / "bench"), "gpu", "--stage", name, "--out", str(out)]
+        command += ["--device", device, "--budget", str(budget_s), *["--dry-run"] * dry_run, *["--fresh"] * fresh]
         env = dict(os.environ)
         if device == "cpu" and name not in ("bench", "fourbit"):  # benchmarks time what a CPU really runs
             env["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -233,14 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu" and not args.dry_run:
         parser.error("gpu: --device must be cuda outside a dry run, got cpu")
 
-    mode = _tree.ensure_importable()
+    mode = tree.ensure_importable()
     import torch
 
     if args.stage:
         if args.device == "cpu":
             torch.set_num_threads(1)
         result = globals()[f"stage_{args.stage}"](args.device, args.dry_run, args.budget, args.fresh)
-        _tree.write_atomic(args.out, json.dumps(result))
+        tree.write_atomic(args.out, json.dumps(result))
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -251,10 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + TOTAL
     where = importlib.util.find_spec("fastpeft").origin
     print(f"== {sys.executable}, torch {torch.__version__}, {where}", flush=True)
-    lacking = gpu_build.build(torch.cuda.get_device_capability()) if args.device == "cuda" else None
+    lacking = build.build(torch.cuda.get_device_capability()) if args.device == "cuda" else None
     names = [args.only] if args.only else list(STAGES)
     state = State(args.device, args.dry_run, names if args.fresh else [])
-    state.data["environment"] = _tree.environment(args.device) | {"package": mode, "lacking": lacking}
+    state.data["environment"] = tree.environment(args.device) | {"package": mode, "lacking": lacking}
     for name in names:
         if state.passed(name):
             print(f"== {name}: passed before for these sources on this device (--fresh runs it again)", flush=True)

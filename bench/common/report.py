@@ -1,8 +1,8 @@
 """Tables and plots from bench/results/*.json.
 
-python bench/report.py                 every table, in text
-python bench/report.py --readme        the README's table, in markdown
-python bench/report.py --plots         a PNG beside every JSON
+python bench report                 every table, in text
+python bench report --readme        the README's table, in markdown
+python bench report --plots         a PNG beside every JSON
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 from itertools import compress
 from pathlib import Path
 
-import _tree
+from common import tree
 
 
 def _machine(environment: dict) -> str:
@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plots", action="store_true")
     parser.add_argument("--op", default="lora_linear")
     args = parser.parse_args(argv)
-    paths = [p for p in sorted(_tree.RESULTS.glob(f"{args.op}_*.json")) if not p.stem.endswith("_tiny")]
+    paths = [p for p in sorted(tree.RESULTS.glob(f"{args.op}_*.json")) if not p.stem.endswith("_tiny")]
     loaded = [json.loads(path.read_text()) for path in paths]
-    # gpu_fourbit.py keeps its cases by name, to take up a run that was cut off, and `make gpu` prints them itself.
+    # gpu/fourbit.py keeps its cases by name, to take up a run that was cut off, and `make gpu` prints them itself.
     listed = [isinstance(data["cases"], list) for data in loaded]
     paths, loaded = list(compress(paths, listed)), list(compress(loaded, listed))
     if not loaded:

@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import _tree
+import torch
+from torch import Tensor
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import gpu_checks_fourbit  # noqa: E402
-import gpu_checks_primitives  # noqa: E402
-import gpu_checks_twins  # noqa: E402
-from fastpeft import dispatch  # noqa: E402
-from fastpeft.testing import EPS, error  # noqa: E402
+from checks import fourbit, primitives, twins
+from fastpeft import dispatch
+from fastpeft.testing import EPS, error
 
 SCALE = 2.0
 WORKERS = 12
@@ -236,10 +231,10 @@ def check_peft(ctx: Ctx) -> str:
     return f"loss {loss:.4f} (PEFT {before:.4f}), gradient cosine {cosine:.5f}, {len(report.accelerated)} layers"
 
 
-# Split so that workers share the compiling, which is nearly all of the time: bench/gpu_budget.py has the figures. The
+# Split so that workers share the compiling, which is nearly all of the time: gpu/budget.py has the figures. The
 # longest first, and before these what no one has run on a GPU.
 CHECKS: dict[str, Callable[[Ctx], str]] = {
-    **gpu_checks_fourbit.CHECKS,
+    **fourbit.CHECKS,
     "shapes bf16": partial(check_shapes, dtype=torch.bfloat16),
     "shapes fp16": partial(check_shapes, dtype=torch.float16),
     "ranks 16-64": partial(check_ranks, ranks=(16, 24, 32, 64)),
@@ -252,8 +247,8 @@ CHECKS: dict[str, Callable[[Ctx], str]] = {
     "autograd": check_autograd,
     "deterministic": check_deterministic,
     "CUDA graph": check_graph,
-    **gpu_checks_primitives.CHECKS,
-    **gpu_checks_twins.CHECKS,
+    **primitives.CHECKS,
+    **twins.CHECKS,
 }
 
 

@@ -4,15 +4,12 @@ The questions, the build by nvcc and the file are those of tests/emulator/golden
 """
 
 import ctypes
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-import _tree
-
-sys.path.append(str(_tree.ROOT / "tests"))
+from common import tree
 from emulator import build, golden
 
 Words = dict[str, list[int]]
@@ -21,7 +18,7 @@ Words = dict[str, list[int]]
 def keep(words: Words, environment: dict, twins: Words | None) -> str:
     """Writes a GPU's words. AssertionError, once they are written, where the twins give others."""
     about = {key: environment[key] for key in ("gpu", "cc", "cuda", "date")}
-    _tree.save_json(golden.FILE.stem, about | {"words": words})
+    tree.save_json(golden.FILE.stem, about | {"words": words})
     if twins is None:
         return "golden vectors written; no C++ compiler here to compare the twins"
     for name, row in words.items():
@@ -43,7 +40,7 @@ def check_twins(ctx) -> str:
         words, twins = golden.answers(library, "cuda"), None
         if build.compiler() is not None:
             twins = golden.answers(ctypes.CDLL(str(golden.build_for_cpu(folder))), "cpu")
-    return keep(words, _tree.environment("cuda"), twins)
+    return keep(words, tree.environment("cuda"), twins)
 
 
 CHECKS = {"PTX twins": check_twins}

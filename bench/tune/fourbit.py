@@ -1,4 +1,4 @@
-"""Times the tiles of the 4-bit Triton kernels, then the ways of a product with a 4-bit weight, for `bench/tune.py`.
+"""Times the tiles of the 4-bit Triton kernels, then the ways of a product with a 4-bit weight, beside tune/tiles.py.
 
 Written: the tiles, as there, and where each way pays: the dicts of kernels/_fourbit_cost.py between `# tuned: begin`
 and `# tuned: end`. A way that reads the packed bytes is taken up to the largest number of rows, of those timed,
@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 
-import _tree
+import torch
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-
-from timing import Race  # noqa: E402
-from tune import MARGIN, SCALE, Tuner, _one_line, replace_section  # noqa: E402
+from common.timing import Race
+from tune.tiles import MARGIN, SCALE, Tuner, _one_line, replace_section
 
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))  # N, K
 RANK = 16
@@ -157,17 +154,3 @@ class FourBit:
                 self.tuner.log(f"tune: {name}: {done[name]} rows")
         for choose in (self.cost.choose_small, self.cost.choose_mid, self.cost.choose_augmented):
             choose.cache_clear()
-
-
-def run_all(tuner: Tuner, ranks: tuple[int, ...]) -> dict:
-    """The LoRA kernels', the strategies' and the 4-bit tables; the state."""
-    end, left = tuner.deadline, tuner.left()
-    dtype = torch.float16 if tuner.device == "cpu" else torch.bfloat16
-    fourbit = FourBit(tuner)
-    tuner.deadline = end - 0.3 * left
-    tuner.run(ranks)
-    tuner.deadline = end - 0.15 * left
-    fourbit.run_tiles(dtype)
-    tuner.deadline = end
-    fourbit.run(dtype)
-    return tuner.state

@@ -1,6 +1,6 @@
 """Compile every csrc/*.cu for every architecture with no GPU, and check registers, spills and shared memory.
 
-    python bench/compile_cuda.py [--arch 90a]
+    python bench cuda [--arch 90a]
 
 Exits 1 on a warning, on a spill, on static shared memory over 48 KB or on a compile error. What a kernel takes of
 dynamic shared memory, its source asserts. Writes bench/results/kernels_cuda<version>.json.
@@ -15,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import _tree
+from common import tree
 
 ARCHS = ("80", "86", "89", "90a", "100", "120")  # those of setup.py
 STATIC_SHARED_LIMIT = 48 * 1024
-CSRC = _tree.ROOT / "csrc"
+CSRC = tree.ROOT / "csrc"
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '\w+'.*?"
     r"(?P<spill>\d+) bytes spill stores, (?P<load>\d+) bytes spill loads.*?"
@@ -66,10 +66,10 @@ def compile_file(nvcc, source, arch, out):
     return rows
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHS, action="append")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("compile_cuda: no nvcc on PATH, nothing compiled")
@@ -77,7 +77,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in options.arch or ARCHS:
-            for source in sorted(CSRC.glob("*.cu")):
+            for source in sorted(CSRC.rglob("*.cu")):
                 for row in compile_file(nvcc, source, arch, Path(folder)):
                     rows.append(row)
                     size = f"{row['registers']:>3} reg {row['spilled']:>4} spill {row['shared'] / 1024:>5.1f} KB"
@@ -86,7 +86,7 @@ def main():
     faults = sum(bool(row["fault"]) for row in rows)
     print(f"nvcc {version(nvcc)}: {len(rows)} kernels compiled in {seconds:.0f} s, {faults} faults")
     if not options.arch:
-        _tree.save_json(f"kernels_cuda{version(nvcc)}", {"nvcc": version(nvcc), "rows": rows})
+        tree.save_json(f"kernels_cuda{version(nvcc)}", {"nvcc": version(nvcc), "rows": rows})
     sys.exit(1 if faults or not rows else 0)
 
 

@@ -13,16 +13,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import _tree
+from common import tree
 
 COMMAND = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
 LIMIT = 150  # seconds; 150 s of one core, of which the longest file takes about 25
 
 
 def lacking() -> str | None:
-    """As `_tree.lacking`, in a process of its own: what it imports cannot be built again under a running one."""
-    code = "import _tree; _tree.ensure_importable(); print(_tree.lacking('cuda') or '')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """As `tree.lacking`, in a process of its own: what it imports cannot be built again under a running one."""
+    code = "from common import tree; print(tree.lacking('cuda') or '')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip() or "a process that ends well").splitlines()[-1][:160]
     return done.stdout.strip() or None
@@ -30,13 +30,17 @@ def lacking() -> str | None:
 
 def _stale(library: Path) -> bool:
     """Whether a library that was built in place is older than what it was built from."""
-    sources = [_tree.ROOT / "setup.py", _tree.ROOT / "setup_commands.py", *(_tree.ROOT / "csrc").iterdir()]
+    sources = [
+        tree.ROOT / "setup.py",
+        tree.ROOT / "setup_commands.py",
+        *filter(Path.is_file, (tree.ROOT / "csrc").rglob("*")),
+    ]
     return library.exists() and library.stat().st_mtime < max(path.stat().st_mtime for path in sources)
 
 
 def build(capability: tuple[int, int], limit_s: float = LIMIT) -> str | None:
     """Builds where that is needed and possible, and prints what it does; what is still lacking for the CUDA kernels."""
-    library = _tree.ROOT / "fastpeft" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = tree.ROOT / "fastpeft" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     missing = lacking()
     if missing is None and not _stale(library):
         return None
@@ -49,7 +53,7 @@ def build(capability: tuple[int, int], limit_s: float = LIMIT) -> str | None:
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST") or f"{major}.{minor}{'a' if major == 9 else ''}"
     print(f"== build: {library.name} with CUDA kernels for {arch}, at most {limit_s:.0f} s; {why}", flush=True)
     env = os.environ | {"FASTPEFT_CPP": "1", "FASTPEFT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
-    process = subprocess.Popen(COMMAND, cwd=_tree.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen(COMMAND, cwd=tree.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True)  # fmt: skip
     try:
         text, _ = process.communicate(timeout=limit_s)

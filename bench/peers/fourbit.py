@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.timing import with_pages_kept
 from fastpeft import QLoRALinear, ops
-from peers import SCALE, adapters, ours_layer, peft_layer
-from timing import with_pages_kept
+from peers.lora import SCALE, adapters, ours_layer, peft_layer
 
 DTYPE = torch.bfloat16
 KEPT = "dequantise, pages kept,"  # in a case of its own, the last: see with_pages_kept

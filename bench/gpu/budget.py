@@ -1,8 +1,8 @@
 """What the correctness stage of `make gpu` has to compile on a cold cache, and how long it should take; no GPU needed.
 
-    python bench/gpu_budget.py
+    python bench budget
 
-The launchers of each check run on meta tensors with their `launch` captured, as in compile_kernels.py; a kernel counts
+The launchers of each check run on meta tensors with their `launch` captured, as in compile/kernels.py; a kernel counts
 what its like (same kernel, with or without dropout) took for sm_90 in bench/results/kernels_triton*.json, the slower of
 the releases there.
 """
@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from heapq import heapreplace
 
-import _tree
+import torch
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-
-import compile_kernels  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_checks_fourbit  # noqa: E402
-from compile_kernels import meta, packed_weight  # noqa: E402
+from checks import fourbit as fourbit_checks
+from checks import lora as checks
+from common import tree
+from compile import kernels as compile_kernels
+from compile.kernels import meta, packed_weight
 
 STARTUP = 8  # seconds: a process imports torch and triton and makes a CUDA context
 # Seconds of checks that are not replayed here: imports, a second compiler; ten kernels.
@@ -53,7 +51,7 @@ def captured() -> Iterator[dict[str, tuple[str, bool]]]:
 
 
 def lora(M: int, K: int, N: int, R: int, dtype: torch.dtype, p: float, strategy: str) -> None:
-    """The launches of gpu_checks._step."""
+    """The launches of checks._step."""
     from fastpeft.kernels.lora_linear import lora_linear_bwd, lora_linear_fwd
 
     x, dy, w, bias = meta((M, K), dtype), meta((M, N), dtype), meta((N, K), dtype), meta((N,), dtype)
@@ -62,8 +60,8 @@ def lora(M: int, K: int, N: int, R: int, dtype: torch.dtype, p: float, strategy:
     lora_linear_bwd(dy, x, w, a, b, s, 2.0, p, seed, True, True, True, True, strategy=strategy)
 
 
-def fourbit(backend: str, case: gpu_checks_fourbit.Case) -> None:
-    """The launches of gpu_checks_fourbit._step; those of "cuda" less what nvcc compiles."""
+def fourbit(backend: str, case: fourbit_checks.Case) -> None:
+    """The launches of checks.fourbit._step; those of "cuda" less what nvcc compiles."""
     from fastpeft.kernels import linear4bit
 
     M, N, K, R, dtype = case.M, case.N, case.K, case.R, case.dtype
@@ -81,11 +79,11 @@ def fourbit(backend: str, case: gpu_checks_fourbit.Case) -> None:
 
 
 def launch_bytes() -> None:
-    """Those of gpu_checks_fourbit.check_bytes."""
+    """Those of checks.fourbit.check_bytes."""
     from fastpeft.kernels import dequantize_4bit, quantize_4bit
 
-    for shape in gpu_checks_fourbit.BYTES_SHAPES:
-        for quant_type, block_size in gpu_checks_fourbit.BYTES_FORMATS:
+    for shape in fourbit_checks.BYTES_SHAPES:
+        for quant_type, block_size in fourbit_checks.BYTES_FORMATS:
             quantize_4bit.quantize_4bit(meta(shape, FP32), quant_type, block_size)
             for double in (True, False):
                 packed, scales = packed_weight(block_size, double, shape[0] * shape[1])
@@ -97,18 +95,18 @@ def launch_bytes() -> None:
 
 def replay(name: str) -> bool:
     """Launches what a check does on a GPU; False where it is not known here."""
-    check = gpu_checks.CHECKS[name]
+    check = checks.CHECKS[name]
     given = getattr(check, "keywords", {})
     if "ranks" in given:
         for R in given["ranks"]:
             for p in (0.0, 0.1):
                 for strategy in ("accumulate", "fused"):
-                    lora(*gpu_checks.RANK_SHAPE, R, BF16, p, strategy)
+                    lora(*checks.RANK_SHAPE, R, BF16, p, strategy)
     elif "backend" in given:
-        for case in gpu_checks_fourbit.linear_cases(given["backend"], given["shapes"], BF16):
+        for case in fourbit_checks.linear_cases(given["backend"], given["shapes"], BF16):
             fourbit(given["backend"], case)
     elif "dtype" in given:
-        for shape in gpu_checks.SHAPES:
+        for shape in checks.SHAPES:
             lora(*shape, 16, given["dtype"], 0.1, "auto")
     elif name == "4-bit bytes":
         launch_bytes()
@@ -120,7 +118,7 @@ def replay(name: str) -> bool:
 def compile_seconds() -> dict[tuple[str, bool], float]:
     """Mean seconds of a compile for sm_90."""
     out: dict[tuple[str, bool], float] = {}
-    for path in sorted(_tree.ROOT.glob("bench/results/kernels_triton*.json")):
+    for path in sorted(tree.ROOT.glob("bench/results/kernels_triton*.json")):
         times: dict[tuple[str, bool], list[float]] = {}
         for row in json.loads(path.read_text())["rows"]:
             if row["arch"] == 90:
@@ -133,7 +131,7 @@ def compile_seconds() -> dict[tuple[str, bool], float]:
 def expected() -> dict[str, tuple[int, float]]:
     """Kernels and seconds of compiling, by check; no kernels for one that is not replayed."""
     each, out = compile_seconds(), {}
-    for name in gpu_checks.CHECKS:
+    for name in checks.CHECKS:
         with captured() as found:
             known = replay(name)
         seconds = sum(each[key] for key in found.values()) if known else float(OTHER.get(name, REST))
@@ -149,13 +147,13 @@ def makespan(seconds: list[float], workers: int) -> float:
     return max(ends)
 
 
-def main() -> None:
-    checks = expected()
-    for name, (kernels, seconds) in checks.items():
+def main(argv: list[str] | None = None) -> None:
+    found = expected()
+    for name, (kernels, seconds) in found.items():
         print(f"{name:22} {kernels or '?':>4} kernels {seconds:5.0f} s")
-    jobs = [seconds for _, seconds in checks.values()]
+    jobs = [seconds for _, seconds in found.values()]
     print(f"{sum(jobs):.0f} s of compiling in all")
-    for workers in (4, gpu_checks.WORKERS):
+    for workers in (4, checks.WORKERS):
         print(f"{workers} workers: {makespan(jobs, workers):.0f} s, {STARTUP} s a job to start included")
 
 

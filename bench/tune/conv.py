@@ -1,4 +1,4 @@
-"""What bench/tune.py times of the convolutions' kernels: 3 × 3 over the rows of its x as one image."""
+"""What tune/tiles.py times of the convolutions' kernels: 3 × 3 over the rows of its x as one image."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,3 @@
+"""Compiles every kernel with no GPU: registers, spills, shared memory."""
+
+import common  # noqa: F401 - fastpeft becomes importable

@@ -1,0 +1,1 @@
+"""CUDA kernels compiled for the CPU and run thread by thread."""
