@@ -1,15 +1,14 @@
-"""What the examples ask for on the command line, and where they print."""
+"""What the examples ask for on the command line."""
 
 import argparse
-import os
-import platform
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastpeft.cli.console import console
 
 
 def parser(description: str, *, batch_size: int, max_length: int, learning_rate: float) -> argparse.ArgumentParser:
@@ -46,42 +45,3 @@ def prepare(args: argparse.Namespace) -> Console:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return console()
-
-
-def console() -> Console:
-    """Standard output; at least 100 columns where it is a file, so that no table is cut in a log."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=max(100, out.width))
-
-
-def progress(out: Console) -> Progress:
-    """A bar with counts, times and a free text (`extra`) at its end."""
-    return Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[extra]}"),
-        console=out,
-    )
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures were taken on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}",
-        "cpu_threads": torch.get_num_threads(),
-        "cpu_cores": os.cpu_count() or 0,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def processor() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -10,9 +10,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fastpeft
-from _data import Batch
-from _measure import Contender, Scores, precision, to_device
+from _measure import Contender, Scores
 from _training import Task, checked_batches, logits, side_by_side
+from fastpeft.cli.data import Batch
+from fastpeft.cli.measure import precision, to_device
 
 
 def compare(task: Task, out: Console, before: Scores | None = None) -> tuple[dict[str, Any], nn.Module]:

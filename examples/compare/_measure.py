@@ -1,19 +1,18 @@
 """What is measured of two models that train side by side: time of a step, bytes kept for backward, loss, accuracy."""
 
-import contextlib
-import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from _data import Batch
+from fastpeft.cli import measure
+from fastpeft.cli.data import Batch
+from fastpeft.cli.measure import precision, synchronize, to_device
 
 WARM_UP = 5  # first steps, left out of the times: allocator, thread pool, on a GPU the compilation of kernels
 
@@ -33,20 +32,6 @@ class Scores:
     loss: float  # mean over rows, nats
     accuracy: float | None  # share of rows, None for a language model
     logits: Tensor | None  # fp32 [rows, classes] on the CPU, None for a language model
-
-
-def precision(device: torch.device, bf16: bool):
-    """autocast to bf16 when asked for; otherwise the weights' own fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def train_side_by_side(
@@ -96,23 +81,12 @@ def train_side_by_side(
 
 
 def kept_for_backward(model: nn.Module, batch: Batch, bf16: bool, seed: int) -> int:
-    """Bytes that autograd holds between forward and backward of one training step, beyond weights and buffers.
-
-    Each storage counts once and whole, however many views of it are kept, because that is what stays allocated.
-    """
+    """Bytes that autograd holds between forward and backward of one training step, beyond weights and buffers."""
     device = next(model.parameters()).device
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    held: dict[int, Tensor] = {}  # keeps each tensor alive, so that no address is handed out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
     model.train()
     torch.manual_seed(seed)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision(device, bf16):
-        model(**to_device(batch, device))
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in held.items() if address not in own)
+    with precision(device, bf16):
+        return measure.kept_for_backward(model, lambda: model(**to_device(batch, device)))
 
 
 def peak_of_step(model: nn.Module, batch: Batch, bf16: bool, seed: int) -> int | None:
@@ -124,37 +98,15 @@ def peak_of_step(model: nn.Module, batch: Batch, bf16: bool, seed: int) -> int |
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    with precision(device, bf16):
-        loss = model(**batch).loss
-    loss.backward()
-    torch.cuda.synchronize(device)
+
+    def step() -> None:
+        with precision(device, bf16):
+            loss = model(**batch).loss
+        loss.backward()
+
+    peak = measure.peak_allocated(device, step)
     model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def forget_peak() -> None:
-    """Gives freed memory back, then starts the process's peak anew; where the system lets it (Linux with glibc).
-
-    malloc keeps the pages of weights of a few MB after they are freed: they would count for a model that let them go.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int | None:
-    """Bytes of memory that this process had at most, since forget_peak where that works; None where nobody tells.
-
-    Not getrusage's, which on Linux begins with the peak of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return int(found[0]) * 1024 if found else None
+    return peak
 
 
 @torch.no_grad()

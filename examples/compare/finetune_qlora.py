@@ -22,13 +22,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import _assets
 import _cli
-from _measure import Contender, forget_peak, peak_resident, train_side_by_side
+from _measure import Contender, train_side_by_side
 from _outputs import claims_of_cost, save, show
 from _smollm2 import make_task
 from _training import Lora, Task, checked_batches, logits, side_by_side
 from fastpeft import LoRALinear, QLoRALinear
+from fastpeft.cli import assets
+from fastpeft.cli.measure import forget_peak, peak_resident
 
 ALONE_STEPS = 3  # of a process whose memory is measured
 RUNS = {"LoRA": LoRALinear, "QLoRA": QLoRALinear}
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = _cli.prepare(args)
     try:
         task, _ = make_task(args, torch.bfloat16 if args.bf16 else torch.float32)
-    except (_assets.AssetError, OSError, ValueError) as error:
+    except (assets.AssetError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if args.alone:

@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-import _assets
 import _cli
 from _compare import compare
 from _outputs import save, show
 from _smollm2 import make_task
 from _training import Task
+from fastpeft.cli import assets
 
 PROMPT = "Romeo.\nBut, soft! what light through yonder window breaks?\n"
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = _cli.prepare(args)
     try:
         task, tokenizer = make_task(args)
-    except (_assets.AssetError, OSError, ValueError) as error:
+    except (assets.AssetError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     run(task, tokenizer, args.sample, out)

