@@ -14,7 +14,7 @@ ifneq ($(shell cat $(VENV)/.done 2> /dev/null),$(TORCH))
 .PHONY: $(VENV)/.done
 endif
 # A .venv that was left half made has a pyvenv.cfg, and no pip that runs.
-$(VENV)/.done: pyproject.toml setup.py setup_commands.py $(wildcard csrc/*)
+$(VENV)/.done: pyproject.toml setup.py setup_commands.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || \
 	  python3 -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
 	rm -f $@

@@ -17,8 +17,8 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from setup_commands import commands, leave_out, wanted
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
+SOURCES, CUDA_SOURCES = (sorted(map(str, Path("csrc").rglob(end))) for end in ("*.cpp", "*.cu"))
+INCLUDE = str(Path("csrc").resolve())
 STRICT = os.environ.get("FASTPEFT_WERROR") == "1"
 # The stable ABI of libtorch 2.10: one build serves every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
@@ -84,13 +84,13 @@ def options() -> dict:
         return CppExtension(
             "fastpeft._C",
             SOURCES + (CUDA_SOURCES if cuda else []),
-            include_dirs=[pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
+            include_dirs=[INCLUDE, pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
             extra_compile_args={"cxx": FLAGS + ([cuda["define"]] if cuda else []), "nvcc": NVCC_FLAGS},
             # libtorch.so leads to libtorch_cuda.so where torch has it: kept though no symbol of its own is used.
             extra_link_args=["-Wl,--no-as-needed,-ltorch"] if sys.platform == "linux" else [],
             library_dirs=[str(cuda["home"] / "lib64")] if cuda else [],
             libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.*h")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
         )
 
     cuda = cuda_options()

@@ -1,5 +1,5 @@
 // The schemas of the operators; each file of kernels registers its own implementations.
-#include "tensor.h"
+#include "host/tensor.h"
 
 STABLE_TORCH_LIBRARY(fastpeft_cpp, m) {
   m.def("lora_shrink(Tensor x, Tensor a, float p, Tensor? seed) -> Tensor");

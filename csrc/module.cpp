@@ -5,8 +5,9 @@
 #include <string>
 #include <utility>
 
-#include "cpu_kernels.h"
-#include "workspace.h"
+#include "host/gemm.h"
+#include "host/workspace.h"
+#include "simd/dispatch.h"
 
 // The architectures of the CUDA kernels, as the build was told; setup.py defines it where it found nvcc.
 #ifdef FASTPEFT_CUDA
@@ -17,7 +18,6 @@
 
 namespace fastpeft {
 extern const char *const version, *const sources;  // setup.py writes them
-void set_native_gemm(bool bf16, bool f16);
 #ifdef FASTPEFT_CUDA
 std::pair<int, int> cuda_versions();
 #endif
@@ -38,11 +38,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_isa",
       [](const std::string& name) {
-        if (!fastpeft::set_isa(name.c_str()))
-          throw pybind11::value_error("set_isa: name must be auto, base, avx2, avx512, avx512_bf16 or amx_bf16 and run on this processor, got '" +
-                                      name + "'");
+        if (fastpeft::set_isa(name)) return;
+        std::string known = "auto";
+        for (const std::string& one : fastpeft::isas()) known += ", " + one;
+        throw pybind11::value_error("set_isa: name must be one of " + known + " and run on this processor, got '" + name + "'");
       },
       pybind11::arg("name"));
+  m.def("isas", &fastpeft::isas);
   m.def("linear4bit_way", &fastpeft::linear4bit_way, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
         pybind11::arg("block_size"));
 #ifdef FASTPEFT_CUDA

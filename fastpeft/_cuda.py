@@ -1,4 +1,4 @@
-"""The launchers of csrc/*.cu under the names of the dispatch table.
+"""The launchers of csrc/cuda/ under the names of the dispatch table.
 
 ImportError where the extension was built without CUDA, for other GPUs than there are, or for a later driver.
 

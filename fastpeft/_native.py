@@ -31,6 +31,7 @@ try:
     linear4bit_fwd = _ops.linear4bit_fwd.default._op
     linear4bit_bwd = _ops.linear4bit_bwd.default._op
 
+    isas = _C.isas
     set_isa = _C.set_isa
     build_info = _C.build_info
     linear4bit_way = _C.linear4bit_way

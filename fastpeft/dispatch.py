@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("cpp", "cuda", "triton", "eager")
-"""cpp: csrc/, on the CPU · cuda: csrc/*.cu for all that reads a packed weight, with the passes over activations of
+"""cpp: csrc/, on the CPU · cuda: csrc/cuda/ for all that reads a packed weight, with the passes over activations of
 kernels/ · triton: kernels/, on CUDA; under TRITON_INTERPRET=1 where asked for by name · eager: reference/, anywhere."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -67,7 +67,7 @@ def emulator_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kernels(emulator_folder):
-    """Every csrc/*.cu, built for the emulator."""
+    """Every csrc/cuda/*.cu, built for the emulator."""
     from emulator.kernels import Kernels
 
     return Kernels(emulator_folder)

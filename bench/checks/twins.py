@@ -1,4 +1,4 @@
-"""What the PTX wrappers of csrc/fp_cuda.h answer on a GPU: golden vectors for the emulator's twins, and a comparison.
+"""What the PTX wrappers of csrc/cuda/fp_cuda.h answer on a GPU: golden vectors for the emulator, and a comparison.
 
 The questions, the build by nvcc and the file are those of tests/emulator/golden.py.
 """

@@ -1,4 +1,4 @@
-"""Compile every csrc/*.cu for every architecture with no GPU, and check registers, spills and shared memory.
+"""Compile every csrc/cuda/*.cu for every architecture with no GPU, and check registers, spills and shared memory.
 
     python bench cuda [--arch 90a]
 

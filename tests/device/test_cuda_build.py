@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-DOOR = CSRC / "fp_cuda.h"
+DOOR = CSRC / "cuda" / "fp_cuda.h"
 NVCC = shutil.which("nvcc")
 
 
@@ -57,7 +57,7 @@ def test_build_info_names_the_architectures():
 
 
 def kernel_files():
-    return [path for end in ("cu", "cuh") for path in sorted(CSRC.glob(f"*.{end}"))]
+    return [path for end in ("cu", "cuh") for path in sorted(CSRC.rglob(f"*.{end}"))]
 
 
 @pytest.mark.parametrize("path", kernel_files(), ids=lambda path: path.name)
@@ -78,7 +78,7 @@ def test_a_twin_of_every_wrapper():
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("path", sorted(CSRC.glob("*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.cu")), ids=lambda path: path.name)
 def test_compiles_without_a_warning(path, tmp_path):
     command = [NVCC, "-c", "-O1", "-std=c++17", "-Werror", "all-warnings", "-arch=sm_80", "-I", CSRC, path]
     done = subprocess.run([*command, "-o", tmp_path / "o"], capture_output=True, text=True)

@@ -6,6 +6,7 @@ import torch
 from cases import normal
 from fastpeft import dispatch
 from fastpeft.testing import assert_all_within_budget, assert_within_budget
+from instruction_sets import isas, running
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the reference of the bytes")
 pytestmark = pytest.mark.skipif(
@@ -36,16 +37,12 @@ FEW_ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
+@pytest.fixture(params=isas())
 def native(request):
     from fastpeft import _native
 
-    try:
-        _native.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield _native
-    _native.set_isa("auto")
+    with running(request.param):
+        yield _native
 
 
 def same_values(ours, theirs):

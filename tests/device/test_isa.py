@@ -6,22 +6,17 @@ import torch
 from cases import FLOATS, Case, linear_call, normal, wide
 from fastpeft import dispatch, ops
 from fastpeft.testing import assert_all_within_budget
+from instruction_sets import isas, running
 
 pytestmark = pytest.mark.skipif(
     dispatch.unmet("lora_shrink", "cpp", "cpu", torch.float32) is not None, reason="the extension is not built"
 )
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
+@pytest.fixture(params=isas())
 def isa(request):
-    from fastpeft import _native
-
-    try:
-        _native.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_isa("auto")
+    with running(request.param):
+        yield request.param
 
 
 # On either side of what a block, a vector or a tile takes: of rows, columns and ranks.

@@ -1,6 +1,6 @@
 // Compiles a .cu file as plain C++ and runs it on the CPU: every CUDA thread a fibre, one block at a time, on one OS thread.
 //
-// csrc/fp_cuda.h includes this header where the compiler is not nvcc. It gives the device-only names of CUDA that the
+// csrc/cuda/fp_cuda.h includes this header where the compiler is not nvcc. It gives the device-only names of CUDA that the
 // kernels use; types and conversions come from NVIDIA's own headers. Rounding is the source's: build with
 // -ffp-contract=off. What it cannot show: speed, the memory model (atomics are acquire-release here, so a missing
 // __threadfence goes unseen), and the sums of a tensor core, which are sequential fp32 here.
@@ -170,7 +170,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return out;
 }
 
-// The twins of the PTX wrappers in csrc/fp_cuda.h.
+// The twins of the PTX wrappers in csrc/cuda/fp_cuda.h.
 namespace ptx {
 
 template <class T>

@@ -1,4 +1,4 @@
-"""What a GPU answers to every PTX wrapper of csrc/fp_cuda.h, for the emulator's twins to give too.
+"""What a GPU answers to every PTX wrapper of csrc/cuda/fp_cuda.h, for the emulator's twins to give too.
 
 `make gpu` writes it to bench/results/ptx_twins.json; tests/device/test_cuda_emulator_twins.py reads it.
 """

@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda_launchers.h on torch tensors of the CPU, run by the emulator."""
+"""The launchers of csrc/cuda/launchers.h on torch tensors of the CPU, run by the emulator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from emulator import build
 
-SOURCES = sorted(build.CSRC.glob("*.cu"))
+SOURCES = sorted(build.CSRC.rglob("*.cu"))
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCHEDULES = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1)}
 

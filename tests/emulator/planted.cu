@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "fp_cuda.h"
+#include "cuda/fp_cuda.h"
 
 #ifdef MENDED
 #define ONLY_MENDED(statement) statement

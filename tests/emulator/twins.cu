@@ -1,6 +1,6 @@
 // Each PTX wrapper of fp_cuda.h, on small integers, whose sums are exact. The same file runs on a GPU, which `make gpu` asks for the
 // words that the twins have to give (golden.py).
-#include "fp_cuda.h"
+#include "cuda/fp_cuda.h"
 
 namespace {
 

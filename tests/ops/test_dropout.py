@@ -9,6 +9,7 @@ from fastpeft import ops
 from fastpeft.ops._calls import draw_seed
 from fastpeft.reference._dropout import keep_factor, keep_mask, threshold
 from fastpeft.testing import backends
+from instruction_sets import isas, running
 
 ALPHA = 1e-6  # seeds are fixed, so a failure is a defect and not bad luck
 
@@ -52,18 +53,10 @@ def test_same_bits(backend, seed, M, K):
     assert torch.equal(mask_of(backend, M, K, 0.37, seed), keep_mask(torch.tensor(seed), M, K, 0.37, "cpu"))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
+@pytest.mark.parametrize("isa", isas())
 def test_same_bits_in_every_instruction_set(isa):
-    from fastpeft import _native
-
-    try:
-        _native.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
+    with running(isa):
         assert torch.equal(mask_of("cpp", 5, 700, 0.1, 99), keep_mask(torch.tensor(99), 5, 700, 0.1, "cpu"))
-    finally:
-        _native.set_isa("auto")
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])

@@ -122,7 +122,7 @@ FILES = {
     "kernel": ("kernels/dummy_scale.py", KERNEL),
     "test": ("tests/ops/test_dummy_scale.py", ""),
     "schema": ("csrc/library.cpp", SCHEMA),
-    "implementation": ("csrc/dummy_scale_cpu.cpp", f'm.impl("{OP}", TORCH_BOX(&{OP}));'),
+    "implementation": ("csrc/cpu/dummy_scale.cpp", f'm.impl("{OP}", TORCH_BOX(&{OP}));'),
     "native": ("fastpeft/_native.py", f"{OP} = _ops.{OP}.default._op\n"),
 }
 # step -> what the checklist says where it was left out

@@ -6,7 +6,7 @@
    which ops/__init__ exports
 4. kernels/<file>.py, where the row names Triton; bench/compile/kernels.CASES compiles its kernels, tune/tiles.JOBS (or
    tune/fourbit.TILES) times each mode of its tiles, and a check of bench/checks launches it
-5. csrc/library.cpp, a file of csrc/ and fastpeft/_native.py, where the row names C++; or the module that it names,
+5. csrc/library.cpp, csrc/cpu/<op>.cpp and fastpeft/_native.py, where the row names C++; or the module that it names,
    where Python calls the vendor and C++
 6. tests/ops/test_<file>.py; an example in tests/ops/test_info.py for a public function
 """

@@ -1,0 +1,52 @@
+// Tasks on torch's thread pool, and rows of fp32 from and to tensors.
+//
+// Work is cut into tasks by shape alone, and partial sums are added in the order of the tasks, so that the bytes of what these
+// kernels compute do not depend on the number of threads. Those of the vendor GEMM may: its sums are cut as it sees fit.
+#pragma once
+#include <algorithm>
+
+#include "host/tensor.h"
+
+namespace fastpeft {
+
+// The row ranges of the tasks: multiples of kRows, at most 16, each worth its partial sums.
+struct Tasks {
+  explicit Tasks(int64_t rows)
+      : M(rows), count(std::clamp<int64_t>(rows / (2 * kRows), 1, 16)), blocks((rows + kRows - 1) / kRows) {}
+  int64_t begin(int64_t task) const { return std::min(M, blocks * task / count * kRows); }
+  int64_t M, count, blocks;
+};
+
+template <class F>
+void for_blocks(int64_t begin, int64_t end, F f) {
+  for (int64_t m = begin; m < end; m += kRows) f(m, std::min(m + kRows, end));
+}
+
+template <class F>
+void parallel(int64_t count, F f) {
+  if (count == 1) return f(0, 1);
+  torch::stable::parallel_for(0, count, 1, f);
+}
+
+template <class F>
+void parallel_rows(int64_t M, F f) {
+  const int64_t blocks = (M + kRows - 1) / kRows;
+  if (blocks == 0) return;
+  parallel(blocks, [&](int64_t begin, int64_t end) { for_blocks(begin * kRows, std::min(end * kRows, M), f); });
+}
+
+// Rows of fp32 [rows, ld] to a contiguous [M, R] tensor, from row m0 on.
+inline void put_rows(const float* s, int64_t ld, int64_t m0, int64_t rows, int64_t R, void* out, Type type) {
+  for (int64_t m = 0; m < rows; ++m)
+    kernels().from_float(s + m * ld, R, static_cast<char*>(out) + (m0 + m) * R * size_of(type), type);
+}
+
+inline void get_rows(const Tensor& s, int64_t m0, int64_t rows, float* out, int64_t ld) {
+  const Type type = type_of(s);
+  const int64_t R = s.size(1);
+  for (int64_t m = 0; m < rows; ++m)
+    kernels().to_float(static_cast<const char*>(s.const_data_ptr()) + (m0 + m) * s.stride(0) * size_of(type), type, R,
+                       out + m * ld);
+}
+
+}  // namespace fastpeft

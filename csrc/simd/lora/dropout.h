@@ -1,0 +1,180 @@
+// The keep masks of dropout as bits, drawn and applied by vectors.
+#pragma once
+#include "shared/dropout.h"
+#include "simd/convert.h"
+
+namespace {
+
+// Counters of Philox.
+#if FP_ISA >= 2
+// Those of even and odd lanes apart, each in the low half of 64 bits, where a product has both its halves; above it is anything.
+struct Counter {
+  Counter() = default;
+  Counter(__m512i even, __m512i odd) : even(even), odd(odd) {}
+  explicit Counter(vu u) : even(reinterpret_cast<__m512i>(u)), odd(_mm512_srli_epi64(even, 32)) {}
+  explicit Counter(uint32_t u) : even(_mm512_set1_epi32(static_cast<int>(u))), odd(even) {}
+  vu value() const { return reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32))); }
+  Counter operator^(Counter o) const { return {even ^ o.even, odd ^ o.odd}; }
+  static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
+    const __m512i k = _mm512_set1_epi32(static_cast<int>(m));
+    lo = {_mm512_mul_epu32(a.even, k), _mm512_mul_epu32(a.odd, k)};
+    hi = {_mm512_srli_epi64(lo.even, 32), _mm512_srli_epi64(lo.odd, 32)};
+  }
+  __m512i even, odd;
+};
+#else
+struct Counter {
+  vu v;
+  Counter() = default;
+  explicit Counter(uint32_t u) : v(vu{} + u) {}
+  explicit Counter(vu u) : v(u) {}
+  vu value() const { return v; }
+  Counter operator^(Counter o) const { return Counter(v ^ o.v); }
+  static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
+#if FP_ISA == 1  // with 16 registers, not apart as above
+    const __m256i x = reinterpret_cast<__m256i>(a.v), k = _mm256_set1_epi32(static_cast<int>(m));
+    const __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
+    lo.v = reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+    hi.v = reinterpret_cast<vu>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t product = static_cast<uint64_t>(a.v[i]) * m;
+      hi.v[i] = static_cast<uint32_t>(product >> 32);
+      lo.v[i] = static_cast<uint32_t>(product);
+    }
+#endif
+  }
+};
+#endif
+
+// Two vectors of counters at a time: one chain of seven rounds alone waits on the latency of its products.
+constexpr int kChains = 2;
+
+// The bits of the 16-bit samples that are `threshold` at least: of word j of lane l of chain i, the low one is that of column
+// 64 j + c + kLanes i + l, and the high one of the 32nd after it.
+#if FP_ISA >= 2
+inline void put_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
+  static_assert(kChains == 2);
+  const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  for (int j = 0; j < 4; ++j) {
+    const uint64_t first = _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[0][j].value()), least);
+    const uint64_t both = first | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[1][j].value()), least)) << 32;
+    const uint64_t bits = _pext_u64(both, 0x5555555555555555u) | _pext_u64(both, 0xaaaaaaaaaaaaaaaau) << 32;
+    std::memcpy(out + 8 * j + c / 8, &bits, 8);
+  }
+}
+#else
+inline void put_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
+  for (int i = 0; i < kChains; ++i)
+    for (int j = 0; j < 8; ++j) {
+      const vu value = word[i][j / 2].value();
+      const vi kept = reinterpret_cast<vi>(j % 2 ? value >> 16 : value & 0xffffu) > vi{} + (static_cast<int32_t>(threshold) - 1);
+      const int64_t column = 32 * j + c + i * kLanes;
+#if FP_ISA == 1
+      out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(kept)));
+#else
+      unsigned bits = 0;
+      for (int l = 0; l < kLanes; ++l) bits |= (static_cast<unsigned>(kept[l]) & 1u) << l;
+      const int shift = static_cast<int>(column % 8);
+      out[column / 8] = static_cast<uint8_t>((shift ? out[column / 8] : 0) | bits << shift);
+#endif
+    }
+}
+#endif
+
+inline vu get_bits(const uint8_t* bits, int64_t column) {
+#if FP_ISA >= 2
+  __mmask16 m;
+  std::memcpy(&m, bits + column / 8, 2);
+  return reinterpret_cast<vu>(_mm512_movm_epi32(m));
+#else
+  vu select;
+  for (int i = 0; i < kLanes; ++i) select[i] = 1u << i;
+  const vu byte = vu{} + static_cast<uint32_t>(bits[column / 8] >> column % 8);
+  return reinterpret_cast<vu>((byte & select) == select);
+#endif
+}
+
+// What the first three rounds make of kLanes counters' columns alone: only one product of theirs meets a row.
+struct ColumnWords {
+  // For rows whose high half is `high`.
+  void of(uint32_t first, uint32_t high, uint32_t k0, uint32_t k1) {
+    vu lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    Counter c[4] = {Counter(lane + first), Counter(0u), Counter(high), Counter(0u)};
+    philox_round(c[0], c[1], c[2], c[3], k0, k1);
+    Counter hi, lo;
+    two = c[3] ^ Counter(k1 + kPhiloxW1);
+    Counter::mul(c[2], kPhiloxM1, hi, lo);
+    zero = lo ^ Counter(k0 + 2 * kPhiloxW0);
+    Counter::mul(hi ^ c[1] ^ Counter(k0 + kPhiloxW0), kPhiloxM0, hi, lo);
+    three = lo;
+    after_two = hi ^ Counter(k1 + 2 * kPhiloxW1);
+  }
+  // The words after those rounds. `product`: of the first word that the row makes, and kPhiloxM0.
+  void meet(uint64_t product, Counter (&word)[4]) const {
+    Counter::mul(two ^ Counter(static_cast<uint32_t>(product >> 32)), kPhiloxM1, word[0], word[1]);
+    word[0] = word[0] ^ zero;
+    word[2] = after_two ^ Counter(static_cast<uint32_t>(product));
+    word[3] = three;
+  }
+  Counter two, zero, after_two, three;
+};
+
+void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld) {
+  constexpr int kKnown = 3;  // rounds
+  const uint32_t k0 = static_cast<uint32_t>(drop.seed), k1 = static_cast<uint32_t>(drop.seed >> 32);
+  for (int64_t group = 0; group * kCols < width; ++group)
+    for (int64_t c = 0; c < smaller(32, width - group * kCols); c += kChains * kLanes) {
+      ColumnWords columns[kChains];
+      const auto begin = [&](int64_t row) {
+        for (int i = 0; i < kChains; ++i)
+          columns[i].of(static_cast<uint32_t>(group * 32 + c + i * kLanes), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), k0, k1);
+      };
+      begin(m0);
+      uint8_t* out = bits + group * (kCols / 8);
+      for (int64_t m = m0; m < m1; ++m, out += ld) {
+        const uint64_t row = static_cast<uint64_t>(m);
+        const uint32_t high = static_cast<uint32_t>(row >> 32), low = static_cast<uint32_t>(row);
+        if (low == 0) begin(m);
+        const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(high) * kPhiloxM1 >> 32) ^ low ^ k0;
+        Counter w[kChains][4];
+        for (int i = 0; i < kChains; ++i) columns[i].meet(static_cast<uint64_t>(first) * kPhiloxM0, w[i]);
+        uint32_t r0 = k0 + kKnown * kPhiloxW0, r1 = k1 + kKnown * kPhiloxW1;
+        for (int round = kKnown; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
+          for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
+        put_bits(out, c, w, drop.threshold);
+      }
+    }
+}
+
+#if FP_ISA >= 2
+// The keep bits of 32 columns from `column` of a mask's row on; of no mask, all.
+inline __mmask32 kept(const uint8_t* bits, int64_t column) {
+  __mmask32 word = 0xffffffffu;
+  if (bits) std::memcpy(&word, bits + column / 8, 4);
+  return word;
+}
+#endif
+
+inline vf masked(vf x, vu mask) { return reinterpret_cast<vf>(reinterpret_cast<vu>(x) & mask); }
+
+template <Type T>
+void drop_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride) {
+  for (int64_t m = m0; m < m1; ++m)
+    for (int64_t column = 0; column < width; column += kLanes) {
+      const int64_t n = width - column, to = (m - m0) * stride + column;
+      const uint8_t* bits = mask.row(m - m0, 0);
+      vf value = scale * load_some<T>(x.data, m * x.stride + column, n);
+      if (bits) value = masked(value, get_bits(bits, column));
+      if (add) value += load_some<T>(out, to, n);
+      store_some<T>(out, to, value, n);
+    }
+}
+
+void drop(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride) {
+  auto as = x.type == Type::f32 ? drop_as<Type::f32> : x.type == Type::bf16 ? drop_as<Type::bf16> : drop_as<Type::f16>;
+  as(x, m0, m1, width, mask, scale, add, out, stride);
+}
+
+}  // namespace
