@@ -4,7 +4,7 @@ from fastpeft import models, ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
-from fastpeft.integrations import Report, Status, accelerate, reason, restore, status
+from fastpeft.integrations import Patch, Report, Status, accelerate, patch, reason, restore, status, unpatch
 from fastpeft.manager import (
     EfficientFineTuningManager,
     apply_adalora_to_model,
@@ -101,6 +101,7 @@ __all__ = [
     "LoRARNN",
     "LoRARNNCell",
     "PTuningEmbedding",
+    "Patch",
     "PatternVerbalizer",
     "PrefixEncoder",
     "PrefixTuning",
@@ -140,6 +141,7 @@ __all__ = [
     "lora_disabled",
     "models",
     "ops",
+    "patch",
     "prepend_prompt",
     "reason",
     "release_workspace",
@@ -149,4 +151,5 @@ __all__ = [
     "share_lora",
     "status",
     "task",
+    "unpatch",
 ]

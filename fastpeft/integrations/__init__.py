@@ -1,5 +1,5 @@
 """Other people's models: put our operators in, take them out. One folder a library; nothing else may enter."""
 
-from fastpeft.integrations.peft import Report, Status, accelerate, reason, restore, status
+from fastpeft.integrations.peft import Patch, Report, Status, accelerate, patch, reason, restore, status, unpatch
 
-__all__ = ["Report", "Status", "accelerate", "reason", "restore", "status"]
+__all__ = ["Patch", "Report", "Status", "accelerate", "patch", "reason", "restore", "status", "unpatch"]

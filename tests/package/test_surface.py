@@ -56,11 +56,13 @@ NAMES = [
     "explain",
     "info",
     "lora_disabled",
+    "patch",
     "release_workspace",
     "remask_after",
     "restore",
     "share_lora",
     "task",
+    "unpatch",
 ]
 
 

@@ -35,7 +35,20 @@ def accelerate(model: Any) -> Report:
     Raises     TypeError: neither a module nor something that holds models.  After any error every layer has the class
                that it had.
     """
-    models = models_in("accelerate", model)
+    report = accelerated("accelerate", model)
+    if not report.accelerated:
+        warnings.warn(str(report), stacklevel=2)
+    elif not report.changed:
+        warnings.warn(f"{report}\n  nothing new: the layers have been accelerated before", stacklevel=2)
+    return report
+
+
+def accelerated(op: str, model: Any, told: bool = True) -> Report:
+    """`accelerate` without its warnings, for callers that may be early, or late; ``op`` names the caller in errors.
+
+    told       whether a user sees the report; if not, calls that are left for its reasons are warned of as others are
+    """
+    models = models_in(op, model)
     report = Report()
     if sys.modules.get("peft.tuners.lora.layer") is None:
         report.note = "no PEFT layers (peft is not imported)"
@@ -44,21 +57,17 @@ def accelerate(model: Any) -> Report:
         before: list[tuple[Module, type]] = []
         try:
             for prefix, part in models:
-                _accelerate(part, prefix, report, before)
+                _accelerate(part, prefix, report, before, told)
         except BaseException:
             for module, own in before:
                 become(module, own)
             raise
         report.changed = sum(isinstance(module, classes.Accelerated) for module, _ in before)
         report.note = "no PEFT layers"
-    if not report.accelerated:
-        warnings.warn(str(report), stacklevel=2)
-    elif not report.changed:
-        warnings.warn(f"{report}\n  nothing new: the layers have been accelerated before", stacklevel=2)
     return report
 
 
-def _accelerate(model: Module, prefix: str, report: Report, before: list[tuple[Module, type]]) -> None:
+def _accelerate(model: Module, prefix: str, report: Report, before: list[tuple[Module, type]], told: bool) -> None:
     """Change the classes in one model; ``before`` learns what each was as soon as it is changed."""
     below: set[Module] | None = None
     ours: dict[str, Any] = {}
@@ -91,9 +100,9 @@ def _accelerate(model: Module, prefix: str, report: Report, before: list[tuple[M
         become(module, unpacked.kept(module))
         if module.weight.device.type == "cpu":
             (report.repacked if unpacked.repacked(module) else report.unpacked).append(prefix + name)
-    told = set(report.skipped.values())
+    known = set(report.skipped.values()) if told else set()
     for name, module in ours.items():
-        calls.open_record(module, name, told)
+        calls.open_record(module, name, known)
 
 
 def restore(model: Any) -> int:

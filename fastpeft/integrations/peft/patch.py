@@ -1,0 +1,202 @@
+"""``patch``: every adapter that PEFT injects from now on is accelerated, for whoever does not hold the model.
+
+PEFT puts each adapter into a model by one method, ``BaseTuner.inject_adapter``: `get_peft_model`, files, adapters that
+are added later, transformers, TRL and diffusers come through it. That method is replaced by one that calls it and then
+`accelerate`; nothing else of PEFT changes. Where PEFT is not imported yet, an import hook waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from fastpeft.integrations.peft.accelerate import accelerated
+from fastpeft.integrations.peft.report import Report
+
+__all__ = ["Patch", "patch", "unpatch"]
+
+_MODULE, _CLASS, _METHOD = "peft.tuners.tuners_utils", "BaseTuner", "inject_adapter"
+
+_lock = threading.RLock()
+_patches: list[Patch] = []
+"""Those in force, in the order of their calls."""
+_hold: list[_Replaced | _Awaited] = []
+"""What stands in PEFT's method, or waits for its module; empty where nothing is patched."""
+
+
+class Patch:
+    """One call of `patch`, in force at once: until `unpatch`, or where it is a ``with`` block's, until that ends."""
+
+    def __init__(self, report: Callable[[Report], Any] | None) -> None:
+        self._report = report
+        self._block = False
+        self.reports: deque[Report] = deque(maxlen=64)
+        """What each injection gave, the last 64 of them."""
+        self.injected = 0
+        """Adapters that have been injected."""
+        self.changed = 0
+        """Layers whose class has been changed."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still in force."""
+        return any(each is self for each in _patches)
+
+    def __enter__(self) -> Patch:
+        self._block = True
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        _end(self)
+
+    def __str__(self) -> str:
+        text = f"fastpeft: {self.injected} adapters injected, {self.changed} layers accelerated"
+        left = dict.fromkeys(line for report in self.reports for line in str(report).splitlines()[1:] if "left" in line)
+        return "\n".join([text, *left])
+
+    def _take(self, report: Report) -> None:
+        self.injected += 1
+        self.changed += report.changed
+        self.reports.append(report)
+        if self._report is not None:
+            self._report(report)
+
+
+def patch(report: Callable[[Report], Any] | None = None) -> Patch:
+    """From now on, in every thread, `accelerate` each model that PEFT has injected an adapter into.
+
+    Reached: ``get_peft_model``, ``PeftModel.from_pretrained``, ``add_adapter`` and ``load_adapter`` of PEFT's and of
+    transformers' models, ``inject_adapter_in_model``, TRL's ``peft_config``, diffusers' ``load_lora_weights``. PEFT
+    need not be imported yet, and is not imported here. Models that have their adapters already are left alone.
+
+    report     called with the `Report` of each injection: ``patch(report=print)``
+    Returns    a `Patch`: a context manager that ends with its block (``with fastpeft.patch(): ...``); it keeps the
+               reports. Called again, a second one is in force beside the first; a model is accelerated once
+    Warns      where PEFT is not installed; of an injection none of whose layers can be accelerated, and why; and of an
+               error of ours, after which the injection stands, in PEFT's own classes
+    """
+    made = Patch(report)
+    if importlib.util.find_spec("peft") is None:
+        warnings.warn("patch: peft must be installed for adapters to be injected, got no such package", stacklevel=2)
+    with _lock:
+        _patches.append(made)
+        if not _hold:
+            _hold.append(_Awaited())
+            sys.meta_path.insert(0, _hold[0])
+    if _MODULE in sys.modules:
+        importlib.import_module(_MODULE)  # another thread may be in the middle of it
+        _arrived()
+    return made
+
+
+def unpatch() -> int:
+    """End every `patch` that is not a ``with`` block's; after the last one PEFT's method is PEFT's own again.
+
+    Models that were accelerated stay so: `restore` is for them.
+
+    Returns    how many were ended
+    """
+    with _lock:
+        ended = [each for each in _patches if not each._block]
+        for each in ended:
+            _end(each)
+    return len(ended)
+
+
+def _end(patch: Patch) -> None:
+    with _lock:
+        _patches[:] = [each for each in _patches if each is not patch]
+        if not _patches and _hold:
+            _hold.pop().undo()
+
+
+def _arrived() -> None:
+    """PEFT's module is there: replace its method, if that is still wanted."""
+    with _lock:
+        if _hold and isinstance(_hold[0], _Awaited):
+            owner = getattr(sys.modules[_MODULE], _CLASS, None)
+            if not callable(getattr(owner, _METHOD, None)):
+                version = getattr(sys.modules.get("peft"), "__version__", "unknown")
+                warnings.warn(f"patch: peft must have {_CLASS}.{_METHOD}, got none in version {version}", stacklevel=3)
+                return
+            _hold.pop().undo()
+            _hold.append(_Replaced(owner))
+
+
+def _injected(model: Any) -> None:
+    """What follows an injection; only the user's own ``report`` can raise."""
+    try:
+        report = accelerated("patch", model, told=any(each._report is not None for each in _patches))
+    except Exception as error:
+        report = Report(note=f"{type(error).__name__}: {error}")
+        warnings.warn(f"patch: the adapter is PEFT's own, after an error: {report.note}", RuntimeWarning, stacklevel=4)
+    else:
+        if report.skipped and not report.accelerated and not report.waiting:
+            warnings.warn(str(report), stacklevel=4)
+    for each in tuple(_patches):
+        each._take(report)
+
+
+class _Replaced:
+    """PEFT's method, replaced. Where others have replaced it after us it cannot be put back, and does nothing more."""
+
+    def __init__(self, owner: Any) -> None:
+        original = vars(owner)[_METHOD]
+
+        @functools.wraps(original)
+        def inject_adapter(tuner: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            given = original(tuner, model, *args, **kwargs)
+            if self._live:
+                _injected(model)
+            return given
+
+        self._owner, self._original, self._ours, self._live = owner, original, inject_adapter, True
+        setattr(owner, _METHOD, inject_adapter)
+
+    def undo(self) -> None:
+        self._live = False
+        if vars(self._owner).get(_METHOD) is self._ours:
+            setattr(self._owner, _METHOD, self._original)
+
+
+class _Awaited:
+    """A finder that sees PEFT's module being imported; the others find it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _MODULE:
+            return None
+        for finder in list(sys.meta_path):
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+    def undo(self) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+
+
+class _Loader:
+    """The module's own loader, with one word at the end; the module keeps its own."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._own
+        self._own.exec_module(module)
+        _arrived()
