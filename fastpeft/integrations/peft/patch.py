@@ -88,8 +88,9 @@ def patch(report: Callable[[Report], Any] | None = None) -> Patch:
     with _lock:
         _patches.append(made)
         if not _hold:
-            _hold.append(_Awaited())
-            sys.meta_path.insert(0, _hold[0])
+            finder = _Awaited()
+            _hold.append(finder)
+            sys.meta_path.insert(0, finder)
     if _MODULE in sys.modules:
         importlib.import_module(_MODULE)  # another thread may be in the middle of it
         _arrived()
@@ -173,7 +174,7 @@ class _Awaited:
         if name != _MODULE:
             return None
         for finder in list(sys.meta_path):
-            spec = None if finder is self else finder.find_spec(name, path, target)
+            spec: Any = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _Loader(spec.loader)
