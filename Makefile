@@ -74,8 +74,12 @@ gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, t
 	  done; \
 	done; echo "gpu: PYTHON must be an interpreter with torch, got $(PYTHON)" >&2; exit 1
 
+PYTHONS ?= python3
+wheels:  ## dist/: an sdist, and from it a wheel for each of PYTHONS that serves every torch from 2.10 on
+	.ci/wheels $(PYTHONS)
+
 # Here a warning of a compiler fails the build; elsewhere not even a compiler that fails does.
 check: export FASTPEFT_WERROR = 1
 check: $(ENV) lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 
-.PHONY: help env demo test fmt lint type kernels cuda sanitize model bench roof gpu check
+.PHONY: help env demo test fmt lint type kernels cuda sanitize model bench roof gpu wheels check

@@ -6,7 +6,6 @@ of torch to be compiled; TORCH_CUDA_ARCH_LIST names other architectures than CUD
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,14 +14,15 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from setup_commands import commands, leave_out, wanted
+from setup_commands import commands, cpp_lack, leave_out, wanted
 
 SOURCES, CUDA_SOURCES = (sorted(map(str, Path("csrc").rglob(end))) for end in ("*.cpp", "*.cu"))
 INCLUDE = str(Path("csrc").resolve())
 STRICT = os.environ.get("FASTPEFT_WERROR") == "1"
+DEBUG = "-g" in os.environ.get("CFLAGS", "").split()  # else none: Python's own -g makes the extension ten times as large
 # The stable ABI of libtorch 2.10: one build serves every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-Werror"] * STRICT)]  # fmt: skip
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-g0"] * (not DEBUG)), *(["-Werror"] * STRICT)]  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fvisibility=hidden", *(["-Werror", "all-warnings"] * STRICT)]
 CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
@@ -63,22 +63,16 @@ def cuda_options() -> dict | None:
     return {"home": home, "define": f'-DFASTPEFT_CUDA="{archs}"'}
 
 
-def cpp_lack() -> str | None:
-    if wanted("FASTPEFT_CPP") == "0":
-        return "FASTPEFT_CPP is 0"
-    if sys.platform == "win32":
-        return "the compiler is not GCC or Clang, for which csrc/ is written"
-    compilers = (*shlex.split(os.environ.get("CXX", "c++"))[:1], "g++", "clang++")
-    return None if any(map(shutil.which, compilers)) else "no C++ compiler is found"
-
-
 def options() -> dict:
     if lack := cpp_lack():
         for part in ("C++ kernels", "CUDA kernels"):
             leave_out(part, lack)
         return commands([])
-    import pybind11
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    try:
+        import pybind11
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:  # as where sources are packed, in an environment of its own
+        return commands([], lack=f"{error.name} is not installed where it is built")
 
     def extension(cuda: dict | None) -> CppExtension:
         return CppExtension(

@@ -1,9 +1,13 @@
-"""What setup.py adds to setuptools: a record of what a build leaves out, and one build at a time in a clone."""
+"""What setup.py adds to setuptools: a record of what a build leaves out, and one build at a time in a clone.
+
+It is the build backend of pyproject.toml too: setuptools' own, which asks for torch only where something is compiled.
+"""
 
 import contextlib
 import json
 import os
 import runpy
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -11,10 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Distribution
+from setuptools.build_meta import (  # noqa: F401  the hooks of PEP 517 and 660, which are found here by name
+    build_editable,
+    build_sdist,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SWITCHES = {"C++ kernels": "FASTPEFT_CPP", "CUDA kernels": "FASTPEFT_CUDA"}
+COMPILES = ["torch>=2.10", "ninja", "pybind11>=2.13"]
+"""What a build needs beside setuptools where it compiles."""
+EDITABLE = Path(".editable")
+"""The folder that an editable installation puts on sys.path."""
 LEFT_OUT: dict[str, str] = {}
 """part -> why it is left out; what fastpeft.info() tells of the build."""
 
@@ -24,6 +39,28 @@ def wanted(switch: str) -> str:
     if value not in ("0", "1", "auto"):
         sys.exit(f"fastpeft: {switch} must be 0, 1 or auto, got {value!r}")
     return value
+
+
+def cpp_lack() -> str | None:
+    """Why csrc/ is not compiled here, or None."""
+    if wanted("FASTPEFT_CPP") == "0":
+        return "FASTPEFT_CPP is 0"
+    if sys.platform == "win32":
+        return "the compiler is not GCC or Clang, for which csrc/ is written"
+    compilers = (*shlex.split(os.environ.get("CXX", "c++"))[:1], "g++", "clang++")
+    return None if any(map(shutil.which, compilers)) else "no C++ compiler is found"
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """torch is gigabytes: an isolated build fetches it to compile against, and not to compile nothing."""
+    return [] if cpp_lack() else COMPILES
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
+    return []
 
 
 def leave_out(part: str, why: str) -> None:
@@ -74,7 +111,22 @@ class _OneAtATime(Distribution):
                 except BlockingIOError:
                     _say("fastpeft: waiting for another build in this clone")
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if command == "editable_wheel":
+            self._link()
         super().run_command(command)
+
+    def _link(self) -> None:
+        """A folder with nothing in it but a link to fastpeft/, for sys.path.
+
+        A type checker follows it, as it would not follow setuptools' import hook. The checkout itself would offer its
+        kernels/ and tests/ to everybody; fastpeft/kernels.py finds the former.
+        """
+        with contextlib.suppress(OSError):  # on Windows, where links are a privilege, the import hook serves
+            EDITABLE.mkdir(exist_ok=True)
+            if not (EDITABLE / "fastpeft").exists():
+                (EDITABLE / "fastpeft").symlink_to(Path("../fastpeft"), target_is_directory=True)
+            self.packages = [name for name in self.packages if name != "fastpeft.kernels"]
+            self.package_dir = {"": str(EDITABLE)}
 
     def has_ext_modules(self) -> bool:
         return True  # a wheel without the extension is of its platform too: there it has been left out
@@ -92,11 +144,16 @@ class _Wheel(bdist_wheel):
         return python, "none" if "C++ kernels" in LEFT_OUT else abi, platform
 
 
-def commands(plans: list, base: type = build_ext) -> dict:
-    """setup()'s arguments for the first of ``plans`` that builds: extensions with ever fewer parts, CUDA's first."""
+def commands(plans: list, base: type = build_ext, lack: str | None = None) -> dict:
+    """setup()'s arguments for the first of ``plans`` that builds: extensions with ever fewer parts, CUDA's first.
+
+    ``lack`` says why there are no plans, where that is not left out already: an error where a build asks for the part.
+    """
 
     class Build(base):
         def run(self) -> None:
+            for part in SWITCHES if lack else ():
+                leave_out(part, str(lack))
             inplace = self.inplace
             self.extensions = plans[:1]
             while self.extensions:

@@ -6,7 +6,7 @@ It has no ``__init__.py``: Python started in the checkout would take it for the 
 
 from pathlib import Path
 
-_INSIDE = Path(__file__).with_suffix("")
+_INSIDE = Path(__file__).resolve().with_suffix("")
 _BESIDE = _INSIDE.parent.parent / "kernels"
 __path__ = [str(folder) for folder in (_INSIDE, _BESIDE) if folder.is_dir()][:1]
 if not __path__:

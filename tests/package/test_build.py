@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setuptools
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,55 @@ def test_sources_are_whole(checkout, tracked, tmp_path):
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert set(tracked) - {name for name in tracked if not (ROOT / name).exists()} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+def test_an_editable_installation(checkout, tmp_path):
+    """One folder on sys.path, which type checkers follow and which offers the package alone."""
+    run(checkout, sys.executable, "setup.py", "-q", "editable_wheel", "-d", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        (entry,) = (name for name in packed.namelist() if name.endswith(".pth"))
+        folder = Path(packed.read(entry).decode().strip())
+    assert [path.name for path in folder.iterdir()] == ["fastpeft"]
+    code = "import fastpeft.kernels._strategy_table as kernels; print(kernels.__file__)"
+    said = run(tmp_path, sys.executable, "-c", code, PYTHONPATH=str(folder)).stdout.strip()
+    assert said == str(checkout / "kernels/_strategy_table.py") and (folder / "fastpeft/py.typed").exists()
+
+
+def test_torch_is_fetched_where_something_is_compiled(monkeypatch):
+    """An isolated build's requirements."""
+    monkeypatch.setenv("FASTPEFT_CPP", "auto")
+    monkeypatch.setenv("CXX", "compiler")
+    module = runpy.run_path(str(ROOT / "setup_commands.py"))
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: name)
+    assert module["get_requires_for_build_wheel"]() == module["COMPILES"]
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    assert module["get_requires_for_build_editable"]() == module["get_requires_for_build_sdist"]() == []
+
+
+def test_sources_are_packed_without_torch(monkeypatch, tmp_path):
+    """An extension that cannot be compiled there is an error only where a build asks for it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("FASTPEFT_CPP", "1")
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    if cpp_lack := runpy.run_path("setup.py")["cpp_lack"]():
+        pytest.skip(cpp_lack)
+    made = runpy.run_path("setup.py")["options"]()
+    assert made["ext_modules"] == []
+    build = made["cmdclass"]["build_ext"](setuptools.Distribution())
+    with pytest.raises(SystemExit, match="FASTPEFT_CPP must be 0 or auto where pybind11 is not installed"):
+        build.run()
+
+
+def test_one_range_of_pythons():
+    """In the metadata, its classifiers and the README."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [int(text.rpartition(".")[2]) for text in project["classifiers"] if "Python :: 3." in text]
+    assert listed == list(range(listed[0], listed[-1] + 1))
+    assert project["requires-python"] == f">=3.{listed[0]},<3.{listed[-1] + 1}"
+    assert f"Python 3.{listed[0]} to 3.{listed[-1]}" in (ROOT / "README.md").read_text()
 
 
 def test_cuda_without_cpp(checkout):
