@@ -19,7 +19,9 @@ from setup_commands import commands, cpp_lack, leave_out, wanted
 SOURCES, CUDA_SOURCES = (sorted(map(str, Path("csrc").rglob(end))) for end in ("*.cpp", "*.cu"))
 INCLUDE = str(Path("csrc").resolve())
 STRICT = os.environ.get("FASTPEFT_WERROR") == "1"
-DEBUG = "-g" in os.environ.get("CFLAGS", "").split()  # else none: Python's own -g makes the extension ten times as large
+DEBUG = (
+    "-g" in os.environ.get("CFLAGS", "").split()
+)  # else none: Python's own -g makes the extension ten times as large
 # The stable ABI of libtorch 2.10: one build serves every later torch.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
          "-DTORCH_TARGET_VERSION=0x020a000000000000", *(["-g0"] * (not DEBUG)), *(["-Werror"] * STRICT)]  # fmt: skip
