@@ -3,7 +3,8 @@
 Tuner interface. Every kernel module exposes
   `TILES`                                a dict literal between the comments `# tiles: begin` and `# tiles: end`,
                                          one entry a line, so that a tuner rewrites it mechanically;
-                                         key (arch, "half" | "float32", mode, largest rank served), value a tile dict
+                                         key (arch or device name, "half" | "float32", mode, largest rank
+                                         served), value a tile dict
   `tile_space(arch, dtype, R, mode)`     candidate tile dicts for that key, each compilable on its own
   `<launcher>(..., *, tile=dict)`        runs with that tile instead of the table's
 A mode is a variant of one kernel that wants its own tile ("plain", "dropout", ...), named in the module's `MODES`.
@@ -15,11 +16,14 @@ moved by design, caches ignored. Launchers called with meta tensors record and a
 import contextlib
 import itertools
 import threading
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from fastpeft.kernels._gpu import Gpu
 
 GROUP = 256  # columns of one dropout group: eight sub-blocks of 32, their masks from one Philox call a row and lane
 MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
@@ -69,12 +73,17 @@ def launch(kernel, grid, like, args, tile):
         kernel[grid](*args, **tile)
 
 
+@lru_cache
+def gpu_of(device):
+    """The Gpu of a CUDA device. torch counts the memory's clock in kHz and its bus in bits; two transfers a clock."""
+    props = torch.cuda.get_device_properties(device)
+    clock, width = (getattr(props, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    return Gpu(10 * props.major + props.minor, props.name, 2 * 1e3 * clock * width / 8)
+
+
 def arch_of(tensor):
-    """Compute capability as 10 * major + minor; the interpreter and meta tensors count as sm_90."""
-    if not tensor.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
+    """The `Gpu` of a tensor, its compute capability as 10 * major + minor; the interpreter and meta tensors are 90."""
+    return gpu_of(tensor.device) if tensor.is_cuda else 90
 
 
 def sm_count(tensor):
@@ -87,15 +96,18 @@ def dtype_key(dtype):
 
 
 def lookup_tile(tiles, arch, dtype, R, mode="plain"):
-    """The table's tile: nearest lower arch that has this dtype and mode, then the smallest rank bucket that holds R.
+    """The table's tile: the device's own, by name, else those of the nearest lower arch that has this dtype and mode;
+    then the smallest rank bucket that holds R.
 
     A rank beyond the last bucket takes the last. sm_86 and sm_89 take the entries of sm_80, which therefore fit 99 KB
     of shared memory; so do sm_120 and above, consumer parts with 99 KB and neither wgmma nor tcgen05.
     """
     key = dtype_key(dtype)
-    arch = 80 if arch >= 120 else arch
-    archs = {a for a, d, m, _ in tiles if d == key and m == mode}
-    best = max((a for a in archs if a <= arch), default=min(archs))
+    owners = {a for a, d, m, _ in tiles if d == key and m == mode}
+    best = getattr(arch, "name", "")
+    if best not in owners:
+        archs = {a for a in owners if isinstance(a, int)}
+        best = max((a for a in archs if a <= (80 if arch >= 120 else arch)), default=min(archs))
     ranks = sorted(r for a, d, m, r in tiles if (a, d, m) == (best, key, mode))
     return tiles[best, key, mode, next((r for r in ranks if r >= R), ranks[-1])]
 

@@ -2,8 +2,11 @@
 
 A pass that reads (or writes) an [M, C] activation once, with rank-R products on the way:
 
-    t = launch + ramp + max(bytes / bandwidth, FLOP / skinny MMA rate) + mask uses * M * C * seconds per mask
+    t = launch + (dirty + bytes) / bandwidth + mask uses * M * C * seconds per mask     (FLOP / skinny MMA rate for
+                                                                                         bytes / bandwidth, if longer)
     t_GEMM = launch + max(bytes / bandwidth, boost FLOP / boost rate + remaining FLOP / sustained rate)
+
+dirty: what the kernel before left unwritten in the L2, a GEMM's output in training, and a benchmark's flush by writing.
 
 The H100 constants are fitted once to the measured rows that `make model` prints beside the predictions; one constant
 serves every row (no constant belongs to a single shape). The other parts are scaled from data sheets by the same
@@ -15,10 +18,13 @@ Strategies (measured: the vendor GEMM costs the same with beta = 1 as with 0; it
 Only the standard library is imported: the dispatch path asks this file once per shape and must not pay for it.
 """
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log2
 
+from fastpeft.kernels._gpu import Gpu, as_gpu, table_keys
+from fastpeft.kernels._gpu_table import COPY_RATE
 from fastpeft.kernels._strategy_table import TABLE
 
 STRATEGIES = ("accumulate", "fused")
@@ -38,7 +44,7 @@ FUSED_NEEDS = "compute capability 9.0 to 11.x (TMA, and a tile of more shared me
 
 def fused_serves(cc) -> bool:
     """Whether GPUs of a compute capability, 90 or (9, 0), run the fused GEMM; the only test of `FUSED_NEEDS`."""
-    return 90 <= (cc if isinstance(cc, int) else 10 * cc[0] + cc[1]) < 120
+    return 90 <= as_gpu(cc) < 120
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,13 @@ class Arch:
     gemm_sustained: float  # ... once the power limit holds
     boost_flop: float  # FLOP a GEMM does before the power limit holds
     gemm_fp32: float  # GEMM of fp32 without TF32
-    fused_rate: float | None  # TMA Triton GEMM of full waves; None: not measured, never chosen
+    fused_over_vendor: float | None  # time of the TMA Triton GEMM with its K-step over the vendor's; None: not measured
     copy_bw: float  # device copy; what a pass over an activation reaches too
     mma_shared: float  # rank-R product whose wide operand goes from shared memory to the matrix units
     mma_registers: float  # ... whose wide operand was masked and so comes from registers
     mask_seconds: float  # to draw and apply one element's keep mask: integer issue slots, not hidden under memory
     launch: float  # from one kernel's last block to the next kernel's first
-    ramp: float  # first loads in flight, last blocks draining: a pass that reads and reduces
+    dirty: float  # bytes that the L2 holds for the kernel before and writes back while a pass begins
     measured: bool
 
 
@@ -66,20 +72,23 @@ class Arch:
 # element at 132 SM * 64 lanes * 1.7 GHz, which is what 7 Philox rounds for 8 masks plus compare and select come to.
 H100 = Arch(
     name="H100 80GB HBM3", cc=90, sms=132,
-    gemm_boost=765e12, gemm_sustained=700e12, boost_flop=2.75e11, gemm_fp32=50e12, fused_rate=765e12,
-    copy_bw=2.75e12, mma_shared=195e12, mma_registers=115e12, mask_seconds=0.28e-12,
-    launch=3.5e-6, ramp=10.5e-6, measured=True,
+    gemm_boost=765e12, gemm_sustained=700e12, boost_flop=2.75e11, gemm_fp32=50e12, fused_over_vendor=1.057,
+    copy_bw=3.0e12, mma_shared=195e12, mma_registers=115e12, mask_seconds=0.28e-12,
+    launch=3.5e-6, dirty=40e6, measured=True,
 )  # fmt: skip
+
+
+SHARE = H100.copy_bw / 3.35e12  # of the data sheet's bandwidth
 
 
 def _scaled(name: str, cc: int, sms: int, tensor_tflops: float, fp32_tflops: float, tb_s: float) -> Arch:
     """An Arch from data-sheet numbers, with the H100's fractions of peak (989 and 67 TFLOP/s, 3.35 TB/s)."""
-    f, g, h = tensor_tflops / 989, fp32_tflops / 67, tb_s / 3.35
+    f, g = tensor_tflops / 989, fp32_tflops / 67
     return replace(
         H100, name=name, cc=cc, sms=sms, gemm_boost=H100.gemm_boost * f, gemm_sustained=H100.gemm_sustained * f,
-        boost_flop=H100.boost_flop * f, gemm_fp32=H100.gemm_fp32 * g, fused_rate=None, copy_bw=H100.copy_bw * h,
-        mma_shared=H100.mma_shared * f, mma_registers=H100.mma_registers * f, mask_seconds=H100.mask_seconds / g,
-        measured=False,
+        boost_flop=H100.boost_flop * f, gemm_fp32=H100.gemm_fp32 * g, fused_over_vendor=None,
+        copy_bw=SHARE * tb_s * 1e12, mma_shared=H100.mma_shared * f, mma_registers=H100.mma_registers * f,
+        mask_seconds=H100.mask_seconds / g, measured=False,
     )  # fmt: skip
 
 
@@ -89,9 +98,11 @@ ARCHES = {
     "l40s": _scaled("L40S", 89, 142, 362, 91.6, 0.864),
     "h100": H100,
     # H200: the H100's chip with faster memory, so the same GEMM measurements hold.
-    "h200": replace(H100, name="H200", copy_bw=H100.copy_bw * 4.8 / 3.35),
+    "h200": replace(H100, name="H200", copy_bw=SHARE * 4.8e12, measured=False),
     "b200": _scaled("B200", 100, 148, 2250, 80, 8.0),
 }
+# A word of a device's name is looked up first: compute capability 9.0 is an H100, an H200, a GH200 and more.
+_BY_NAME = {"A100": "a100", "A10": "a10", "A10G": "a10", "L40S": "l40s", "H100": "h100", "H200": "h200", "B200": "b200"}
 _BY_CC = {80: "a100", 86: "a10", 87: "a10", 89: "l40s", 90: "h100"}
 
 
@@ -103,10 +114,21 @@ def dtype_name(dtype) -> str:
         raise TypeError(f"cost: dtype must be float16, bfloat16 or float32, got {dtype}") from None
 
 
+def _named(gpu: Gpu) -> Arch | None:
+    words = (_BY_NAME.get(word) for word in re.split(r"[^A-Za-z0-9]+", gpu.name))
+    return next((ARCHES[word] for word in words if word), None)
+
+
 def arch_of(cc) -> Arch:
-    """The Arch standing for a compute capability, given as 90 or (9, 0)."""
-    cc = cc if isinstance(cc, int) else 10 * cc[0] + cc[1]
-    return ARCHES[_BY_CC.get(cc, "b200" if cc > 90 else "a100")]
+    """The Arch standing for a device (`Gpu`) or for a compute capability, 90 or (9, 0).
+
+    By name, else by compute capability. Its copy rate is the one measured on a device of that name, else what the
+    device's memory clock and bus give times `SHARE`, else that of the Arch.
+    """
+    gpu = as_gpu(cc)
+    arch = _named(gpu) or ARCHES[_BY_CC.get(int(gpu), "b200" if gpu > 90 else "a100")]
+    rate = COPY_RATE.get(gpu.name) or SHARE * gpu.bytes_per_s
+    return replace(arch, copy_bw=rate) if rate else arch
 
 
 def padded_rank(R: int) -> int:
@@ -142,11 +164,12 @@ def pass_time(name: str, M: int, N: int, K: int, R: int, p: float, dtype, arch: 
     rate = arch.mma_registers if masked else arch.mma_shared
     if dt == "fp32":  # fp32 operands are multiplied at full precision, on the CUDA cores
         rate = arch.gemm_fp32
-    memory = pass_bytes(name, M, N, K, R, _ITEMSIZE[dt]) / arch.copy_bw
-    seconds = max(memory, pass_flop(name, M, N, K, padded_rank(R)) / rate)
+    moved = pass_bytes(name, M, N, K, R, _ITEMSIZE[dt])
+    seconds = max(moved / arch.copy_bw, pass_flop(name, M, N, K, padded_rank(R)) / rate)
     seconds += arch.launch * _LAUNCHES.get(name, 1)
-    # A pass that only writes waits for no wide load: half the ramp (tail only).
-    seconds += arch.ramp * (0.5 if name == "expand" else 1.0)
+    # The kernel before wrote about as much as this one moves. Before an expand that is a shrink, which writes little;
+    # half stands for the first stores, which take a free line each.
+    seconds += min(arch.dirty, moved) / arch.copy_bw * (0.5 if name == "expand" else 1.0)
     return seconds + (_MASK_USES[name] * M * K * arch.mask_seconds if masked else 0.0)
 
 
@@ -168,14 +191,13 @@ def gemm_time(M: int, N: int, K: int, dtype, arch: Arch = H100) -> float:
 
 def fused_gemm_time(M: int, N: int, K: int, R: int, dtype, arch: Arch = H100, p: float = 0.0) -> float:
     """Seconds of the persistent Triton GEMM with a rank-R K-step; p > 0 masks that step (backward's dX, [M, N] out)."""
-    if arch.fused_rate is None or dtype_name(dtype) == "fp32":
+    if arch.fused_over_vendor is None or dtype_name(dtype) == "fp32":
         return float("inf")
-    tiles = max(1, ceil(M / 128) * ceil(N / 256))
-    # Idle slots of the last wave (no split K) slow the boost rate alone: under the power limit they buy clock.
-    waves = ceil(tiles / arch.sms) * arch.sms / tiles
+    # Below one tile an SM they idle, as K is not split. The measured ratio is of some eight waves, the last not full.
+    busy = min(1.0, max(1, ceil(M / 128) * ceil(N / 256)) / arch.sms)
     flop = 2 * M * N * (K + padded_rank(R))
     moved = 2 * (M * K + K * N + M * N)
-    seconds = max(_gemm_seconds(flop, arch.fused_rate / waves, arch), moved / arch.copy_bw)
+    seconds = max(arch.fused_over_vendor * _gemm_seconds(flop, arch.gemm_boost, arch) / busy, moved / arch.copy_bw)
     return arch.launch + seconds + (M * N * arch.mask_seconds if p > 0 else 0.0)
 
 
@@ -213,26 +235,26 @@ def predict(M: int, N: int, K: int, R: int, p: float = 0.0, dtype="bf16", arch: 
 
 
 def strategy_key(M: int, N: int, K: int, R: int, p: float, dtype, cc) -> tuple[str, str, tuple]:
-    """Key of the tuned table: sizes to the nearest power of two, padded rank, dropout or none."""
-    cc = cc if isinstance(cc, int) else 10 * cc[0] + cc[1]
+    """Key of the tuned table: device, sizes to the nearest power of two, padded rank, dropout or none."""
     near = tuple(round(log2(max(1, n))) for n in (M, N, K))
-    return f"sm{cc}", dtype_name(dtype), (*near, padded_rank(R), p > 0)
+    return table_keys(cc)[0], dtype_name(dtype), (*near, padded_rank(R), p > 0)
 
 
 @lru_cache(maxsize=4096)
 def choose_strategy(M: int, N: int, K: int, R: int, p: float, dtype, arch_cc) -> str:
     """Strategy for this shape, "accumulate" or "fused": the tuned table first, else the prediction. Cached.
 
-    dtype  torch.dtype or its name;  arch_cc  90 or (9, 0).  Parts that `fused_serves` refuses, and fp32, accumulate.
+    dtype  torch.dtype or its name;  arch_cc  a Gpu, 90 or (9, 0).  What `fused_serves` refuses, and fp32, accumulate.
     """
-    cc = arch_cc if isinstance(arch_cc, int) else 10 * arch_cc[0] + arch_cc[1]
-    if not fused_serves(cc) or dtype_name(dtype) == "fp32" or 0 in (M, N, K, R):
+    gpu = as_gpu(arch_cc)
+    if not fused_serves(gpu) or dtype_name(dtype) == "fp32" or 0 in (M, N, K, R):
         return "accumulate"
-    tuned = TABLE.get(strategy_key(M, N, K, R, p, dtype, cc))
-    if tuned is not None:
-        return tuned
-    arch = arch_of(cc)
-    if arch.fused_rate is None:
+    _, *size = strategy_key(M, N, K, R, p, dtype, gpu)
+    for device in table_keys(gpu):
+        if (tuned := TABLE.get((device, *size))) is not None:
+            return tuned
+    arch = arch_of(gpu)
+    if arch.fused_over_vendor is None:
         return "accumulate"
     base = predict(M, N, K, R, p, dtype, arch, "accumulate")["total"]
     fused = predict(M, N, K, R, p, dtype, arch, "fused")["total"]

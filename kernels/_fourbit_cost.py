@@ -1,11 +1,11 @@
 """Time of a product with a 4-bit weight, straight from its bytes or dequantised for the vendor's GEMM; picks which.
 
-    small     2 launches + ramp / 2 + max(packed bytes / bandwidth, weights * seconds to decode one, FLOP / rate)
-    mid         launch   + ramp / 2 + max(packed bytes / bandwidth, turns of tiles * FLOP of a tile / rate of a
+    small     2 launches + start + max(packed bytes / bandwidth, weights * seconds to decode one, FLOP / rate)
+    mid         launch   + start + max(packed bytes / bandwidth, turns of tiles * FLOP of a tile / rate of a
                 processor), and a launch and the fp32 sums / bandwidth where spans of K fill idle processors
-    dequant     launch   + ramp / 2 + max(bytes / bandwidth, weights * seconds to decode one) + GEMM
+    dequant     launch   + start + max(bytes / bandwidth, weights * seconds to decode one) + GEMM
 
-and how a dequantised weight meets the adapter:
+and how a dequantised weight meets the adapter (start: half of `Arch.dirty` is written back):
 
     accumulate  shrink, expand, GEMM, as in `_cost`
     augmented   shrink   + x written / bandwidth, 2 launches for the thin columns, a GEMM over K + R
@@ -18,6 +18,7 @@ from functools import lru_cache
 from math import ceil
 
 from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time, padded_rank, pass_time
+from fastpeft.kernels._gpu import table_keys
 
 # 11 to 12 instructions a weight for sm_90, over integer, floating and shared-memory pipes: 6 slots of the integer pipe
 # alone, of which a mask takes 4 (`_cost.H100`).
@@ -31,13 +32,23 @@ MID_RATE, MID_RATE_HOPPER = 0.7, 0.45
 AUGMENTED_MARGIN = 0.02  # as MID_MARGIN, against a copy of x that stays until the GEMM is done
 MID_MARGIN = 0.2  # a predicted gain below this is no reason to leave the vendor's GEMM for a kernel that no one timed
 
-# Largest M that goes straight from the packed bytes. Key: (arch, dtype, N, K), as in ("sm90", "bf16", 4096, 4096).
+# Largest M that goes straight from the packed bytes. Key: (device or arch, dtype, N, K): ("sm90", "bf16", 4096, 4096).
 # tuned: begin
 LARGEST_SMALL: dict[tuple, int] = {}
 LARGEST_MID: dict[tuple, int] = {}
-# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. Key: (arch, dtype, N, K, padded R).
+# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. Key: (device or arch, dtype, N, K, padded R).
 LEAST_AUGMENTED: dict[tuple, int] = {}
 # tuned: end
+
+
+def _tuned(table: dict[tuple, int], arch_cc, *rest) -> int | None:
+    """The entry of this very device, else that of its compute capability."""
+    found = (table.get((device, *rest)) for device in table_keys(arch_cc))
+    return next((rows for rows in found if rows is not None), None)
+
+
+def _start(arch: Arch) -> float:
+    return 0.5 * arch.dirty / arch.copy_bw
 
 
 def _packed_bytes(N: int, K: int, block_size: int) -> float:
@@ -47,7 +58,7 @@ def _packed_bytes(N: int, K: int, block_size: int) -> float:
 def dequantize_time(N: int, K: int, itemsize: int, block_size: int, arch: Arch) -> float:
     """Seconds of dequantize_4bit into a workspace."""
     memory = (_packed_bytes(N, K, block_size) + N * K * itemsize) / arch.copy_bw
-    return arch.launch + 0.5 * arch.ramp + max(memory, N * K * DECODE_PER_MASK * arch.mask_seconds)
+    return arch.launch + _start(arch) + max(memory, N * K * DECODE_PER_MASK * arch.mask_seconds)
 
 
 def small_time(M: int, N: int, K: int, dtype, block_size: int, arch: Arch) -> float:
@@ -56,7 +67,7 @@ def small_time(M: int, N: int, K: int, dtype, block_size: int, arch: Arch) -> fl
     flop = 2 * max(16, M) * N * K
     rate = FP32_DOT * arch.gemm_fp32 if dt == "fp32" else arch.mma_shared
     memory = _packed_bytes(N, K, block_size) / arch.copy_bw
-    return 2 * arch.launch + 0.5 * arch.ramp + max(memory, N * K * DECODE_PER_MASK * arch.mask_seconds, flop / rate)
+    return 2 * arch.launch + _start(arch) + max(memory, N * K * DECODE_PER_MASK * arch.mask_seconds, flop / rate)
 
 
 def mid_time(M: int, N: int, K: int, block_size: int, arch: Arch) -> float:
@@ -71,7 +82,7 @@ def mid_time(M: int, N: int, K: int, block_size: int, arch: Arch) -> float:
         return ceil(tiles * spans / arch.sms) * ceil(steps / spans) * step + sums
 
     least = min(work(spans) for spans in range(1, max(2, min(64, steps // 4) + 1)))
-    return arch.launch + 0.5 * arch.ramp + max(_packed_bytes(N, K, block_size) / arch.copy_bw, least)
+    return arch.launch + _start(arch) + max(_packed_bytes(N, K, block_size) / arch.copy_bw, least)
 
 
 def _dequant_time(M: int, N: int, K: int, dt: str, block_size: int, arch: Arch) -> float:
@@ -82,7 +93,7 @@ def _dequant_time(M: int, N: int, K: int, dt: str, block_size: int, arch: Arch) 
 def choose_mid(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
     """As `choose_small`, between the CUDA kernel of up to 512 rows and the dequantised weight."""
     dt = dtype_name(dtype)
-    largest = LARGEST_MID.get((f"sm{arch_cc}", dt, N, K))
+    largest = _tuned(LARGEST_MID, arch_cc, dt, N, K)
     if largest is not None:
         return largest >= M
     arch = arch_of(arch_cc)
@@ -93,7 +104,7 @@ def choose_mid(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
 def choose_small(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
     """Whether M rows go straight from the packed weight [N, K]: the tuned table first, else the prediction. Cached."""
     dt = dtype_name(dtype)
-    largest = LARGEST_SMALL.get((f"sm{arch_cc}", dt, N, K))
+    largest = _tuned(LARGEST_SMALL, arch_cc, dt, N, K)
     if largest is not None:
         return largest >= M
     arch = arch_of(arch_cc)
@@ -117,7 +128,7 @@ def augmented_time(M: int, N: int, K: int, R: int, dtype, arch: Arch) -> float:
 def choose_augmented(M: int, N: int, K: int, R: int, dtype, arch_cc) -> bool:
     """Whether a dequantised weight [N, K] takes the adapter as R more columns: the table first, else the prediction."""
     dt = dtype_name(dtype)
-    least = LEAST_AUGMENTED.get((f"sm{arch_cc}", dt, N, K, padded_rank(R)))
+    least = _tuned(LEAST_AUGMENTED, arch_cc, dt, N, K, padded_rank(R))
     if least is not None:
         return 0 < least <= M
     arch = arch_of(arch_cc)

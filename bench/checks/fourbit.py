@@ -192,13 +192,14 @@ def check_mid(ctx) -> str:
         return _without(ctx, "cuda")
     from fastpeft.kernels import _common, _fourbit_cost
     from fastpeft.kernels._cost import dtype_name
+    from fastpeft.kernels._gpu import table_keys
 
     shapes = [(65, 1000, 1024, 16), (128, 513, 4096, 0), (129, 261, 192, 5), (300, 4096, 512, 64), (512, 96, 8192, 8)]
     shares = []
     for i, (M, N, K, R) in enumerate(shapes):
         case = Case(M, N, K, R, (torch.bfloat16, torch.float16)[i // 2 % 2], 0.0, "nf4", 64, i % 2 == 0)
         arch = _common.arch_of(torch.empty(0, device=ctx.device))
-        key = (f"sm{arch}", dtype_name(case.dtype), N, K)
+        key = (table_keys(arch)[0], dtype_name(case.dtype), N, K)
         before = dict(_fourbit_cost.LARGEST_MID)
         _fourbit_cost.LARGEST_MID[key] = 512
         _fourbit_cost.choose_mid.cache_clear()

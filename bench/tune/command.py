@@ -17,6 +17,7 @@ def run_all(tuner: Tuner, ranks: tuple[int, ...]) -> dict:
     end, left = tuner.deadline, tuner.left()
     dtype = torch.float16 if tuner.device == "cpu" else torch.bfloat16
     fourbit = FourBit(tuner)
+    tuner.measure_copy()
     tuner.deadline = end - 0.3 * left
     tuner.run(ranks)
     tuner.deadline = end - 0.15 * left

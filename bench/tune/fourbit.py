@@ -29,7 +29,7 @@ ROWS = {
 }
 COMMENTS = {
     "LEAST_AUGMENTED": "# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. "
-    "Key: (arch, dtype, N, K, padded R).",
+    "Key: (device or arch, dtype, N, K, padded R).",
 }
 
 
@@ -130,11 +130,12 @@ class FourBit:
 
     def run(self, dtype: torch.dtype) -> None:
         from fastpeft.kernels._cost import dtype_name, padded_rank
+        from fastpeft.kernels._gpu import table_keys
 
         done = self.tuner.state.setdefault("fourbit", {})
         for N, K in ((64, 128),) if self.tuner.tiny else SHAPES:
             for table, rows in ROWS.items():
-                key = (f"sm{self.tuner.arch}", dtype_name(dtype), N, K)
+                key = (table_keys(self.tuner.arch)[0], dtype_name(dtype), N, K)
                 if table == "LEAST_AUGMENTED":
                     key += (padded_rank(RANK),)
                 name = f"{table} {key}"

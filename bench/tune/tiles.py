@@ -19,7 +19,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from common import tree
+from common.roofline import copy_bandwidth
 from common.timing import Race, quartiles
+from fastpeft.kernels._gpu import as_gpu
 from tune import conv
 
 SCALE, P, MARGIN = 2.0, 0.1, 0.02  # a challenger must be faster by the margin: less is the spread of one run
@@ -79,16 +81,16 @@ def write_strategies(path: Path, table: dict) -> None:
     replace_section(path, "tuned", "\n".join([*lines, "}"]) if table else "TABLE: dict[tuple, str] = {}")
 
 
-def own_entries(tiles: dict, arch: int, dtype: str, mode: str, lookup: Callable[[int], dict]) -> dict:
-    """Entries of this exact arch for (dtype, mode); where it has none, copies of those it falls back to.
+def own_entries(tiles: dict, owner: int | str, dtype: str, mode: str, lookup: Callable[[int], dict]) -> dict:
+    """Entries of this exact device or arch for (dtype, mode); where it has none, copies of those it falls back to.
 
-    All of them, not just the tuned rank's: a lookup takes the nearest arch first, so a lone entry would hide the rest.
+    All of them, not just the tuned rank's: a lookup takes the owner first, so a lone entry would hide the rest.
     """
-    mine = {key: tile for key, tile in tiles.items() if key[:3] == (arch, dtype, mode)}
+    mine = {key: tile for key, tile in tiles.items() if key[:3] == (owner, dtype, mode)}
     if mine:
         return mine
     ranks = {key[3] for key in tiles if key[1:3] == (dtype, mode)}
-    return {(arch, dtype, mode, rank): dict(lookup(rank)) for rank in ranks}
+    return {(owner, dtype, mode, rank): dict(lookup(rank)) for rank in ranks}
 
 
 def neighbours(tile: dict, space: list[dict]) -> list[dict]:
@@ -107,10 +109,9 @@ class Tuner:
                  fresh: bool = False):  # fmt: skip
         self.device, self.tiny, self.log, self.root = device, tiny, log, root
         self.deadline = time.monotonic() + budget_s
-        self.arch = 90
-        if device == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            self.arch = 10 * major + minor
+        from fastpeft.kernels._common import arch_of
+
+        self.arch = as_gpu(arch_of(torch.empty(0, device=device)))
         self.state_path = tree.RESULTS / ("tune_state_tiny.json" if tiny else "tune_state.json")
         stamp = tree.stamp(device)
         self.state = {"stamp": stamp, "jobs": {}, "strategies": {}, "errors": []}
@@ -124,6 +125,21 @@ class Tuner:
 
     def save(self) -> None:
         tree.write_atomic(self.state_path, json.dumps(self.state, indent=1))
+
+    def measure_copy(self) -> None:
+        """The copy rate of this device, which the cost model takes in place of its data sheet's."""
+        from fastpeft.kernels import _cost, _gpu_table
+
+        if not self.arch.name or self.arch.name in self.state.setdefault("copy", {}):
+            return
+        rate = self.state["copy"][self.arch.name] = copy_bandwidth(self.device, self.tiny)
+        _gpu_table.COPY_RATE[self.arch.name] = float(f"{rate:.3g}")
+        entries = [f'    "{name}": {_gpu_table.COPY_RATE[name]:.3g},' for name in sorted(_gpu_table.COPY_RATE)]
+        body = "\n".join(["COPY_RATE: dict[str, float] = {", *entries, "}"])
+        replace_section(self.root / "_gpu_table.py", "tuned", body)
+        _cost.choose_strategy.cache_clear()
+        self.save()
+        self.log(f"tune: {self.arch.name} copies {rate / 1e12:.2f} TB/s")
 
     def time_tile(self, job: dict, call: Callable[[dict], object], tile: dict) -> float:
         """Median seconds; infinite for a tile that does not compile or does not fit. Remembered in the state."""
@@ -160,7 +176,7 @@ class Tuner:
         if mode not in module.MODES or self.arch >= 120 or (op == "lora_linear_fused" and self.arch < 90):
             return
         key_dtype = _common.dtype_key(dtype)
-        name = f"{op} {mode} sm{self.arch} {key_dtype} r={R}"
+        name = f"{op} {mode} sm{int(self.arch)} {key_dtype} r={R}"
         job = self.state["jobs"].setdefault(name, {"seconds": {}, "failed": {}, "done": False})
         if job["done"] or self.left() <= 0:
             return
@@ -185,7 +201,7 @@ class Tuner:
                     best, best_s, moved = tile, seconds, True
             moved = moved and not self.tiny
         if best is not start and best_s < base_s * (1 - MARGIN) and self.agrees(call, start, best):
-            self.write_tile(module, op, (self.arch, key_dtype, mode), R, best)
+            self.write_tile(module, op, (self.arch.name or int(self.arch), key_dtype, mode), R, best)
             job["winner"] = best
         job["done"] = not self.left() <= 0
         self.save()
@@ -211,7 +227,7 @@ class Tuner:
         dtype = torch.bfloat16 if prefix[1] == "half" else torch.float32
 
         def lookup(rank: int) -> dict:
-            return _common.lookup_tile(module.TILES, prefix[0], dtype, rank, prefix[2])
+            return _common.lookup_tile(module.TILES, self.arch, dtype, rank, prefix[2])
 
         mine = own_entries(module.TILES, *prefix, lookup)
         buckets = sorted(key[3] for key in mine)

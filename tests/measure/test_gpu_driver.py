@@ -17,6 +17,8 @@ pytest.importorskip("triton", reason="the driver's stages run Triton kernels und
 from checks import twins
 from common import tree
 from common.timing import Race, quartiles
+from fastpeft.kernels import _gpu_table
+from fastpeft.kernels._gpu import Gpu
 from gpu import aims
 from gpu import driver as gpu
 from tune import fourbit as tune_fourbit
@@ -202,3 +204,20 @@ def test_a_first_call_that_compiles_is_no_sample(monkeypatch):
     race = Race({"peer": lambda: None})
     monkeypatch.setattr(race, "time_one", lambda name: next(seconds))
     assert race.run(0.5, min_rounds=3, max_rounds=9).samples["peer"] == [0.1] * 5
+
+
+def test_a_device_s_copy_rate_is_written(tmp_path, monkeypatch):
+    """Under its name, beside those of other devices; the model takes it from the next choice on."""
+    path = tmp_path / "_gpu_table.py"
+    shutil.copy(ROOT / "kernels" / path.name, path)
+    monkeypatch.setattr(tree, "RESULTS", tmp_path)
+    monkeypatch.setattr(tune, "copy_bandwidth", lambda *_: 4.1234e12)
+    monkeypatch.setattr(_gpu_table, "COPY_RATE", {"another": 1e12})
+    tuner = tune.Tuner("cpu", 1.0, tmp_path, tiny=True, log=lambda _: None)
+    tuner.measure_copy()
+    assert _gpu_table.COPY_RATE == {"another": 1e12}  # a device without a name
+    tuner.arch = Gpu(90, "NVIDIA H200")
+    tuner.measure_copy()
+    read = {}
+    exec(path.read_text(), read)
+    assert read["COPY_RATE"] == _gpu_table.COPY_RATE == {"another": 1e12, "NVIDIA H200": 4.12e12}
