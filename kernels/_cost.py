@@ -18,7 +18,6 @@ Strategies (measured: the vendor GEMM costs the same with beta = 1 as with 0; it
 Only the standard library is imported: the dispatch path asks this file once per shape and must not pay for it.
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log2
@@ -115,7 +114,7 @@ def dtype_name(dtype) -> str:
 
 
 def _named(gpu: Gpu) -> Arch | None:
-    words = (_BY_NAME.get(word) for word in re.split(r"[^A-Za-z0-9]+", gpu.name))
+    words = (_BY_NAME.get(word) for word in gpu.name.replace("-", " ").split())
     return next((ARCHES[word] for word in words if word), None)
 
 
