@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -58,6 +59,7 @@ def peak_allocated(device: torch.device, run: Callable[[], Any]) -> int:
         run()
         torch.accelerator.synchronize(device)
         return int(torch.accelerator.max_memory_allocated(device)) - int(before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes two lines to standard error for every profile
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()

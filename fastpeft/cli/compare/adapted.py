@@ -1,0 +1,111 @@
+"""A model with a method in it, and what single methods do beside a step: budgets, pruning, a start from real tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.cli.compare.task import Task
+from fastpeft.nn import AdaLoRALinear, PruningAwareLoRALinear, RankAllocator, SparseLoRALinear
+from fastpeft.ops import _checks
+
+
+@dataclass
+class Adapted:
+    """A model that a method was put into.
+
+    after_step after_step(step), before gradients are cleared: what a schedule does
+    penalty    added to the loss
+    about      in words, what became of it in training
+    """
+
+    model: nn.Module
+    after_step: Callable[[int], object] = lambda step: None
+    penalty: Callable[[], Tensor] | None = None
+    about: Callable[[], str] = lambda: ""
+
+
+def adalora(model: nn.Module, target_rank: int, orthogonality: float, steps: int) -> Adapted:
+    """The budget falls from a tenth of the training on and is reached after seven tenths, then it stays."""
+    allocator = RankAllocator(
+        model, target_rank=target_rank, tinit=steps // 10, tfinal=max(1, steps * 3 // 10), delta_t=max(1, steps // 50),
+        total_step=max(steps, 2),
+    )  # fmt: skip
+
+    def penalty() -> Tensor:
+        loss: Tensor = orthogonality * allocator.orthogonality_loss()
+        return loss
+
+    def about() -> str:
+        ranks = [layer.get_effective_rank() for layer in model.modules() if isinstance(layer, AdaLoRALinear)]
+        return f"ranks {min(ranks)} to {max(ranks)}, mean {statistics.fmean(ranks):.1f}"
+
+    return Adapted(model, after_step=allocator.update, penalty=penalty, about=about)
+
+
+def pruned(model: nn.Module, rate: float, steps: int) -> Adapted:
+    """Twenty prunings between a fifth and four fifths of the training, their rates along a cubic curve.
+
+    Source     Zhu and Gupta 2017, arXiv:1710.01878, eq. 1
+    """
+    start, end = steps // 5, max(steps * 4 // 5, 1)
+    every = max(1, (end - start) // 20)
+
+    def after_step(step: int) -> None:
+        if step < start or step > end or ((step - start) % every and step != end):
+            return
+        left = 1 - (step - start) / max(1, end - start)
+        for layer in model.modules():
+            if isinstance(layer, PruningAwareLoRALinear):
+                layer.prune(rate * (1 - left**3))
+
+    return Adapted(model, after_step=after_step, about=lambda: sparsity(model))
+
+
+def sparsity(model: nn.Module) -> str:
+    """The share of zeros in the factors."""
+    kinds = (SparseLoRALinear, PruningAwareLoRALinear)
+    shares = [layer.sparsity for layer in model.modules() if isinstance(layer, kinds)]
+    return f"{statistics.fmean(shares):.0%} of the factors are zero"
+
+
+@torch.no_grad()
+def keys_and_values(model: Any, tokens: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of ``length`` real tokens in the untrained model: a pair [1, heads, P, size] a layer.
+
+    tokens     int64 [T >= 1], repeated or trimmed to ``length``
+    """
+    from transformers import DynamicCache
+
+    ids = tokens.repeat(-(-length // len(tokens)))[:length].unsqueeze(0).to(next(model.parameters()).device)
+    body, mode = model.base_model, model.training
+    cache: Any = DynamicCache()
+    body.eval()
+    body(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    body.train(mode)
+    held = [(layer.keys, layer.values) for layer in cache.layers]
+    _checks.require(bool(held), "compare", "method prefix", "have a model whose attention takes a cache", body)
+    return held
+
+
+def peft_lora(model: nn.Module, task: Task, options: dict[str, Any]) -> nn.Module:
+    """PEFT's LoRA on the same layers. Raises ImportError: PEFT is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("compare: peft must be installed for peft-lora; pip install fastpeft[peft]") from error
+    config = peft.LoraConfig(
+        task_type=task.kind,
+        r=options["rank"],
+        lora_alpha=options["alpha"],
+        lora_dropout=options["dropout_probability"],
+        target_modules=task.names(model),
+        modules_to_save=list(task.head) or None,
+    )
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
