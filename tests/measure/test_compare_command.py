@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_every_method_sees_the_same_batches(own, monkeypatch):
     step = training.Trainer.step
 
     def spy(self, batch, number):
-        seen.setdefault((current[-1]), []).append(batch["labels"].tolist())
+        seen.setdefault(current[-1], []).append(batch["labels"].tolist())
         return step(self, batch, number)
 
     current = []
@@ -177,8 +178,6 @@ def test_grows_refuses_and_retimes(own, capsys):
     (["--retime"], "--retime must find"),
 ])  # fmt: skip
 def test_bad_options(tmp_path, capsys, options, said):
-    import re
-
     assert main([*options, "--out", str(tmp_path / "out")]) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
@@ -233,6 +232,7 @@ def test_peak_allocated_is_that_of_the_tensors():
 def test_every_method_on_a_bert(tmp_path):
     """The sentiment task with a model and a file of one's own: every method trains, as many weights as it says."""
     transformers = pytest.importorskip("transformers", reason="a model of transformers is trained here")
+    pytest.importorskip("peft", reason="two of the methods are PEFT's")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "actor", "scene"]
@@ -250,8 +250,6 @@ def test_every_method_on_a_bert(tmp_path):
     names += ",peft-lora,peft-lora-accelerated"
     options = ["--model", str(folder), "--data", str(data), "--methods", names, "--seeds", "1", "--steps", "3"]
     options += ["--batch-size", "8", "--threads", "1", "--rounds", "1", "--out", str(tmp_path / "out")]
-    if not pytest.importorskip("peft", reason="two of the methods are PEFT's"):
-        return
     assert main(options) == 0
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     trained = {key.partition(" ")[0]: run["trainable"] for key, run in found["runs"].items()}
@@ -264,7 +262,4 @@ def test_every_method_on_a_bert(tmp_path):
     memory = found["costs"]["memory"]
     assert memory["qlora"]["weights"] < memory["lora"]["weights"] and memory["head"]["kept"] < memory["lora"]["kept"]
     assert all(each["peak"] >= each["weights"] + each["kept"] for each in memory.values())
-    assert (
-        "no more" not in found["runs"]["sparse | seed 0"]["about"]
-        and "zero" in found["runs"]["sparse | seed 0"]["about"]
-    )
+    assert found["runs"]["sparse | seed 0"]["about"].endswith("of the factors are zero")
