@@ -4,7 +4,18 @@ from fastpeft import models, ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
-from fastpeft.integrations import Patch, Report, Status, accelerate, patch, reason, restore, status, unpatch
+from fastpeft.integrations import (
+    AccelerateCallback,
+    Patch,
+    Report,
+    Status,
+    accelerate,
+    patch,
+    reason,
+    restore,
+    status,
+    unpatch,
+)
 from fastpeft.manager import (
     EfficientFineTuningManager,
     apply_adalora_to_model,
@@ -76,6 +87,7 @@ from fastpeft.nn.prompts import (
 _warn_of_hidden()
 
 __all__ = [
+    "AccelerateCallback",
     "AdaLoRALayer",
     "AdaLoRALinear",
     "Adapter",

@@ -175,7 +175,7 @@ def test_reports():
         get_peft_model(Toy(), LoraConfig(**CONFIG))
         get_peft_model(Toy(), LoraConfig(**CONFIG, use_dora=True))
     assert [len(report.accelerated) for report in told] == [3, 0] and list(patched.reports) == told
-    assert str(patched).startswith("fastpeft: 2 adapters injected, 6 layers accelerated")
+    assert str(patched).startswith("fastpeft: adapters injected: 2, layers accelerated: 6")
     assert "left to PEFT" in str(patched) and "Dora" in str(patched)
 
 

@@ -44,6 +44,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fastpeft"])
     monkeypatch.setattr(sys, "path", ["set by Python", *sys.path])
+    monkeypatch.setattr("atexit.register", lambda end: None)
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
     yield tmp_path
     fastpeft.unpatch()
@@ -66,7 +67,7 @@ def test_as_python_runs_it(files, arguments, capsys, monkeypatch):
     wanted = [json.loads(line) for line in plain.stdout.splitlines()]
     assert len(wanted) == 2 and [json.loads(line) for line in printed.out.splitlines()] == wanted
     summary()
-    assert capsys.readouterr().err == "fastpeft: 0 adapters injected, 0 layers accelerated\n"
+    assert capsys.readouterr().err == "fastpeft: adapters injected: 0, layers accelerated: 0\n"
 
 
 def test_a_script_whose_adapters_are_accelerated(files, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import fastpeft
 
 NAMES = [
+    "AccelerateCallback",
     "AdaLoRALayer",
     "AdaLoRALinear",
     "Adapter",

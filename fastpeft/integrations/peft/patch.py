@@ -57,7 +57,7 @@ class Patch:
         _end(self)
 
     def __str__(self) -> str:
-        text = f"fastpeft: {self.injected} adapters injected, {self.changed} layers accelerated"
+        text = f"fastpeft: adapters injected: {self.injected}, layers accelerated: {self.changed}"
         left = dict.fromkeys(line for report in self.reports for line in str(report).splitlines()[1:] if "left" in line)
         return "\n".join([text, *left])
 
