@@ -32,7 +32,7 @@ class AccelerateCallback:
     """The latest one."""
 
     def __new__(cls, report: Callable[[Report], Any] | None = None) -> AccelerateCallback:
-        return object.__new__(_with_events(cls))
+        return object.__new__(_with_events(cls))  # type: ignore[arg-type]
 
     def __init__(self, report: Callable[[Report], Any] | None = None) -> None:
         self._told = report
