@@ -235,3 +235,10 @@ def test_adapter_alone():
     assert torch.equal(other.lora_B, module.lora_B) and same(fixed(other), weight)
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         other.load_state_dict(adapter)
+
+    # As torch.distributed.checkpoint has it without the parameters that are frozen: the scales must be those held.
+    trainable = without(module.state_dict(), "weight")
+    again = trained()
+    assert again.load_state_dict(trainable, strict=False).missing_keys == ["weight"]
+    with pytest.raises(RuntimeError, match="weight must come with its parts"):
+        other.load_state_dict(trainable, strict=False)

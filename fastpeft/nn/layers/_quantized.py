@@ -157,7 +157,7 @@ class Quantized(Mergeable):
         try:
             if prefix + "weight" in state_dict:
                 _checks.tensor(self._op, "weight", data)
-            if data is not None or parts:
+            if data is not None or (parts and not self._has(parts)):
                 weight = self._read(data, parts)
                 rest[prefix + "weight"] = weight.packed.view_as(self.weight)
             for name, parameter in self._parameters.items():
@@ -171,11 +171,19 @@ class Quantized(Mergeable):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}: {error}" if prefix else str(error))
             return
-        if weight is None:
+        if weight is None and not parts:
             missing_keys.extend(dotted + name for name in self.weight_4bit().part_names())
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if weight is not None:
             self._hold(weight, bool(local_metadata.get("assign_to_params_buffers", False)))
+
+    def _has(self, parts: dict[str, torch.Tensor]) -> bool:
+        """Whether ``parts`` are those of the weight that is here: a state dict of what trains has them without it."""
+        held = (self.weight_4bit() if self._undo is None else self._undo.weight).to_parts()
+        return held.keys() == parts.keys() and all(
+            isinstance(part, torch.Tensor) and not part.is_meta and torch.equal(part.to(held[name].device), held[name])
+            for name, part in parts.items()
+        )
 
     def _read(self, data: torch.Tensor | None, parts: dict[str, torch.Tensor]) -> Weight4bit:
         """The weight of a state dict; raises ValueError, TypeError where it is not one for this module."""
