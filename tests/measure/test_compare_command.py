@@ -17,6 +17,13 @@ for needed in ("rich", "matplotlib"):
 from fastpeft.cli import main as front
 from fastpeft.cli import measure
 from fastpeft.cli.compare import grid, main, record
+from fastpeft.cli.compare.methods import METHODS
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+needs_transformers = pytest.mark.skipif(transformers is None, reason="a model of transformers is trained here")
 
 OWN = """
 import os, signal
@@ -229,37 +236,83 @@ def test_peak_allocated_is_that_of_the_tensors():
     assert 8_000_000 <= peak <= 8_001_000
 
 
-def test_every_method_on_a_bert(tmp_path):
-    """The sentiment task with a model and a file of one's own: every method trains, as many weights as it says."""
-    transformers = pytest.importorskip("transformers", reason="a model of transformers is trained here")
-    pytest.importorskip("peft", reason="two of the methods are PEFT's")
+def words(folder):
+    """A tokenizer of whole words, saved."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "actor", "scene"]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    known = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "actor", "scene"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder, data = tmp_path / "model", tmp_path / "mine.tsv"
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]").save_pretrained(folder)
+    return known[2:]
+
+
+def bert(tmp_path):
+    """Options for the sentiment task on two tiny layers and sixty sentences."""
+    folder, data = tmp_path / "model", tmp_path / "mine.tsv"
+    known = words(folder)
     config = transformers.BertConfig(
         vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
     transformers.BertModel(config).save_pretrained(folder)
-    rows = [f"{words[2 + i % 2]} {words[4 + i % 4]} {words[4 + i % 3]}\t{i % 2}" for i in range(60)]
+    rows = [f"{known[i % 2]} {known[2 + i % 4]} {known[2 + i % 3]}\t{i % 2}" for i in range(60)]
     data.write_text("text\tlabel\n" + "\n".join(rows) + "\n")
-    names = "lora,qlora,adalora,sparse,pruned,attention-guided,adapter,prompt,p-tuning,prefix,head,full,none"
-    names += ",peft-lora,peft-lora-accelerated"
-    options = ["--model", str(folder), "--data", str(data), "--methods", names, "--seeds", "1", "--steps", "3"]
-    options += ["--batch-size", "8", "--threads", "1", "--rounds", "1", "--out", str(tmp_path / "out")]
-    assert main(options) == 0
+    options = ["--model", str(folder), "--data", str(data), "--seeds", "1", "--steps", "3", "--batch-size", "8"]
+    return [*options, "--threads", "1", "--rounds", "1", "--no-plots", "--out", str(tmp_path / "out")]
+
+
+@needs_transformers
+def test_every_method_on_a_bert(tmp_path):
+    """The sentiment task with a model and a file of one's own: every method trains, as many weights as it says."""
+    pytest.importorskip("peft", reason="two of the methods are PEFT's")
+    assert main([*bert(tmp_path), "--methods", ",".join(METHODS)]) == 0
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     trained = {key.partition(" ")[0]: run["trainable"] for key, run in found["runs"].items()}
     low_rank = 8 * 2 * (4 * (32 + 32) + 2 * (32 + 48)) + 66
     assert trained["lora"] == trained["qlora"] == trained["sparse"] == trained["pruned"] == low_rank
     assert trained["peft-lora"] == trained["peft-lora-accelerated"] == low_rank
     assert trained["head"] == 2 * 32 + 2 and trained["prompt"] == 20 * 32 + 66
-    assert trained["prefix"] == 20 * 2 * 2 * 32 + 66
+    assert trained["prefix"] == 20 * 2 * 2 * 32 + 66 and trained["none"] == 0
     assert found["settings"]["head"] == ["classifier"]
     memory = found["costs"]["memory"]
     assert memory["qlora"]["weights"] < memory["lora"]["weights"] and memory["head"]["kept"] < memory["lora"]["kept"]
     assert all(each["peak"] >= each["weights"] + each["kept"] for each in memory.values())
     assert found["runs"]["sparse | seed 0"]["about"].endswith("of the factors are zero")
+
+
+@needs_transformers
+def test_frozen_weights_in_bf16(tmp_path):
+    """Half the bytes of frozen weights; what is trained stays in fp32."""
+    options = [*bert(tmp_path), "--methods", "lora,prefix,adapter,head"]
+    assert main(options) == 0
+    there = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert main([*options[:-4], *options[-2:], "--dtype", "bfloat16", "--out", str(tmp_path / "half")]) == 0
+    half = json.loads((tmp_path / "half" / "compare.json").read_text())
+    assert half["settings"]["autocast"] and half["settings"]["dtype"] == "bfloat16"
+    for name, full in there["costs"]["memory"].items():
+        frozen = full["weights"] - 4 * full["trainable"]
+        assert half["costs"]["memory"][name]["weights"] - 4 * full["trainable"] <= 0.6 * frozen
+        assert half["costs"]["memory"][name]["trained"] == full["trained"]
+
+
+@needs_transformers
+def test_language_model(tmp_path):
+    """A decoder: perplexity, lower is better; a prefix of real tokens starts near the model that it is put into."""
+    folder, data = tmp_path / "model", tmp_path / "mine.txt"
+    known = words(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    data.write_text(" ".join(known * 60))
+    options = ["--task", "language-model", "--model", str(folder), "--data", str(data), "--max-length", "16"]
+    options += ["--methods", "none,lora,prompt,prefix", "--seeds", "1", "--steps", "12", "--batch-size", "2"]
+    options += ["--threads", "1", "--rounds", "1", "--no-plots", "--out", str(tmp_path / "out")]
+    assert main(options) == 0
+    metric = {
+        key: run["metric"] for key, run in json.loads((tmp_path / "out" / "compare.json").read_text())["runs"].items()
+    }
+    assert 8 < metric["none | seed 0"] < 32
+    for name in ("lora", "prompt", "prefix"):
+        assert metric[f"{name} | seed 0"] < metric["none | seed 0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.cli.compare.task import Task
 from fastpeft.nn import AdaLoRALinear, PruningAwareLoRALinear, RankAllocator, SparseLoRALinear
+from fastpeft.nn.prompts.checkpointing import CACHE_NAMES
 from fastpeft.ops import _checks
 
 
@@ -86,11 +88,13 @@ def keys_and_values(model: Any, tokens: Tensor, length: int) -> list[tuple[Tenso
     body, mode = model.base_model, model.training
     cache: Any = DynamicCache()
     body.eval()
-    body(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    takes = inspect.signature(type(body).forward).parameters
+    name = next((each for each in CACHE_NAMES[:2] if each in takes), None)
+    rule = "have a model whose attention takes a cache"
+    _checks.require(name is not None, "compare", "method prefix", rule, type(body).__name__)
+    body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{str(name): cache})
     body.train(mode)
-    held = [(layer.keys, layer.values) for layer in cache.layers]
-    _checks.require(bool(held), "compare", "method prefix", "have a model whose attention takes a cache", body)
-    return held
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def peft_lora(model: nn.Module, task: Task, options: dict[str, Any]) -> nn.Module:

@@ -21,7 +21,7 @@ from fastpeft.cli.compare.task import Task, own
 from fastpeft.cli.compare.training import Precision, train
 
 Points = Mapping[str, tuple[str, dict[str, Any]]]
-DTYPES = ("float32", "bfloat16", "float64")
+DTYPES = ("float32", "bfloat16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
     add("--model", metavar="ID_OR_PATH", help="another model for transformers' from_pretrained")
     add("--data", type=Path, metavar="FILE", help="your own data: .tsv, .csv or .jsonl with text and label; or a text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="float32", choices=DTYPES, help="of the frozen weights; what is trained is fp32 at least")
+    add(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of the frozen weights; what is trained is fp32, so that bfloat16 brings --autocast with it",
+    )
     add("--autocast", action="store_true", help="products under bfloat16 autocast")
     add("--threads", type=int, help="of the CPU; default: as many as torch takes")
     add("--rounds", type=int, default=15, help="timed steps of each method; default 15")
@@ -182,6 +187,7 @@ def prepare(args: argparse.Namespace) -> tuple[Task, Points, list[int], int, Pre
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve ``fastpeft compare``. Returns the exit status: 2 for options that cannot be, 1 where a method failed."""
     args = parser().parse_args(arguments)
+    args.autocast = args.autocast or args.dtype == "bfloat16"
     try:
         task, points, seeds, steps, where, record = prepare(args)
     except (AssetError, ImportError, OSError, ValueError) as error:
@@ -192,8 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     out = console()
-    if not args.retime:
-        run_all(task, points, seeds, steps, where, record, out)
+    try:
+        if not args.retime:
+            run_all(task, points, seeds, steps, where, record, out)
+    except KeyboardInterrupt:
+        print(f"Stopped; every run that was done is in {record.file}, and the same command goes on.", file=sys.stderr)
+        return 130
     trained = {key: point for key, point in record.points().items() if point[0] != "none"}
     if trained and (args.retime or trained.keys() - record.data["costs"].get("memory", {}).keys()):
         measure(task, trained, steps, where, args.rounds, record, out)

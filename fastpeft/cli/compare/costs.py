@@ -14,7 +14,7 @@ from torch import nn
 
 from fastpeft.cli.compare.task import Batch, Task
 from fastpeft.cli.compare.training import Precision, Trainer, prepared, trainable
-from fastpeft.cli.measure import kept_for_backward, peak_allocated, synchronize, to_device
+from fastpeft.cli.measure import kept_for_backward, peak_allocated, synchronize
 
 CLOCKS = ("wall", "cpu")
 WARM_UP = 2  # rounds that are not counted: allocator, thread pool, on a GPU the compilation of kernels
@@ -40,7 +40,7 @@ def memory(trainer: Trainer, batch: Batch) -> dict[str, int]:
     trainable    elements, not bytes
     """
     model, device = trainer.adapted.model, trainer.where.device
-    batch = {name: tensor.to(device, copy=True) for name, tensor in batch.items()}  # a view keeps a whole epoch
+    batch = {name: tensor.clone() for name, tensor in trainer.where.moved(batch).items()}  # a view keeps a whole epoch
     model.train()
     trainer.step(batch, 0)  # the optimizer makes its states
     assert trainer.optimizer is not None
@@ -94,7 +94,7 @@ def times(
         for key in order:
             trainer = trainers[key]
             device = trainer.where.device
-            moved = to_device(batch, device)
+            moved = trainer.where.moved(batch)
             synchronize(device)
             start = time.perf_counter(), time.process_time()
             trainer.step(moved, number)

@@ -89,16 +89,19 @@ class Task:
         return None if self.targets is None else self.targets(model)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, run: Callable[[Callable[[], float]], float], device: torch.device) -> float:
+    def evaluate(
+        self, model: nn.Module, run: Callable[[Callable[[], float]], float], moved: Callable[[Batch], Batch]
+    ) -> float:
         """The metric on ``test``, in eval mode.
 
         run        calls what it is given, under the precision of the comparison
+        moved      a batch on the model's device
         """
         model.eval()
         total, rows = 0.0, 0
         for batch in self.test:
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            total += run(lambda moved=moved: self.score(model, moved))  # type: ignore[misc]
+            there = moved(batch)
+            total += run(lambda there=there: self.score(model, there))  # type: ignore[misc]
             rows += len(next(iter(batch.values())))
         return self.finish(total / rows)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastpeft.cli.compare import methods
 from fastpeft.cli.compare.adapted import Adapted
 from fastpeft.cli.compare.task import Batch, Task
-from fastpeft.cli.measure import precision, synchronize, to_device
+from fastpeft.cli.measure import precision, synchronize
 
 CURVE = 24  # points of a loss curve: each the mean of so large a part of the run
 
@@ -27,6 +27,11 @@ class Precision:
     device: torch.device
     dtype: torch.dtype
     autocast: bool
+
+    def moved(self, batch: Batch) -> Batch:
+        """On the device; floating point inputs in the dtype of the model."""
+        dtypes = {name: self.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, dtypes[name]) for name, tensor in batch.items()}
 
     def run(self, function: Callable[[], Any]) -> Any:
         with precision(self.device, self.autocast):
@@ -104,7 +109,7 @@ def train(
         schedule = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1 - step / steps)
         model.train()
         for step, batch in enumerate(batches(task, seed, steps)):
-            losses.append(float(trainer.step(to_device(batch, where.device), step)))
+            losses.append(float(trainer.step(where.moved(batch), step)))
             schedule.step()
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"loss must be finite, got {losses[-1]} at step {step}")
@@ -113,12 +118,15 @@ def train(
             raise ValueError(f"compare: task {task.name} must give {steps} batches, got {len(losses)}")
     synchronize(where.device)
     trained = time.perf_counter() - start
+    metric = task.evaluate(model, where.run, where.moved)
+    if not math.isfinite(metric):
+        raise FloatingPointError(f"{task.metric} must be finite, got {metric}")
     return {
         "method": name,
         "options": options,
         "seed": seed,
         "learning_rate": methods.rate(name, task, options),
-        "metric": task.evaluate(model, where.run, where.device),
+        "metric": metric,
         "curve": curve(losses),
         "trainable": trainable(model),
         "about": trainer.adapted.about(),
