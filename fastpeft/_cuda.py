@@ -19,8 +19,9 @@ if (_lack := unmet()) is not None:
     raise ImportError(f"fastpeft._C {_lack}")
 
 from fastpeft.kernels import linear4bit as _composition
-from fastpeft.kernels._common import arch_of, dense
-from fastpeft.kernels._fourbit_cost import choose_mid
+from fastpeft.kernels._common import dense
+from fastpeft.kernels._fourbit_cost import MID_TILE, choose_mid
+from fastpeft.kernels._launch import arch_of
 from fastpeft.kernels.linear4bit_small import MAX_M
 from fastpeft.kernels.lora_shrink import lora_shrink
 
@@ -50,6 +51,7 @@ def use_mid(x: torch.Tensor, packed: torch.Tensor, N: int, block_size: int) -> b
     (M, K), few = x.shape, MAX_M
     if not few < M <= MID_ROWS or N == 0 or block_size < 64 or K % 64 or packed.data_ptr() % 16:
         return False
+    M = -(-M // MID_TILE[0]) * MID_TILE[0]  # whole tiles, so that a new batch length asks nothing new
     return choose_mid(M, N, K, x.dtype, block_size, arch_of(x))
 
 

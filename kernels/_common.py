@@ -1,4 +1,4 @@
-"""What every Triton kernel of fastpeft shares: tile lookup, launch accounting, the dropout draw, the split reduction.
+"""What every Triton kernel of fastpeft shares: tile lookup, the dropout draw, the split reduction.
 
 Tuner interface. Every kernel module exposes
   `TILES`                                a dict literal between the comments `# tiles: begin` and `# tiles: end`,
@@ -8,87 +8,23 @@ Tuner interface. Every kernel module exposes
   `tile_space(arch, dtype, R, mode)`     candidate tile dicts for that key, each compilable on its own
   `<launcher>(..., *, tile=dict)`        runs with that tile instead of the table's
 A mode is a variant of one kernel that wants its own tile ("plain", "dropout", ...), named in the module's `MODES`.
-
-Accounting. Inside `with count_launches() as launches:` every launch appends a `Launch`. Bytes are those of the elements
-moved by design, caches ignored. Launchers called with meta tensors record and allocate but launch nothing.
 """
 
-import contextlib
 import itertools
-import threading
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._gpu import Gpu
+from fastpeft.kernels._launch import Launch, Start, record
 
 GROUP = 256  # columns of one dropout group: eight sub-blocks of 32, their masks from one Philox call a row and lane
 MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
 TARGET_PROGRAMS = 256  # about two programs an SM on 108 to 148 SMs; a constant, so that splits depend on shape only
 
 _HALF = (torch.float16, torch.bfloat16)
-_counting = threading.local()
 
-
-class Launch(NamedTuple):
-    """One device launch. weight_bytes: frozen weight, the same in every strategy; scratch_bytes: split partial sums."""
-
-    name: str
-    flop: int
-    read_bytes: int
-    written_bytes: int
-    weight_bytes: int = 0
-    scratch_bytes: int = 0
-
-
-@contextlib.contextmanager
-def count_launches():
-    """Collect the launches of this thread; nested counts each see the launches inside them."""
-    launches = []
-    stack = _counting.__dict__.setdefault("stack", [])
-    stack.append(launches)
-    try:
-        yield launches
-    finally:
-        stack.pop()
-
-
-def record(name, flop, read_bytes, written_bytes, weight_bytes=0, scratch_bytes=0):
-    """Append a `Launch` to every active `count_launches` of this thread; costs one attribute read when none is."""
-    for launches in _counting.__dict__.get("stack", ()):
-        launches.append(Launch(name, flop, read_bytes, written_bytes, weight_bytes, scratch_bytes))
-
-
-def launch(kernel, grid, like, args, tile):
-    """Run `kernel` over `grid` on the device of tensor `like`; meta tensors and empty grids run nothing."""
-    if like.is_meta or 0 in grid:
-        return
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            kernel[grid](*args, **tile)
-    else:
-        kernel[grid](*args, **tile)
-
-
-@lru_cache
-def gpu_of(device):
-    """The Gpu of a CUDA device. torch counts the memory's clock in kHz and its bus in bits; two transfers a clock."""
-    props = torch.cuda.get_device_properties(device)
-    clock, width = (getattr(props, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
-    return Gpu(10 * props.major + props.minor, props.name, 2 * 1e3 * clock * width / 8)
-
-
-def arch_of(tensor):
-    """The `Gpu` of a tensor, its compute capability as 10 * major + minor; the interpreter and meta tensors are 90."""
-    return gpu_of(tensor.device) if tensor.is_cuda else 90
-
-
-def sm_count(tensor):
-    """Programs of a persistent grid."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
 
 
 def dtype_key(dtype):
@@ -112,12 +48,14 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
     return tiles[best, key, mode, next((r for r in ranks if r >= R), ranks[-1])]
 
 
-def ragged(*lengths):
+def ragged(even, *lengths):
     """Whether rows of these lengths or strides are read an element at a time: Triton only asks if 16 divides a number.
+
+    even: whether 16 divides the addresses too.
 
     Each element then has an address of its own in registers, and a table's tile spills (0.5 to 2 KB a thread, sm_90).
     """
-    return any(length % 16 for length in lengths)
+    return not even or any(length % 16 for length in lengths)
 
 
 def capped(tile, **most):
@@ -132,7 +70,12 @@ def tile_product(**choices):
 
 def rank_block(R, limit):
     """Padded rank of one tensor-core step: a power of two, at least 16, at most `limit`."""
-    return min(max(16, triton.next_power_of_2(R)), limit)
+    return min(max(16, 1 << (R - 1).bit_length()), limit)
+
+
+def tile_key(tile):
+    """A tile dict as an argument of a plan; None stays None, for the table's."""
+    return None if tile is None else tuple(tile.items())
 
 
 def dense(*vectors):
@@ -216,9 +159,10 @@ def _sum_job(part_ptr, out_ptr, numel, splits, pid, BLOCK: tl.constexpr, STEP: t
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
-@triton.jit
+# No bit of the code depends on how many splits there are, and a multiple of 16 would be another kernel.
+@triton.jit(do_not_specialize=["splits0", "splits1", "splits2"])
 def _reduce_splits_kernel(
-    part0_ptr, out0_ptr, numel0, splits0, part1_ptr, out1_ptr, numel1, splits1, part2_ptr, out2_ptr, numel2, splits2,
+    part0_ptr, out0_ptr, part1_ptr, out1_ptr, part2_ptr, out2_ptr, numel0, splits0, numel1, splits1, numel2, splits2,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -232,25 +176,36 @@ def _reduce_splits_kernel(
         _sum_job(part2_ptr, out2_ptr, numel2, splits2, pid - first2, BLOCK, STEP)
 
 
-def reduce_splits(name, jobs):
-    """out = sum over axis 0 of part, in fixed order, cast to out's dtype; up to three (part, out) pairs in one launch.
+class Reduction(NamedTuple):
+    """The launch that adds split sums; made by `reduction`. kept: which of the pairs were split."""
+
+    start: Start
+    kept: tuple[int, ...]
+
+    def __call__(self, *pairs):
+        """out = sum over axis 0 of part, in fixed order, cast to out's dtype, for every (part, out) that was split."""
+        pointers = [tensor for index in self.kept for tensor in pairs[index]]
+        self.start(pointers + pointers[:2] * (3 - len(self.kept)))
+
+
+def reduction(name, device, *jobs):
+    """The `Reduction` of up to three (splits, numel of out, dtype of out); None where nothing was split.
 
     part  [splits, *out.shape] fp32 contiguous        out  contiguous, any float dtype
     """
-    jobs = [(part, out) for part, out in jobs if part is not out and out.numel()]
-    if not jobs:
-        return
-    partial = sum(part.numel() for part, _ in jobs)
-    written = sum(out.numel() * out.element_size() for _, out in jobs)
-    record(name, partial, 0, written, scratch_bytes=4 * partial)
-    block = 256
-    args, programs = [], 0
-    for part, out in jobs:
-        args += [part, out, out.numel(), part.shape[0]]
-        programs += -(-out.numel() // block)
-    part, out = jobs[0]
-    args += [part, out, 0, 1] * (3 - len(jobs))
-    launch(_reduce_splits_kernel, (programs,), out, args, {"BLOCK": block, "STEP": 16, "num_warps": 4})
+    kept = tuple(index for index, (splits, numel, _) in enumerate(jobs) if splits > 1 and numel)
+    if not kept:
+        return None
+    block, numbers, programs, partial, written = 256, [], 0, 0, 0
+    for splits, numel, dtype in (jobs[index] for index in kept):
+        numbers += [numel, splits]
+        programs += -(-numel // block)
+        partial += splits * numel
+        written += numel * dtype.itemsize
+    numbers += [0, 1] * (3 - len(kept))
+    constants = {"BLOCK": block, "STEP": 16, "num_warps": 4}
+    launch = Launch(name, partial, 0, written, scratch_bytes=4 * partial)
+    return Reduction(Start(_reduce_splits_kernel, (programs,), device, tuple(numbers), constants, launch), kept)
 
 
 def split_output(out, splits):
@@ -260,6 +215,6 @@ def split_output(out, splits):
     return torch.empty((splits, *out.shape), device=out.device, dtype=torch.float32)
 
 
-def scratch_bytes(*pairs):
-    """Bytes of the partial sums among (part, out) pairs."""
-    return sum(4 * part.numel() for part, out in pairs if part is not out)
+def scratch_bytes(*jobs):
+    """Bytes of the partial sums of (splits, numel) jobs."""
+    return sum(4 * splits * numel for splits, numel in jobs if splits > 1)

@@ -27,6 +27,7 @@ from fastpeft.kernels._gpu_table import COPY_RATE
 from fastpeft.kernels._strategy_table import TABLE
 
 STRATEGIES = ("accumulate", "fused")
+SIDES = {"forward": "fwd", "backward": "bwd"}  # a strategy is chosen for each pass on its own
 
 # A GEMM moves 5 % from run to run and with heat, so a smaller predicted gain than this is no reason to leave the
 # vendor's GEMM, which also serves every alignment. A tuned table knows better.
@@ -233,28 +234,34 @@ def predict(M: int, N: int, K: int, R: int, p: float = 0.0, dtype="bf16", arch: 
     return out
 
 
-def strategy_key(M: int, N: int, K: int, R: int, p: float, dtype, cc) -> tuple[str, str, tuple]:
-    """Key of the tuned table: device, sizes to the nearest power of two, padded rank, dropout or none."""
+def size_bucket(M: int) -> int:
+    """The power of two nearest to M by ratio. Choices are kept for these: a new batch length asks for nothing new."""
+    return 1 << ((M * M).bit_length() // 2) if M else 0
+
+
+def strategy_key(side: str, M: int, N: int, K: int, R: int, p: float, dtype, cc) -> tuple[str, str, str, tuple]:
+    """Key of the tuned table: the pass, device, sizes to the nearest power of two, padded rank, dropout or none."""
     near = tuple(round(log2(max(1, n))) for n in (M, N, K))
-    return table_keys(cc)[0], dtype_name(dtype), (*near, padded_rank(R), p > 0)
+    return side, table_keys(cc)[0], dtype_name(dtype), (*near, padded_rank(R), p > 0)
 
 
 @lru_cache(maxsize=4096)
-def choose_strategy(M: int, N: int, K: int, R: int, p: float, dtype, arch_cc) -> str:
-    """Strategy for this shape, "accumulate" or "fused": the tuned table first, else the prediction. Cached.
+def choose_strategy(side: str, M: int, N: int, K: int, R: int, p: float, dtype, arch_cc) -> str:
+    """Strategy of one pass, "accumulate" or "fused": the tuned table first, else the prediction. Cached.
 
+    side   "forward" or "backward";  M  a `size_bucket`, or there is a choice to make for every M
     dtype  torch.dtype or its name;  arch_cc  a Gpu, 90 or (9, 0).  What `fused_serves` refuses, and fp32, accumulate.
     """
     gpu = as_gpu(arch_cc)
     if not fused_serves(gpu) or dtype_name(dtype) == "fp32" or 0 in (M, N, K, R):
         return "accumulate"
-    _, *size = strategy_key(M, N, K, R, p, dtype, gpu)
+    _, _, *size = strategy_key(side, M, N, K, R, p, dtype, gpu)
     for device in table_keys(gpu):
-        if (tuned := TABLE.get((device, *size))) is not None:
+        if (tuned := TABLE.get((side, device, *size))) is not None:
             return tuned
     arch = arch_of(gpu)
     if arch.fused_over_vendor is None:
         return "accumulate"
-    base = predict(M, N, K, R, p, dtype, arch, "accumulate")["total"]
-    fused = predict(M, N, K, R, p, dtype, arch, "fused")["total"]
+    base = predict(M, N, K, R, p, dtype, arch, "accumulate")[SIDES[side]]
+    fused = predict(M, N, K, R, p, dtype, arch, "fused")[SIDES[side]]
     return "fused" if fused < base * (1 - FUSED_MARGIN) else "accumulate"

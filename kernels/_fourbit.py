@@ -47,9 +47,9 @@ def scale_bytes(scales):
     return sum(t.numel() * t.element_size() for t in scales)
 
 
-def packed_flags(scales, quant_type, block_size):
-    """The constants of a kernel that reads a packed weight."""
-    return {"BLOCK_SIZE": block_size, "FP4": quant_type == "fp4", "NESTED": nested(scales)}
+def packed_flags(nested, quant_type, block_size):
+    """The constants of a kernel that reads a packed weight; nested: as of its scales."""
+    return {"BLOCK_SIZE": block_size, "FP4": quant_type == "fp4", "NESTED": nested}
 
 
 @triton.jit

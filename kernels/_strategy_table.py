@@ -1,6 +1,6 @@
 """Measured choices of lora_linear's strategy, written by the tuner; _cost's analytic default serves what is absent.
 
-Key: `_cost.strategy_key(...)`, (arch, dtype, size bucket). Value: "accumulate" or "fused".
+Key: `_cost.strategy_key(...)`, (pass, arch, dtype, size bucket). Value: "accumulate" or "fused".
 """
 
 # tuned: begin

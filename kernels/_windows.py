@@ -4,21 +4,23 @@ An activation is [rows, CT], dense and channels-last: a row is a position (n, d,
 is also the row of the dropout mask.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import GROUP, narrow, record
+from fastpeft.kernels._common import GROUP, narrow
+from fastpeft.kernels._launch import PLANS, record
 
 
 class Windows(NamedTuple):
-    """A convolution as the kernels take it. sizes: of the input and the output; constants: compiled into a kernel."""
+    """A convolution as the kernels take it: sizes of input and output; kernel, stride, padding and dilation as form."""
 
     N: int
     sizes: tuple
-    constants: dict
+    form: tuple
     taps: int
 
     @property
@@ -26,12 +28,18 @@ class Windows(NamedTuple):
         return self.N * self.sizes[3] * self.sizes[4] * self.sizes[5]
 
     @property
+    def constants(self):
+        """Compiled into a kernel."""
+        return dict(zip(("KERNEL", "STRIDE", "PADDING", "DILATION"), self.form, strict=True))
+
+    @property
     def rows(self):
         return self.N * self.sizes[0] * self.sizes[1] * self.sizes[2]
 
 
+@lru_cache(maxsize=PLANS)
 def windows_of(shape, kernel, stride, padding, dilation):
-    """`Windows` of x [N, C, *in] of two or three dimensions; the first of two is 1."""
+    """`Windows` of x [N, C, *in] of two or three dimensions, all as tuples; the first of two is 1."""
     lead = [1] * (3 - len(kernel))
     inside, kernel, stride, dilation = ((*lead, *list(v)) for v in (shape[2:], kernel, stride, dilation))
     padding = (*[0] * len(lead), *padding)
@@ -39,8 +47,8 @@ def windows_of(shape, kernel, stride, padding, dilation):
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(inside, kernel, stride, padding, dilation, strict=True)
     )
-    constants = {"KERNEL": kernel, "STRIDE": stride, "PADDING": padding, "DILATION": dilation}
-    return Windows(shape[0], (*inside, *out), constants, kernel[0] * kernel[1] * kernel[2])
+    form = kernel, stride, padding, dilation
+    return Windows(shape[0], (*inside, *out), form, kernel[0] * kernel[1] * kernel[2])
 
 
 def last(x):

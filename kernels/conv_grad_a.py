@@ -12,27 +12,30 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
-    arch_of,
+    Reduction,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
-    launch,
     lookup_tile,
     narrow,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
+    split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 from fastpeft.kernels._windows import column_blocks, input_rows, last, output_rows, packed, position, windows_of
 
 MODES = ("da", "da_dropout", "dx", "dx_dropout")
@@ -62,7 +65,7 @@ def tile_space(arch, dtype, R, mode):
     return tile_product(BLOCK_M=(16, 32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_da_kernel(
     x_ptr, ds_ptr, da_ptr, seed_ptr, M, C, CT, R, span, ID, IH, IW, OD, OH, OW, stride_dsm, stride_dsg, stride_split,
     stride_group, threshold, factor, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -110,7 +113,7 @@ def _conv_da_kernel(
         tl.store(ptrs, (da[j] * factor).to(da_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_dx_kernel(
     ds_ptr, a_ptr, dx_ptr, seed_ptr, M, C, CT, R, ID, IH, IW, OD, OH, OW, stride_dsm, threshold, factor,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -154,57 +157,77 @@ def _conv_dx_kernel(
         tl.store(dx_rows + cols[None, :], (old + share).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _da(x, ds, a, where, groups, p, seed, tile):
-    """da [R, taps, C / groups] in a.dtype."""
-    (R, C), CT = a.shape[:2], x.shape[1]
-    x = last(x)
+class _Plan(NamedTuple):
+    steps: tuple  # (first rank, Start)
+    parts: int  # spans and groups, whose sums are added
+    total: Reduction | None
+    dropout: bool
+
+
+@plan
+def _da_plan(device, where, CT, R, C, dtype, a_dtype, groups, p, tile):
     threshold, factor = dropout_args(p)
-    dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout]))
+    dropout, M = threshold > 0, where.M
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout]))
     tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
     # A block of 32 ranks compiles to spills where the next does not.
-    block_r = rank_block(64 if 16 < R < 64 else R, MAX_BLOCK_R[dtype_key(x.dtype)])
-    span, splits = span_of(
-        where.M, triton.cdiv(TARGET_PROGRAMS, blocks * where.taps * groups), tile["BLOCK_M"], 4 * tile["BLOCK_M"]
-    )
-    da = torch.empty((R, where.taps, C), device=x.device, dtype=a.dtype)
-    alone = splits * groups == 1
-    out = da if alone else torch.empty((splits * groups, *da.shape), device=x.device, dtype=torch.float32)
-    item, chunks = x.element_size(), -(-R // block_r)
-    record(
-        "conv_grad_a", 2 * where.M * C * groups * where.taps * R, chunks * x.numel() * item + ds.numel() * item,
-        da.numel() * da.element_size() * alone, scratch_bytes=scratch_bytes((out, da)),
+    block_r = rank_block(64 if 16 < R < 64 else R, MAX_BLOCK_R[dtype_key(dtype)])
+    programs = blocks * where.taps * groups
+    span, splits = span_of(M, -(-TARGET_PROGRAMS // programs), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    parts, numel, item, chunks = splits * groups, R * where.taps * C, dtype.itemsize, -(-R // block_r)
+    launch = Launch(
+        "conv_grad_a", 2 * M * C * groups * where.taps * R, (chunks * where.rows * CT + M * groups * R) * item,
+        numel * a_dtype.itemsize * (parts == 1), scratch_bytes=scratch_bytes((parts, numel)),
     )  # fmt: skip
+    constants, steps = {**tile, **where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}, []
     for first in range(0, R, block_r):
-        args = (
-            x, ds[:, first:], out[..., first:, :, :], seed if dropout else x, where.M, C, CT, min(block_r, R - first),
-            span, *where.sizes, groups * R, R, groups * da.numel(), da.numel(), threshold, factor,
+        numbers = (
+            M, C, CT, min(block_r, R - first), span, *where.sizes, groups * R, R, groups * numel, numel, threshold,
+            factor,
         )  # fmt: skip
-        constants = {**where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}
-        launch(_conv_da_kernel, (blocks * where.taps, splits, groups), x, args, {**tile, **constants})
-    reduce_splits("conv_grad_a_reduce", [(out, da)])
+        grid = (blocks * where.taps, splits, groups)
+        steps.append((first, Start(_conv_da_kernel, grid, device, numbers, constants, None if first else launch)))
+    return _Plan(tuple(steps), parts, reduction("conv_grad_a_reduce", device, (parts, numel, a_dtype)), dropout)
+
+
+def _da(x, ds, a, where, groups, p, seed, tile):
+    """da [R, taps, C / groups] in a.dtype."""
+    (R, C), x = a.shape[:2], last(x)
+    made = _da_plan(x.device, where, x.shape[1], R, C, x.dtype, a.dtype, groups, p, tile_key(tile))
+    da = torch.empty((R, where.taps, C), device=x.device, dtype=a.dtype)
+    out, seed, even = split_output(da, made.parts), seed if made.dropout else x, aligned(x, ds)
+    for first, start in made.steps:
+        parts = (ds[:, first:], out[..., first:, :, :]) if first else (ds, out)
+        start((x, *parts, seed), aligned=even)
+    if made.total is not None:
+        made.total((out, da))
     return da
+
+
+@plan
+def _dx_plan(device, where, CT, R, C, dtype, groups, p, tile):
+    """(Start, whether there is dropout)."""
+    threshold, factor = dropout_args(p)
+    dropout, M = threshold > 0, where.M
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[2 + dropout]))
+    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
+    wide = where.rows * CT
+    launch = Launch(
+        "conv_grad_x", 2 * M * C * groups * where.taps * R,
+        (wide + M * groups * R + R * C * where.taps) * dtype.itemsize, wide * dtype.itemsize,
+    )  # fmt: skip
+    numbers = (where.rows, C, CT, R, *where.sizes, groups * R, threshold, factor)
+    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype)])
+    constants = {**tile, **where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}
+    grid = (-(-where.rows // tile["BLOCK_M"]), blocks, groups)
+    return Start(_conv_dx_kernel, grid, device, numbers, constants, launch), dropout
 
 
 def _dx(ds, a, dx, where, groups, p, seed, tile):
     """dx [N, C, *in], channels-last, plus the adapter's share."""
-    (R, C), CT = a.shape[:2], dx.shape[1]
-    thin = packed(a, ds.dtype)
-    threshold, factor = dropout_args(p)
-    dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(dx), dx.dtype, R, MODES[2 + dropout]))
-    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
-    item = dx.element_size()
-    record(
-        "conv_grad_x", 2 * where.M * C * groups * where.taps * R, (dx.numel() + ds.numel() + thin.numel()) * item,
-        dx.numel() * item,
-    )  # fmt: skip
-    args = (
-        ds, thin, dx, seed if dropout else ds, where.rows, C, CT, R, *where.sizes, groups * R, threshold, factor,
-    )  # fmt: skip
-    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dx.dtype)])
-    constants = {**where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}
-    launch(_conv_dx_kernel, (triton.cdiv(where.rows, tile["BLOCK_M"]), blocks, groups), dx, args, {**tile, **constants})
+    (R, C), thin = a.shape[:2], packed(a, ds.dtype)
+    start, dropout = _dx_plan(dx.device, where, dx.shape[1], R, C, dx.dtype, groups, p, tile_key(tile))
+    start((ds, thin, dx, seed if dropout else ds), aligned=aligned(ds, thin, dx))
 
 
 def conv_grad_a(
@@ -215,7 +238,8 @@ def conv_grad_a(
     x [N, C, *in] is read where need_da; ds [N · out, groups · R] contiguous; a any float dtype and strides; seed int64
     [1], or None at p = 0.
     """
-    where = windows_of((dx if need_dx else x).shape, a.shape[2:], stride, padding, dilation)
+    shape = (dx if need_dx else x).shape
+    where = windows_of(tuple(shape), tuple(a.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
     da = torch.empty(a.shape if need_da else 0, device=a.device, dtype=a.dtype)
     if where.M == 0 or 0 in a.shape:
         return da.zero_()

@@ -10,27 +10,29 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Implicit GEMM: Chetlur et al. 201
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
-    arch_of,
+    Reduction,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
-    launch,
     lookup_tile,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
     split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 from fastpeft.kernels._windows import column_blocks, input_rows, last, packed, position, windows_of
 
 MODES = ("plain", "dropout")
@@ -55,7 +57,7 @@ def tile_space(arch, dtype, R, mode):
     return tile_product(BLOCK_M=(32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3, 4))
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_shrink_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, M, C, CT, R, steps, span, ID, IH, IW, OD, OH, OW, stride_ar, stride_split,
     stride_om, stride_og, threshold, factor, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -95,34 +97,56 @@ def _conv_shrink_kernel(
     tl.store(ptrs, (acc * factor).to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & mask_r)
 
 
+class _Plan(NamedTuple):
+    steps: tuple  # (first rank, Start)
+    splits: int
+    total: Reduction | None
+    dropout: bool
+    M: int
+
+
+@plan
+def _plan(device, shape, a_shape, dtype, stride, padding, dilation, groups, p, tile):
+    (_, CT, *_), (R, C, *kernel) = shape, a_shape
+    where = windows_of(shape, tuple(kernel), stride, padding, dilation)
+    threshold, factor = dropout_args(p)
+    dropout, M = threshold > 0, where.M
+    if 0 in (M, groups * R):
+        return _Plan((), 1, None, dropout, M)
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout]))
+    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
+    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype)])
+    chunks, tiles_m, count = -(-R // block_r), -(-M // tile["BLOCK_M"]), blocks * where.taps
+    # One program an SM is wanted: where none is split, a second launch is saved.
+    span, splits = span_of(count, -(-(TARGET_PROGRAMS // 2) // (tiles_m * groups)), 1, 4)
+    item, wide, numel = dtype.itemsize, where.rows * CT, M * groups * R
+    launch = Launch(
+        "conv_shrink", 2 * M * C * groups * where.taps * R, (chunks * wide + R * C * where.taps) * item,
+        numel * (splits == 1) * item, scratch_bytes=scratch_bytes((splits, numel)),
+    )  # fmt: skip
+    constants, steps = {**tile, **where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}, []
+    for first in range(0, R, block_r):
+        numbers = (
+            M, C, CT, min(block_r, R - first), count, span, *where.sizes, where.taps * C, numel if splits > 1 else 0,
+            groups * R, R, threshold, factor,
+        )  # fmt: skip
+        grid = (tiles_m, splits, groups)
+        steps.append((first, Start(_conv_shrink_kernel, grid, device, numbers, constants, None if first else launch)))
+    total = reduction("conv_shrink_reduce", device, (splits, numel, dtype))
+    return _Plan(tuple(steps), splits, total, dropout, M)
+
+
 def conv_shrink(x, a, stride, padding, dilation, groups, p, seed, *, tile=None):
     """s [N · out, groups · R]; x [N, C, *in], a [R, C / groups, *kernel] any float dtype, seed int64 [1] or None."""
-    R, C, *kernel = a.shape
-    CT, where = x.shape[1], windows_of(x.shape, kernel, stride, padding, dilation)
-    s = torch.empty((where.M, groups * R), device=x.device, dtype=x.dtype)
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    made = _plan(x.device, tuple(x.shape), tuple(a.shape), x.dtype, *geometry, p, tile_key(tile))
+    s = torch.empty((made.M, groups * a.shape[0]), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
         return s
     x, thin = last(x), packed(a, x.dtype)
-    threshold, factor = dropout_args(p)
-    dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout]))
-    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
-    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype)])
-    chunks, tiles_m, steps = -(-R // block_r), -(-where.M // tile["BLOCK_M"]), blocks * where.taps
-    # One program an SM is wanted: where none is split, a second launch is saved.
-    span, splits = span_of(steps, triton.cdiv(TARGET_PROGRAMS // 2, tiles_m * groups), 1, 4)
-    out = split_output(s, splits)
-    item = x.element_size()
-    record(
-        "conv_shrink", 2 * where.M * C * groups * where.taps * R, (chunks * x.numel() + thin.numel()) * item,
-        s.numel() * (splits == 1) * item, scratch_bytes=scratch_bytes((out, s)),
-    )  # fmt: skip
-    for first in range(0, R, block_r):
-        args = (
-            x, thin[first:], out[..., first:], seed if dropout else x, where.M, C, CT, min(block_r, R - first), steps,
-            span, *where.sizes, where.taps * C, s.numel() if splits > 1 else 0, groups * R, R, threshold, factor,
-        )  # fmt: skip
-        constants = {**where.constants, "BLOCK_R": block_r, "DROPOUT": dropout}
-        launch(_conv_shrink_kernel, (tiles_m, splits, groups), x, args, {**tile, **constants})
-    reduce_splits("conv_shrink_reduce", [(out, s)])
+    out, seed, even = split_output(s, made.splits), seed if made.dropout else x, aligned(x, thin)
+    for first, start in made.steps:
+        start((x, thin[first:] if first else thin, out[..., first:] if first else out, seed), aligned=even)
+    if made.total is not None:
+        made.total((out, s))
     return s

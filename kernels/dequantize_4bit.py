@@ -13,8 +13,9 @@ Dettmers et al. 2023, arXiv:2305.14314, eq. 6.
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import arch_of, launch, lookup_tile, record, tile_product
-from fastpeft.kernels._fourbit import block_absmax, decode, packed_flags, scale_args, scale_bytes
+from fastpeft.kernels._common import lookup_tile, tile_key, tile_product
+from fastpeft.kernels._fourbit import block_absmax, decode, nested, packed_flags, scale_args, scale_bytes
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("plain",)
 # tiles: begin
@@ -51,18 +52,29 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=offs < n)
 
 
+@plan
+def _plan(device, n, dtype, width, stride, moved, nested, quant_type, block_size, tile):
+    """A `Start`. width, stride: of rows that lie apart, or None; moved: bytes of the scales."""
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, 0))
+    run, apart = min(block_size, tile["BLOCK"]), width is not None
+    # Where no run spans two rows: one 64-bit division a run, not one a weight.
+    constants = {"RUN": run, "ROWS": apart, "WHOLE_RUNS": apart and width % run == 0}
+    constants |= packed_flags(nested, quant_type, block_size)
+    numbers = (n, (n + 1) // 2, width if apart else n, stride if apart else n)
+    launch = Launch("dequantize_4bit", n, (n + 1) // 2 + moved, n * dtype.itemsize)
+    grid = (-(-n // tile["BLOCK"]),)
+    return Start(_dequantize_4bit_kernel, grid, device, numbers, {**tile, **constants}, launch)
+
+
 def dequantize_4bit(packed, scales, quant_type, block_size, out, *, tile=None):
     """Fill `out`: contiguous, any shape of n elements; or a matrix with contiguous rows further apart."""
     n = out.numel()
     if n == 0:
         return
-    tile = dict(tile or lookup_tile(TILES, arch_of(out), out.dtype, 0))
-    record("dequantize_4bit", n, (n + 1) // 2 + scale_bytes(scales), n * out.element_size())
-    apart = not out.is_contiguous()
-    width, stride = (out.shape[1], out.stride(0)) if apart else (n, n)
-    run = min(block_size, tile["BLOCK"])
-    # Where no run spans two rows: one 64-bit division a run, not one a weight.
-    constants = {"RUN": run, "ROWS": apart, "WHOLE_RUNS": apart and width % run == 0}
-    constants |= packed_flags(scales, quant_type, block_size)
-    args = (packed, *scale_args(scales), out, n, (n + 1) // 2, width, stride)
-    launch(_dequantize_4bit_kernel, (-(-n // tile["BLOCK"]),), out, args, {**tile, **constants})
+    width, stride = (None, None) if out.is_contiguous() else (out.shape[1], out.stride(0))
+    start = _plan(
+        out.device, n, out.dtype, width, stride, scale_bytes(scales), nested(scales), quant_type, block_size,
+        tile_key(tile),
+    )  # fmt: skip
+    pointers = (packed, *scale_args(scales), out)
+    start(pointers, aligned=aligned(*pointers))

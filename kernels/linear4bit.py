@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastpeft.kernels._common import arch_of, record
+from fastpeft.kernels._cost import size_bucket
 from fastpeft.kernels._fourbit_cost import choose_augmented, choose_small
+from fastpeft.kernels._launch import arch_of, record
 from fastpeft.kernels.dequantize_4bit import dequantize_4bit
 from fastpeft.kernels.linear4bit_small import linear4bit_small, linear4bit_small_dx, small_unmet
 from fastpeft.kernels.lora_expand import lora_expand
@@ -53,7 +54,7 @@ def use_small(x, N, K, block_size):
 def use_augmented(x, N, R):
     """Whether [x | s] is multiplied by the dequantised [w | scale b], and y written once."""
     M, K = x.shape
-    return M > 0 and N > 0 and R > 0 and choose_augmented(M, N, K, R, x.dtype, arch_of(x))
+    return M > 0 and N > 0 and R > 0 and choose_augmented(size_bucket(M), N, K, R, x.dtype, arch_of(x))
 
 
 def linear4bit_fwd_strategy(

@@ -12,27 +12,29 @@ Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
-    arch_of,
+    Reduction,
     dense,
     dtype_key,
-    launch,
     lookup_tile,
     narrow,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
     split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
-from fastpeft.kernels._fourbit import block_absmax, decode, packed_flags, scale_args, scale_bytes, scale_rows
+from fastpeft.kernels._fourbit import block_absmax, decode, nested, packed_flags, scale_args, scale_bytes, scale_rows
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("fwd", "dx")
 MAX_M = 64
@@ -93,7 +95,7 @@ def _weight_tile(
     return scale_rows(decode(packed, FP4), absmax)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear4bit_small_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, out_ptr,
     M, N, K, R, span, stride_xm, stride_sm, stride_bn, stride_br, stride_split, scale,
@@ -135,7 +137,7 @@ def _linear4bit_small_fwd_kernel(
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear4bit_small_dx_kernel(
     dy_ptr, packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, dx_ptr, out_ptr, M, N, K, span, stride_dym,
     stride_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -163,16 +165,46 @@ def _linear4bit_small_dx_kernel(
     tl.store(out_ptr + split.to(tl.int64) * stride_split + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan(like, mode, M, N, K, block_size, tile):
+def _spans(device, dtype, mode, M, N, K, block_size, tile):
     """(tile with BLOCK_M and GROUP, output blocks, span, splits) of the mode."""
     block_m = rank_block(M, MAX_M)
-    tile = {"BLOCK_M": block_m, **(tile or lookup_tile(TILES, arch_of(like), like.dtype, block_m, mode))}
+    tile = {"BLOCK_M": block_m, **dict(tile or lookup_tile(TILES, arch_of(device), dtype, block_m, mode))}
     out_cols, depth, names = (N, K, ("BLOCK_N", "BLOCK_K")) if mode == "fwd" else (K, N, ("BLOCK_K", "BLOCK_N"))
     tile["GROUP"] = min(group_of(K, block_size), tile["BLOCK_K"])
     columns = -(-out_cols // tile[names[0]])
     # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split weighs more than idle SMs.
     span, splits = span_of(depth, TARGET_PROGRAMS // columns, tile[names[1]], 512)
     return tile, columns, span, splits
+
+
+class _Plan(NamedTuple):
+    start: Start
+    splits: int
+    total: Reduction | None
+
+
+@plan
+def _fwd_plan(
+    device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_xm, stride_sm, stride_b, weight_bytes,
+    nested, quant_type, block_size, tile,
+):  # fmt: skip
+    """R is 0 without an adapter, the biases' dtypes None where there is none."""
+    tile, columns, span, splits = _spans(device, dtype, "fwd", M, N, K, block_size, tile)
+    item = dtype.itemsize
+    thin = sum(N * each.itemsize for each in (bias_dtype, lora_bias_dtype) if each is not None)
+    launch = Launch(
+        "linear4bit_small", 2 * M * N * (K + R),
+        M * K * item + (M * R * item + N * R * b_dtype.itemsize if R else 0) + thin,
+        M * N * item if splits == 1 else 0, weight_bytes, scratch_bytes((splits, M * N)),
+    )  # fmt: skip
+    flags = {"HAS_LORA": R > 0, "HAS_BIAS": bias_dtype is not None, "HAS_LORA_BIAS": lora_bias_dtype is not None}
+    constants = {
+        **tile, **packed_flags(nested, quant_type, block_size), **flags,
+        "BLOCK_R": rank_block(R, MAX_BLOCK_R[dtype_key(dtype)]),
+    }  # fmt: skip
+    numbers = (M, N, K, R, span, stride_xm, stride_sm, *stride_b, M * N if splits > 1 else 0)
+    start = Start(_linear4bit_small_fwd_kernel, (columns, splits), device, numbers, constants, launch)
+    return _Plan(start, splits, reduction("linear4bit_small_reduce", device, (splits, M * N, dtype)))
 
 
 def linear4bit_small(x, packed, scales, quant_type, block_size, N, s, b, bias, lora_bias, scale, *, tile=None):
@@ -183,30 +215,35 @@ def linear4bit_small(x, packed, scales, quant_type, block_size, N, s, b, bias, l
     if y.numel() == 0:
         return y
     b, (bias, lora_bias) = b if b is None else narrow(b), dense(bias, lora_bias)
-    tile, columns, span, splits = _plan(x, "fwd", M, N, K, block_size, tile)
-    out = split_output(y, splits)
-    item = x.element_size()
-    thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)
-    record(
-        "linear4bit_small", 2 * M * N * (K + R),
-        M * K * item + (M * R * item + N * R * b.element_size() if R else 0) + thin,
-        M * N * item if splits == 1 else 0, weight_bytes=packed.numel() + scale_bytes(scales),
-        scratch_bytes=scratch_bytes((out, y)),
+    s, b = (s, b) if R else (x, x)
+    made = _fwd_plan(
+        x.device, M, N, K, R, x.dtype, b.dtype, None if bias is None else bias.dtype,
+        None if lora_bias is None else lora_bias.dtype, x.stride(0), s.stride(0) if R else 0,
+        b.stride() if R else (0, 0), packed.numel() + scale_bytes(scales), nested(scales), quant_type, block_size,
+        tile_key(tile),
     )  # fmt: skip
-    args = (
-        x, packed, *scale_args(scales), s if R else x, b if R else x, x if bias is None else bias,
-        x if lora_bias is None else lora_bias, out, M, N, K, R, span, x.stride(0), s.stride(0) if R else 0,
-        *(b.stride() if R else (0, 0)), M * N if splits > 1 else 0, float(scale),
+    out = split_output(y, made.splits)
+    given = (
+        x, packed, *scale_args(scales), s, b, x if bias is None else bias, x if lora_bias is None else lora_bias,
     )  # fmt: skip
-    flags = {"HAS_LORA": R > 0, "HAS_BIAS": bias is not None, "HAS_LORA_BIAS": lora_bias is not None}
-    constants = {
-        **packed_flags(scales, quant_type, block_size),
-        **flags,
-        "BLOCK_R": rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype)]),
-    }
-    launch(_linear4bit_small_fwd_kernel, (columns, splits), x, args, {**tile, **constants})
-    reduce_splits("linear4bit_small_reduce", [(out, y)])
+    made.start((*given, out), (float(scale),), aligned(*given))
+    if made.total is not None:
+        made.total((out, y))
     return y
+
+
+@plan
+def _dx_plan(device, M, N, K, dtype, add, stride_dym, weight_bytes, nested, quant_type, block_size, tile):
+    tile, columns, span, splits = _spans(device, dtype, "dx", M, N, K, block_size, tile)
+    item = dtype.itemsize
+    launch = Launch(
+        "linear4bit_small_dx", 2 * M * N * K, (M * N + add * M * K) * item, M * K * item if splits == 1 else 0,
+        weight_bytes, scratch_bytes((splits, M * K)),
+    )  # fmt: skip
+    constants = {**tile, **packed_flags(nested, quant_type, block_size), "ADD": add}
+    numbers = (M, N, K, span, stride_dym, M * K if splits > 1 else 0)
+    start = Start(_linear4bit_small_dx_kernel, (columns, splits), device, numbers, constants, launch)
+    return _Plan(start, splits, reduction("linear4bit_small_dx_reduce", device, (splits, M * K, dtype)))
 
 
 def linear4bit_small_dx(dy, packed, scales, quant_type, block_size, K, dx, *, tile=None):
@@ -216,17 +253,13 @@ def linear4bit_small_dx(dy, packed, scales, quant_type, block_size, K, dx, *, ti
     dx = dx if add else torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     if dx.numel() == 0:
         return dx
-    tile, columns, span, splits = _plan(dy, "dx", M, N, K, block_size, tile)
-    out = split_output(dx, splits)
-    item = dy.element_size()
-    record(
-        "linear4bit_small_dx", 2 * M * N * K, (M * N + add * M * K) * item, M * K * item if splits == 1 else 0,
-        weight_bytes=packed.numel() + scale_bytes(scales), scratch_bytes=scratch_bytes((out, dx)),
+    made = _dx_plan(
+        dy.device, M, N, K, dy.dtype, add, dy.stride(0), packed.numel() + scale_bytes(scales), nested(scales),
+        quant_type, block_size, tile_key(tile),
     )  # fmt: skip
-    args = (
-        dy, packed, *scale_args(scales), dx, out, M, N, K, span, dy.stride(0), M * K if splits > 1 else 0,
-    )  # fmt: skip
-    constants = {**packed_flags(scales, quant_type, block_size), "ADD": add}
-    launch(_linear4bit_small_dx_kernel, (columns, splits), dy, args, {**tile, **constants})
-    reduce_splits("linear4bit_small_dx_reduce", [(out, dx)])
+    out = split_output(dx, made.splits)
+    given = (dy, packed, *scale_args(scales), dx)
+    made.start((*given, out), aligned=aligned(*given))
+    if made.total is not None:
+        made.total((out, dx))
     return dx

@@ -14,7 +14,7 @@ from fastpeft.kernels.lora_linear_fused import lora_linear_fused_dx, lora_linear
 
 def lora_between_fwd(x, w, s, b, bias, lora_bias, scale, *, strategy="auto"):
     """y [M, N]; x [M, K] and s [M, R] with contiguous rows, w [N, K] in x.dtype, b any float dtype and strides."""
-    if resolve_strategy(strategy, x, w, b.shape[1], 0.0) == "fused":
+    if resolve_strategy("forward", strategy, x, w, b.shape[1], 0.0) == "fused":
         return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale)
     y = lora_expand(s, b, bias, lora_bias, scale)
     add_product(y, x, w.t())
@@ -25,7 +25,7 @@ def lora_between_bwd(dy, x, w, ds, a, p, seed, need_dx, need_da, *, strategy="au
     """(dx [M, K], da [R, K]); an empty tensor for what was not asked for. Without need_da x is not read."""
     if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
         dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
-    if need_dx and resolve_strategy(strategy, dy, w, a.shape[0], p) == "fused":
+    if need_dx and resolve_strategy("backward", strategy, dy, w, a.shape[0], p) == "fused":
         da, _ = lora_grad_a(x, ds, a, p, seed, False, need_da)
         return lora_linear_fused_dx(dy, w, ds, a, p, seed), da
     da, dx = lora_grad_a(x, ds, a, p, seed, need_dx, need_da)

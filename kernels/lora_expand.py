@@ -13,17 +13,16 @@ import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
-    arch_of,
     capped,
     dense,
-    launch,
     lookup_tile,
     narrow,
     ragged,
     rank_block,
-    record,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("plain",)
 MAX_BLOCK_R = 64
@@ -44,7 +43,7 @@ def tile_space(arch, dtype, R, mode="plain"):
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128, 256), num_warps=(4, 8), num_stages=(2,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_expand_kernel(
     y_ptr, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, R, stride_ym, stride_sm, stride_bn, stride_br, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -76,34 +75,46 @@ def _lora_expand_kernel(
     tl.store(ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(name, y, s, b, bias, lora_bias, scale, add, tile):
+@plan
+def _plan(
+    name, device, M, N, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_ym, stride_sm, stride_b, even, tile
+):
+    """One `Start`. The biases' dtypes are None where there is none; even: as of `ragged`."""
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(device), dtype, R)
+        tile = capped(tile, BLOCK_M=32, BLOCK_N=128) if ragged(even, N, stride_ym) else tile
+    tile = dict(tile)
+    add, biases = name == "lora_expand_add", [each for each in (bias_dtype, lora_bias_dtype) if each is not None]
+    item = dtype.itemsize
+    read = (M * R + add * M * N) * item + N * R * b_dtype.itemsize + sum(N * each.itemsize for each in biases)
+    flags = {"HAS_BIAS": bias_dtype is not None, "HAS_LORA_BIAS": lora_bias_dtype is not None, "ADD": add}
+    constants = {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), **flags}
+    grid = (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),)
+    numbers = (M, N, R, stride_ym, stride_sm, *stride_b)
+    return Start(_lora_expand_kernel, grid, device, numbers, constants, Launch(name, 2 * M * N * R, read, M * N * item))
+
+
+def _launch(name, y, s, b, bias, lora_bias, scale, tile):
     (M, N), R = y.shape, s.shape[1]
     if M == 0 or N == 0:
         return
     b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
-    if tile is None:
-        tile = lookup_tile(TILES, arch_of(y), y.dtype, R)
-        tile = capped(tile, BLOCK_M=32, BLOCK_N=128) if ragged(N, y.stride(0)) else tile
-    thin = [t for t in (bias, lora_bias) if t is not None]
-    item = y.element_size()
-    read = (M * R + add * M * N) * item + N * R * b.element_size() + sum(N * t.element_size() for t in thin)
-    record(name, 2 * M * N * R, read, M * N * item)
-    args = (
-        y, s, b, s if bias is None else bias, s if lora_bias is None else lora_bias, M, N, R,
-        y.stride(0), s.stride(0), *b.stride(), float(scale),
+    bias_ptr, lora_bias_ptr = s if bias is None else bias, s if lora_bias is None else lora_bias
+    even = aligned(y, s, b, bias_ptr, lora_bias_ptr)
+    start = _plan(
+        name, y.device, M, N, R, y.dtype, b.dtype, None if bias is None else bias.dtype,
+        None if lora_bias is None else lora_bias.dtype, y.stride(0), s.stride(0), b.stride(), even, tile_key(tile),
     )  # fmt: skip
-    flags = {"HAS_BIAS": bias is not None, "HAS_LORA_BIAS": lora_bias is not None, "ADD": add}
-    grid = (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),)
-    launch(_lora_expand_kernel, grid, y, args, {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), **flags})
+    start((y, s, b, bias_ptr, lora_bias_ptr), (float(scale),), even)
 
 
 def lora_expand(s, b, bias, lora_bias, scale, *, tile=None):
     """y [M, N] = bias + scale * (s bᵀ + lora_bias); biases [N] or None and b of any float dtype and strides."""
     y = torch.empty((s.shape[0], b.shape[0]), device=s.device, dtype=s.dtype)
-    _launch("lora_expand", y, s, b, bias, lora_bias, scale, False, tile)
+    _launch("lora_expand", y, s, b, bias, lora_bias, scale, tile)
     return y
 
 
 def lora_expand_add(y, s, b, scale, *, tile=None):
     """y [M, N] += scale * s bᵀ in place; y with contiguous rows and any row stride."""
-    _launch("lora_expand_add", y, s, b, None, None, scale, True, tile)
+    _launch("lora_expand_add", y, s, b, None, None, scale, tile)

@@ -12,6 +12,8 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,25 +21,25 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
     TARGET_PROGRAMS,
-    arch_of,
+    Reduction,
     capped,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
-    launch,
     lookup_tile,
     mask_bits,
     narrow,
     ragged,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
     split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("plain", "dropout")
 MAX_BLOCK_R = {"half": 128, "float32": 16}
@@ -100,7 +102,7 @@ def _add_product(a_ptr, ds, cols, offs_r, K, R, stride_ar, stride_ak, acc):
     return tl.dot(ds, a, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_grad_a_kernel(
     x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, seed_ptr, mask_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak,
     stride_dsm, stride_split, threshold, factor, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
@@ -161,34 +163,71 @@ def _lora_grad_a_kernel(
             tl.store(ptrs, value.to(da_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x, ds, a, da, dx, p, seed, need_dx, need_da, mask, tile):
-    """Fills da, one read of x for each block of ranks, or dx, or both at once for one block of ranks."""
-    M, (R, K) = ds.shape[0], a.shape
+class _Pass(NamedTuple):
+    """What fills da, one read of x for each block of ranks, or dx, or both at once for one block of ranks."""
+
+    steps: tuple  # (first rank, Start)
+    splits: int
+    total: Reduction | None
+    need_dx: bool
+    need_da: bool
+
+
+def _pass(device, M, K, R, dtype, a_dtype, p, need_dx, need_da, masked, stride_xm, stride_a, stride_dsm, tile):
     threshold, factor = dropout_args(p)
-    dropout = threshold > 0
     # A block of 32 ranks compiles to spills where the next, which wgmma serves on sm_90, does not.
-    block_r = rank_block(64 if 16 < R < 64 else R, (MAX_BLOCK_R if need_da else ONE_PASS_RANK)[dtype_key(x.dtype)])
+    block_r = rank_block(64 if 16 < R < 64 else R, (MAX_BLOCK_R if need_da else ONE_PASS_RANK)[dtype_key(dtype)])
     groups = -(-K // GROUP)
     # Partial sums grow with the rank, and above 16 a program has twice the warps: half as many are wanted.
     programs = TARGET_PROGRAMS if R <= 16 else TARGET_PROGRAMS // 2
-    span, splits = span_of(M, triton.cdiv(programs, groups), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
-    out = split_output(da, splits) if need_da else da
-    item, chunks = x.element_size(), -(-R // block_r)
-    record(
+    span, splits = span_of(M, -(-programs // groups), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    item, chunks, sums = dtype.itemsize, -(-R // block_r), splits if need_da else 1
+    launch = Launch(
         "lora_grad_a", 2 * M * K * R * (need_da + need_dx),
-        chunks * M * K * item * need_da + M * R * item + R * K * a.element_size() * need_dx,
-        M * K * item * need_dx + da.numel() * da.element_size() * (need_da and splits == 1),
-        scratch_bytes=scratch_bytes((out, da)),
+        chunks * M * K * item * need_da + M * R * item + R * K * a_dtype.itemsize * need_dx,
+        M * K * item * need_dx + R * K * a_dtype.itemsize * (need_da and splits == 1),
+        scratch_bytes=scratch_bytes((sums, R * K)),
     )  # fmt: skip
+    flags = {"DROPOUT": threshold > 0, "NEED_DX": need_dx, "NEED_DA": need_da, "MASKED": masked}
+    constants, steps = {**tile, "BLOCK_R": block_r, **flags}, []
     for first in range(0, R if need_da else block_r, block_r):
-        args = (
-            x, ds[:, first:], a, out[..., first:, :] if need_da else x, dx, seed if dropout else x,
-            x if mask is None else mask[first:], M, K, R - first,
-            span, x.stride(0), *a.stride(), ds.stride(0), R * K if splits > 1 else 0, threshold, factor,
+        numbers = (
+            M, K, R - first, span, stride_xm, *stride_a, stride_dsm, R * K if splits > 1 else 0, threshold, factor,
         )  # fmt: skip
-        flags = {"DROPOUT": dropout, "NEED_DX": need_dx, "NEED_DA": need_da, "MASKED": mask is not None}
-        launch(_lora_grad_a_kernel, (groups, splits), x, args, {**tile, "BLOCK_R": block_r, **flags})
-    reduce_splits("lora_grad_a_reduce", [(out, da)])
+        start = Start(_lora_grad_a_kernel, (groups, splits), device, numbers, constants, None if first else launch)
+        steps.append((first, start))
+    total = reduction("lora_grad_a_reduce", device, (sums, R * K, a_dtype))
+    return _Pass(tuple(steps), sums, total, need_dx, need_da)
+
+
+class _Plan(NamedTuple):
+    passes: tuple[_Pass, ...]
+    dropout: bool
+    copied: bool  # whether x is first made contiguous
+
+
+@plan
+def _plan(device, M, K, R, dtype, a_dtype, p, need_dx, need_da, masked, stride_xm, stride_a, stride_dsm, even, tile):
+    """even: as of `ragged`."""
+    dropout = dropout_args(p)[0] > 0
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout])
+        if ragged(even, K, stride_xm if need_da else K):
+            most = 16 if R <= 16 or dtype == torch.float32 else 32
+            tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
+    tile = dict(tile)
+    if masked and not tile["ONE_PASS"] and dtype != torch.float32:
+        tile = capped(tile, num_stages=1)  # a second stage of 64 ranks spilled on sm_80 beside the mask
+    # One token of every long sequence: the kernel's offsets within a row block have 32 bits.
+    copied = need_da and stride_xm * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31
+    together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(dtype)] >= R
+    sizes, strides = (device, M, K, R, dtype, a_dtype, p), (K if copied else stride_xm, stride_a, stride_dsm)
+    passes = []
+    if need_da:
+        passes.append(_pass(*sizes, together, True, masked, *strides, tile))
+    if need_dx and not together:
+        passes.append(_pass(*sizes, True, False, False, *strides, tile))
+    return _Plan(tuple(passes), dropout, copied)
 
 
 def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask=None, *, tile=None):
@@ -205,19 +244,21 @@ def lora_grad_a(x, ds, a, p, seed, need_dx, need_da, mask=None, *, tile=None):
     dx = torch.empty((M, K) if need_dx else 0, device=x.device, dtype=x.dtype)
     if 0 in (M, K, R):
         return da.zero_(), dx.zero_()
-    if tile is None:
-        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout_args(p)[0] != 0])
-        if ragged(K, x.stride(0) if need_da else K):
-            most = 16 if R <= 16 or x.dtype == torch.float32 else 32
-            tile = {**capped(tile, BLOCK_M=most), "ONE_PASS": False}
-    tile = dict(tile)
-    if mask is not None and not tile["ONE_PASS"] and x.dtype != torch.float32:
-        tile = capped(tile, num_stages=1)  # a second stage of 64 ranks spilled on sm_80 beside the mask
-    if need_da and x.stride(0) * (min(M, tile["BLOCK_M"]) - 1) + K > 2**31:
-        x = x.contiguous()  # one token of every long sequence: the kernel's offsets within a row block have 32 bits
-    together = tile.pop("ONE_PASS") and need_da and need_dx and ONE_PASS_RANK[dtype_key(x.dtype)] >= R
-    if need_da:
-        _launch(x, ds, a, da, dx, p, seed, together, True, mask, tile)
-    if need_dx and not together:
-        _launch(x, ds, a, da, dx, p, seed, True, False, None, tile)
+    even = aligned(x, ds, a, x if mask is None else mask)
+    made = _plan(
+        x.device, M, K, R, x.dtype, a.dtype, p, need_dx, need_da, mask is not None, x.stride(0), a.stride(),
+        ds.stride(0), even, tile_key(tile),
+    )  # fmt: skip
+    x, seed = x.contiguous() if made.copied else x, seed if made.dropout else x
+    for each in made.passes:
+        out = split_output(da, each.splits) if each.need_da else x
+        bits = mask if each.need_da and mask is not None else x
+        for first, start in each.steps:
+            if first == 0:
+                start((x, ds, a, out, dx, seed, bits), aligned=even)
+            else:  # of da alone
+                part = x if mask is None else mask[first:]
+                start((x, ds[:, first:], a, out[..., first:, :], dx, seed, part), aligned=even)
+        if each.total is not None:
+            each.total((out, da))
     return da, dx

@@ -11,25 +11,27 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
-    arch_of,
-    launch,
+    Reduction,
     lookup_tile,
     mask_bits,
     narrow,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
     split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("plain", "rows")
 MAX_BLOCK_R = {"plain": 128, "rows": 256}
@@ -63,7 +65,7 @@ def tile_space(arch, dtype, R, mode="plain"):
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_N=(128, 256, 512), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_grad_b_kernel(
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, mask_ptr, M, N, R, span, stride_dym, stride_sm, stride_bn,
     stride_br, stride_ds_split, stride_dsm, stride_db_split, stride_dbn, scale,
@@ -116,7 +118,7 @@ def _lora_grad_b_kernel(
         tl.store(dbias_ptrs, dbias, mask=mask_n[None, :] & first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_grad_b_rows_kernel(
     dy_ptr, b_ptr, ds_ptr, M, N, R, span, stride_dym, stride_bn, stride_br, stride_ds_split, stride_dsm, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -139,67 +141,111 @@ def _lora_grad_b_rows_kernel(
     tl.store(ptrs, (acc * scale).to(ds_ptr.dtype.element_ty), mask=mask_m & mask_r)
 
 
+class _Plan(NamedTuple):
+    steps: tuple  # (first rank, Start); one launch takes block_r ranks
+    block_r: int
+    splits: tuple  # of ds, db and dbias
+    total: Reduction | None
+
+
+@plan
+def _rows_plan(device, M, N, R, dtype, b_dtype, stride_dym, stride_b, tile):
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "rows"))
+    block_r = rank_block(R, MAX_BLOCK_R["rows"])
+    tiles_m = -(-M // tile["BLOCK_M"])
+    span, splits = span_of(N, -(-(TARGET_PROGRAMS // 2) // tiles_m), 256, 1024)  # as lora_shrink
+    item, chunks = dtype.itemsize, -(-R // block_r)
+    launch = Launch(
+        "lora_grad_b_rows", 2 * M * N * R, chunks * M * N * item + N * R * b_dtype.itemsize,
+        M * R * item if splits == 1 else 0, scratch_bytes=scratch_bytes((splits, M * R)),
+    )  # fmt: skip
+    steps, constants = [], {**tile, "BLOCK_R": block_r}
+    for first in range(0, R, block_r):
+        numbers = M, N, min(block_r, R - first), span, stride_dym, *stride_b, M * R if splits > 1 else 0, R
+        start = Start(
+            _lora_grad_b_rows_kernel, (tiles_m, splits), device, numbers, constants, None if first else launch
+        )
+        steps.append((first, start))
+    total = reduction("lora_grad_b_reduce", device, (splits, M * R, dtype))
+    return _Plan(tuple(steps), block_r, (splits,), total)
+
+
 def _rows(dy, b, scale, tile):
     """ds [M, R] alone, one read of dy for each 256 ranks."""
     (M, N), R = dy.shape, b.shape[1]
     ds = torch.empty((M, R), device=dy.device, dtype=dy.dtype)
-    tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "rows"))
-    block_r = rank_block(R, MAX_BLOCK_R["rows"])
-    tiles_m = -(-M // tile["BLOCK_M"])
-    span, splits = span_of(N, triton.cdiv(TARGET_PROGRAMS // 2, tiles_m), 256, 1024)  # as lora_shrink
-    out = split_output(ds, splits)
-    item, chunks = dy.element_size(), -(-R // block_r)
-    record(
-        "lora_grad_b_rows", 2 * M * N * R, chunks * M * N * item + N * R * b.element_size(),
-        M * R * item if splits == 1 else 0, scratch_bytes=scratch_bytes((out, ds)),
-    )  # fmt: skip
-    for first in range(0, R, block_r):
-        part_b, part_out = b[:, first : first + block_r], out[..., first : first + block_r]
-        args = (
-            dy, part_b, part_out, M, N, part_b.shape[1], span, dy.stride(0), *b.stride(),
-            out.stride(0) if splits > 1 else 0, R, float(scale),
-        )  # fmt: skip
-        launch(_lora_grad_b_rows_kernel, (tiles_m, splits), dy, args, {**tile, "BLOCK_R": block_r})
-    reduce_splits("lora_grad_b_reduce", [(out, ds)])
+    made = _rows_plan(dy.device, M, N, R, dy.dtype, b.dtype, dy.stride(0), b.stride(), tile_key(tile))
+    out, even = split_output(ds, made.splits[0]), aligned(dy, b)
+    for first, start in made.steps:
+        last = first + made.block_r
+        start((dy, b[:, first:last], out[..., first:last]), (float(scale),), even)
+    if made.total is not None:
+        made.total((out, ds))
     return ds
+
+
+@plan
+def _columns_plan(device, M, N, R, dtype, b_dtype, needs, masked, stride_dym, stride_sm, stride_b, tile):
+    """needs: of ds, db and dbias; stride_sm: 0 where s is not read."""
+    need_ds, need_db, need_bias = needs
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R))
+    block_r = rank_block(R, MAX_BLOCK_R["plain"])
+    tiles_n = -(-N // tile["BLOCK_N"])
+    span, splits = span_of(M, -(-TARGET_PROGRAMS // tiles_n), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    jobs = tuple(
+        (parts if need else 1, numel if need else 0, kind)
+        for need, parts, numel, kind in zip(
+            needs, (tiles_n, splits, splits), (M * R, N * R, N), (dtype, b_dtype, torch.float32), strict=True
+        )
+    )
+    item, chunks = dtype.itemsize, -(-R // block_r) if need_ds or need_db else 1
+    launch = Launch(
+        "lora_grad_b", 2 * M * N * R * (need_ds + need_db) + M * N * need_bias,
+        chunks * M * N * item + N * R * b_dtype.itemsize * need_ds + M * R * item * need_db,
+        sum(numel * kind.itemsize for parts, numel, kind in jobs if parts == 1),
+        scratch_bytes=scratch_bytes(*(job[:2] for job in jobs)),
+    )  # fmt: skip
+    steps = []
+    for first in range(0, chunks * block_r, block_r):
+        numbers = (
+            M, N, min(block_r, R - first), span, stride_dym, stride_sm, *stride_b, M * R if tiles_n > 1 else 0, R,
+            N * R if splits > 1 else 0, R,
+        )  # fmt: skip
+        flags = {"NEED_DS": need_ds, "NEED_DB": need_db, "NEED_BIAS": need_bias and first == 0}
+        flags["MASKED"] = need_db and masked
+        constants = {**tile, "BLOCK_R": block_r, **flags}
+        start = Start(_lora_grad_b_kernel, (tiles_n, splits), device, numbers, constants, None if first else launch)
+        steps.append((first, start))
+    total = reduction("lora_grad_b_reduce", device, *jobs)
+    return _Plan(tuple(steps), block_r, tuple(parts for parts, _, _ in jobs), total)
 
 
 def _columns(dy, s, b, scale, need_ds, need_db, need_bias, mask, tile):
     """ds, db and dbias in one read of dy for each 128 ranks; ds only up to rank 64, where it is the cheaper way."""
-    (M, N), R = dy.shape, b.shape[1]
-    tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R))
-    block_r = rank_block(R, MAX_BLOCK_R["plain"])
-    tiles_n = -(-N // tile["BLOCK_N"])
-    span, splits = span_of(M, triton.cdiv(TARGET_PROGRAMS, tiles_n), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
-    none = dy.new_empty(0)
-    ds = dy.new_empty((M, R)) if need_ds else none
-    db = b.new_empty((N, R)) if need_db else b.new_empty(0)
-    dbias = torch.empty(N if need_bias else 0, device=dy.device, dtype=torch.float32)
-    ds_out = split_output(ds, tiles_n) if need_ds else none
-    db_out = split_output(db, splits) if need_db else none
-    dbias_out = split_output(dbias, splits) if need_bias else none
-    item, chunks = dy.element_size(), -(-R // block_r) if need_ds or need_db else 1
-    triples = ((ds_out, ds, need_ds), (db_out, db, need_db), (dbias_out, dbias, need_bias))
-    pairs = [(part, out) for part, out, need in triples if need]
-    record(
-        "lora_grad_b", 2 * M * N * R * (need_ds + need_db) + M * N * need_bias,
-        chunks * M * N * item + N * R * b.element_size() * need_ds + M * R * item * need_db,
-        sum(out.numel() * out.element_size() for part, out in pairs if part is out),
-        scratch_bytes=scratch_bytes(*pairs),
+    (M, N), R, device = dy.shape, b.shape[1], dy.device
+    s = s if need_db else dy
+    made = _columns_plan(
+        device, M, N, R, dy.dtype, b.dtype, (need_ds, need_db, need_bias), mask is not None, dy.stride(0),
+        s.stride(0) if need_db else 0, b.stride(), tile_key(tile),
     )  # fmt: skip
-    for first in range(0, chunks * block_r, block_r):
-        part_b = b[:, first : first + block_r]
-        args = (
-            dy, s[:, first : first + block_r] if need_db else dy, part_b, ds_out,
-            db_out[..., first : first + block_r] if need_db else dy, dbias_out,
-            dy if mask is None else mask[first:], M, N, part_b.shape[1], span,
-            dy.stride(0), s.stride(0) if need_db else 0, *b.stride(), M * R if tiles_n > 1 else 0, R,
-            N * R if splits > 1 else 0, R, float(scale),
+    ds = torch.empty((M, R) if need_ds else 0, device=device, dtype=dy.dtype)
+    db = torch.empty((N, R) if need_db else 0, device=device, dtype=b.dtype)
+    dbias = torch.empty(N if need_bias else 0, device=device, dtype=torch.float32)
+    ds_out, db_out, dbias_out = map(split_output, (ds, db, dbias), made.splits)
+    bits = dy if mask is None else mask
+    even, scale = aligned(dy, s, b, bits), (float(scale),)
+    for first, start in made.steps:
+        last = first + made.block_r
+        if last >= R and not first:
+            start((dy, s, b, ds_out, db_out if need_db else dy, dbias_out, bits), scale, even)
+            continue
+        parts = (s[:, first:last], db_out[..., first:last]) if need_db else (dy, dy)
+        start(
+            (dy, parts[0], b[:, first:last], ds_out, parts[1], dbias_out, dy if mask is None else mask[first:]), scale,
+            even,
         )  # fmt: skip
-        flags = {"NEED_DS": need_ds, "NEED_DB": need_db, "NEED_BIAS": need_bias and first == 0}
-        flags["MASKED"] = need_db and mask is not None
-        launch(_lora_grad_b_kernel, (tiles_n, splits), dy, args, {**tile, "BLOCK_R": block_r, **flags})
-    reduce_splits("lora_grad_b_reduce", pairs)
+    if made.total is not None:
+        made.total((ds_out, ds), (db_out, db), (dbias_out, dbias))
     return ds, db, dbias
 
 

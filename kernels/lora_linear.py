@@ -4,15 +4,15 @@ x [M, K], w [N, K] frozen, a [R, K], b [N, R], y [M, N]; s = drop(x) aᵀ [M, R]
 accumulate  shrink, expand writes y, vendor GEMM y += x wᵀ   | grad_b, grad_a writes dx, vendor GEMM dx += dy w
 fused       shrink, GEMM with the rank-R product inside      | grad_b, grad_a, GEMM with the masked product inside
 Elements moved, forward and backward, beside the frozen weight and terms of rank R: accumulate 2MK + 3MN, 4MK + 2MN;
-fused 2MK + MN, 2MK + 2MN. Which one `strategy="auto"` takes is data: the tuned table, else the cost model
-(`_cost.choose_strategy`).
+fused 2MK + MN, 2MK + 2MN. Which one `strategy="auto"` takes is data, for each pass on its own: the tuned table, else
+the cost model (`_cost.choose_strategy`).
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
 import torch
 
-from fastpeft.kernels._common import arch_of, record
-from fastpeft.kernels._cost import choose_strategy
+from fastpeft.kernels._cost import choose_strategy, size_bucket
+from fastpeft.kernels._launch import arch_of, record
 from fastpeft.kernels.lora_expand import lora_expand
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 from fastpeft.kernels.lora_grad_b import lora_grad_b
@@ -22,8 +22,8 @@ from fastpeft.kernels.lora_shrink import lora_shrink
 STRATEGIES = ("accumulate", "fused", "auto")
 
 
-def resolve_strategy(strategy, x, w, R, p):
-    """ "accumulate" or "fused" for x [M, K] (forward) or dy [M, N] (backward).
+def resolve_strategy(side, strategy, x, w, R, p):
+    """ "accumulate" or "fused" of one pass: "forward", whose x is [M, K], or "backward", whose x is dy [M, N].
 
     "auto" takes fused only where `can_fuse` allows; an explicit "fused" that cannot be served raises ValueError.
     """
@@ -31,17 +31,19 @@ def resolve_strategy(strategy, x, w, R, p):
         return strategy
     if strategy not in STRATEGIES:
         raise ValueError(f"lora_linear: strategy must be one of {STRATEGIES}, got {strategy!r}")
+    if strategy == "auto":
+        M, (N, K) = size_bucket(x.shape[0]), w.shape
+        if choose_strategy(side, M, N, K, R, p > 0, x.dtype, arch_of(x)) == "accumulate":
+            return "accumulate"
     reason = can_fuse(x, w)
-    if strategy == "fused":
-        if reason:
-            raise ValueError(f"lora_linear: strategy must be 'accumulate' or 'auto' here, got 'fused', which {reason}")
-        return strategy
-    return "accumulate" if reason else choose_strategy(x.shape[0], *w.shape, R, p, x.dtype, arch_of(x))
+    if reason and strategy == "fused":
+        raise ValueError(f"lora_linear: strategy must be 'accumulate' or 'auto' here, got 'fused', which {reason}")
+    return "accumulate" if reason else "fused"
 
 
 def lora_linear_fwd_strategy(x, w, a, b, bias, lora_bias, scale, p, seed):
     """What ``lora_linear_fwd`` of these arguments does, in words."""
-    if resolve_strategy("auto", x, w, a.shape[0], p) == "fused":
+    if resolve_strategy("forward", "auto", x, w, a.shape[0], p) == "fused":
         return "fused: the rank-R product first, then one GEMM that takes it into its sum"
     return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
 
@@ -57,7 +59,7 @@ def add_product(out, left, right):
 def lora_linear_fwd(x, w, a, b, bias, lora_bias, scale, p, seed, *, strategy="auto"):
     """(y [M, N], s [M, R]); x [M, K] with contiguous rows, w [N, K] in x.dtype, a and b any float dtype and strides."""
     s = lora_shrink(x, a, p, seed)
-    if resolve_strategy(strategy, x, w, a.shape[0], p) == "fused":
+    if resolve_strategy("forward", strategy, x, w, a.shape[0], p) == "fused":
         return lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale), s
     y = lora_expand(s, b, bias, lora_bias, scale)
     add_product(y, x, w.t())
@@ -79,7 +81,7 @@ def lora_linear_bwd(
     if not (need_ds or need_db or need_bias):
         return dx, da, b.new_empty(0), torch.empty(0, device=x.device, dtype=torch.float32)
     ds, db, dbias = lora_grad_b(dy, s, b, scale, need_db, need_bias, mask_b)
-    if need_dx and resolve_strategy(strategy, dy, w, a.shape[0], p) == "fused":
+    if need_dx and resolve_strategy("backward", strategy, dy, w, a.shape[0], p) == "fused":
         if need_da:
             da, _ = lora_grad_a(x, ds, a, p, seed, False, True, mask_a)
         return lora_linear_fused_dx(dy, w, ds, a, p, seed), da, db, dbias

@@ -16,30 +16,26 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft.kernels._common import (
-    arch_of,
     dense,
     dropout_args,
     keep_bits,
-    launch,
     lookup_tile,
     narrow,
     rank_block,
-    record,
-    sm_count,
+    tile_key,
     tile_product,
 )  # fmt: skip
 from fastpeft.kernels._cost import FUSED_NEEDS, fused_serves
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan, sm_count
 
 MODES = ("fwd", "dx")
 MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3.6)
 # tiles: begin
 TILES = {
-    (90, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
-    (90, "half", "dx", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
-    (100, "half", "fwd", 64): dict(
-        BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3
-    ),
-    (100, "half", "dx", 64): dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, HALVES=1, FLATTEN=0, num_warps=8, num_stages=3),
+    (90, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, num_warps=8, num_stages=3),
+    (90, "half", "dx", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, num_warps=8, num_stages=3),
+    (100, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, HALVES=1, num_warps=8, num_stages=3),
+    (100, "half", "dx", 64): dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, HALVES=1, num_warps=8, num_stages=3),
 }
 # tiles: end
 
@@ -47,8 +43,7 @@ TILES = {
 def tile_space(arch, dtype, R, mode):
     """Candidate tiles; dx needs BLOCK_N = 256, one dropout group. HALVES stores the output tile in two parts."""
     return tile_product(
-        BLOCK_M=(128,), BLOCK_N=(256,), BLOCK_K=(64,), HALVES=(1, 0), FLATTEN=(1, 0), num_warps=(8,),
-        num_stages=(3, 4),
+        BLOCK_M=(128,), BLOCK_N=(256,), BLOCK_K=(64,), HALVES=(1, 0), num_warps=(8,), num_stages=(3, 4),
     )  # fmt: skip
 
 
@@ -134,15 +129,14 @@ def _store_tile(y_desc, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         y_desc.store([m, n], acc.to(y_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs"])
 def _lora_linear_fused_fwd_kernel(
-    x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, K, R, stride_sm, stride_bn, stride_br, scale,
-    programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, K, R, stride_sm, stride_bn, stride_br,
+    programs, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LORA_BIAS: tl.constexpr, HALVES: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, programs):
         pid_m, pid_n = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -170,18 +164,18 @@ def _keep_tile(seed, rows, group, threshold):
     return tl.reshape(bits, (rows.shape[0], 256)) != 0
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "programs"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_linear_fused_dx_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, seed_ptr, M, N, K, R, stride_dsm, stride_ar, stride_ak, threshold, factor,
     programs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+    DROPOUT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N runs over the K columns of dx, BLOCK_K over the reduction length N."""
     if DROPOUT:
         tl.static_assert(BLOCK_N == 256, "a column tile must be one dropout group")
         seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, programs):
         pid_m, pid_k = _tile_origin(tile, M, K, BLOCK_M, BLOCK_N)
         m, k = pid_m * BLOCK_M, pid_k * BLOCK_N
         rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -205,6 +199,23 @@ def _descriptors(left, w, out, tile, transposed):
     return tuple(TensorDescriptor(t, list(t.shape), [_row_stride(t), t.stride(1)], block) for t, block in blocks)
 
 
+@plan
+def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_sm, stride_b, tile):
+    """(Start, tile); the biases' dtypes are None where there is none."""
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "fwd"))
+    item = dtype.itemsize
+    thin = sum(N * each.itemsize for each in (bias_dtype, lora_bias_dtype) if each is not None)
+    launch = Launch(
+        "lora_linear_fused_fwd", 2 * M * N * (K + R), (M * K + M * R) * item + N * R * b_dtype.itemsize + thin,
+        M * N * item, weight_bytes=N * K * item,
+    )  # fmt: skip
+    programs = min(sm_count(device), -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]))
+    flags = {"HAS_BIAS": bias_dtype is not None, "HAS_LORA_BIAS": lora_bias_dtype is not None}
+    constants = {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), **flags}
+    numbers = (M, N, K, R, stride_sm, *stride_b, programs)
+    return Start(_lora_linear_fused_fwd_kernel, (programs,), device, numbers, constants, launch), tile
+
+
 def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
     """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w as `fuse_unmet` asks, b any float dtype and strides."""
     (M, K), (N, R) = x.shape, b.shape
@@ -212,22 +223,29 @@ def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
     if y.numel() == 0:
         return y
     b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
-    tile = dict(tile or lookup_tile(TILES, arch_of(x), x.dtype, R, "fwd"))
-    item = x.element_size()
-    thin = sum(N * t.element_size() for t in (bias, lora_bias) if t is not None)
-    record(
-        "lora_linear_fused_fwd", 2 * M * N * (K + R), (M * K + M * R) * item + N * R * b.element_size() + thin,
-        M * N * item, weight_bytes=N * K * item,
+    start, tile = _fwd_plan(
+        x.device, M, N, K, R, x.dtype, b.dtype, None if bias is None else bias.dtype,
+        None if lora_bias is None else lora_bias.dtype, s.stride(0), b.stride(), tile_key(tile),
     )  # fmt: skip
-    block_r = rank_block(R, MAX_BLOCK_R)
-    programs = min(sm_count(x), -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]))
-    args = (
-        *_descriptors(x, w, y, tile, True), s, b, s if bias is None else bias, s if lora_bias is None else lora_bias,
-        M, N, K, R, s.stride(0), *b.stride(), float(scale), programs,
-    )  # fmt: skip
-    flags = {"HAS_BIAS": bias is not None, "HAS_LORA_BIAS": lora_bias is not None}
-    launch(_lora_linear_fused_fwd_kernel, (programs,), x, args, {**tile, "BLOCK_R": block_r, **flags})
+    thin = (s, b, s if bias is None else bias, s if lora_bias is None else lora_bias)
+    start((*_descriptors(x, w, y, tile, True), *thin), (float(scale),), aligned(*thin))
     return y
+
+
+@plan
+def _dx_plan(device, M, N, K, R, dtype, a_dtype, p, stride_dsm, stride_a, tile):
+    """(Start, tile, whether there is dropout)."""
+    threshold, factor = dropout_args(p)
+    tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "dx"))
+    item = dtype.itemsize
+    launch = Launch(
+        "lora_linear_fused_dx", 2 * M * K * (N + R), (M * N + M * R) * item + R * K * a_dtype.itemsize, M * K * item,
+        weight_bytes=N * K * item,
+    )  # fmt: skip
+    programs = min(sm_count(device), -(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_N"]))
+    constants = {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), "DROPOUT": threshold > 0}
+    numbers = (M, N, K, R, stride_dsm, *stride_a, threshold, factor, programs)
+    return Start(_lora_linear_fused_dx_kernel, (programs,), device, numbers, constants, launch), tile, threshold > 0
 
 
 def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
@@ -237,20 +255,9 @@ def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
     if dx.numel() == 0:
         return dx
     a = narrow(a)
-    threshold, factor = dropout_args(p)
-    dropout = threshold > 0
-    tile = dict(tile or lookup_tile(TILES, arch_of(dy), dy.dtype, R, "dx"))
-    item = dy.element_size()
-    record(
-        "lora_linear_fused_dx", 2 * M * K * (N + R), (M * N + M * R) * item + R * K * a.element_size(), M * K * item,
-        weight_bytes=N * K * item,
-    )  # fmt: skip
-    block_r = rank_block(R, MAX_BLOCK_R)
-    programs = min(sm_count(dy), -(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_N"]))
-    args = (
-        *_descriptors(dy, w, dx, tile, False), ds, a, seed if dropout else ds, M, N, K, R, ds.stride(0), *a.stride(),
-        threshold, factor, programs,
-    )  # fmt: skip
-    flags = {"DROPOUT": dropout}
-    launch(_lora_linear_fused_dx_kernel, (programs,), dy, args, {**tile, "BLOCK_R": block_r, **flags})
+    start, tile, dropout = _dx_plan(
+        dy.device, M, N, K, R, dy.dtype, a.dtype, p, ds.stride(0), a.stride(), tile_key(tile)
+    )
+    pointers = (*_descriptors(dy, w, dx, tile, False), ds, a, seed if dropout else ds)
+    start(pointers, aligned=aligned(ds, a))
     return dx

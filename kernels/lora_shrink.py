@@ -9,6 +9,8 @@ LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Philox-4x32: Salmon et al. 2011, 
 
 # ruff: noqa: C408 (tile tables are written with dict())
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,24 +18,24 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     GROUP,
     TARGET_PROGRAMS,
-    arch_of,
+    Reduction,
     capped,
     drop,
     dropout_args,
     dtype_key,
     keep_bits,
-    launch,
     lookup_tile,
     narrow,
     ragged,
     rank_block,
-    record,
-    reduce_splits,
+    reduction,
     scratch_bytes,
     span_of,
     split_output,
+    tile_key,
     tile_product,
 )  # fmt: skip
+from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 
 MODES = ("plain", "dropout", "copy", "copy_dropout")  # copying, registers hold x until it is written
 # Ranks of one launch: with more, the masked columns of x and the accumulator do not fit the registers.
@@ -100,10 +102,10 @@ def _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak):
     return tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_R]
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, out_ptr, seed_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak, stride_split, stride_om,
-    threshold, factor, copy_ptr, stride_cm,
+    x_ptr, a_ptr, out_ptr, seed_ptr, copy_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak, stride_split, stride_om,
+    threshold, factor, stride_cm,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -141,6 +143,45 @@ def _lora_shrink_kernel(
     tl.store(ptrs, (acc * factor).to(out_ptr.dtype.element_ty), mask=mask_m & (offs_r < R)[None, :])
 
 
+class _Plan(NamedTuple):
+    steps: tuple  # (first rank, Start); one launch takes block_r ranks
+    block_r: int
+    splits: int
+    total: Reduction | None
+    dropout: bool
+
+
+@plan
+def _plan(device, M, K, R, dtype, a_dtype, p, stride_xm, stride_a, stride_cm, even, tile):
+    """stride_cm: of the copy, or None; even: as of `ragged`."""
+    threshold, factor = dropout_args(p)
+    dropout, copied = threshold > 0, stride_cm is not None
+    if tile is None:
+        tile = lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout + 2 * copied])
+        if ragged(even, K, stride_xm):
+            tile = capped(tile, BLOCK_M=32, BLOCK_K=GROUP if dropout else 64)
+    tile = dict(tile)
+    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype), MODES[dropout]])
+    chunks, tiles_m = -(-R // block_r), -(-M // tile["BLOCK_M"])
+    # One program an SM is wanted, not two: where none is split, a second launch is saved.
+    span, splits = span_of(K, -(-(TARGET_PROGRAMS // 2) // tiles_m), GROUP, 1024)
+    launch = Launch(
+        "lora_shrink", 2 * M * K * R, chunks * M * K * dtype.itemsize + R * K * a_dtype.itemsize,
+        (M * R * (splits == 1) + M * K * copied) * dtype.itemsize, scratch_bytes=scratch_bytes((splits, M * R)),
+    )  # fmt: skip
+    steps = []
+    for first in range(0, R, block_r):
+        numbers = (
+            M, K, min(block_r, R - first), span, stride_xm, *stride_a, M * R if splits > 1 else 0, R, threshold, factor,
+            stride_cm if copied else stride_xm,
+        )  # fmt: skip
+        constants = {**tile, "BLOCK_R": block_r, "DROPOUT": dropout, "COPY": copied and first == 0}
+        start = Start(_lora_shrink_kernel, (tiles_m, splits), device, numbers, constants, None if first else launch)
+        steps.append((first, start))
+    total = reduction("lora_shrink_reduce", device, (splits, M * R, dtype))
+    return _Plan(tuple(steps), block_r, splits, total, dropout)
+
+
 def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     """s [M, R] = drop(x) aᵀ; x [M, K] with contiguous rows, a any float dtype and strides, seed int64 [1] or None.
 
@@ -148,34 +189,19 @@ def lora_shrink(x, a, p, seed, *, copy=None, tile=None):
     """
     (M, K), R = x.shape, a.shape[0]
     s = torch.empty((M, R), device=x.device, dtype=x.dtype)
-    if s.numel() == 0:
+    if 0 in (M, R):
         return s
-    a = narrow(a)
-    threshold, factor = dropout_args(p)
-    dropout = threshold > 0
-    if tile is None:
-        tile = lookup_tile(TILES, arch_of(x), x.dtype, R, MODES[dropout + 2 * (copy is not None)])
-        if ragged(K, x.stride(0)):
-            tile = capped(tile, BLOCK_M=32, BLOCK_K=GROUP if dropout else 64)
-    block_r = rank_block(R, MAX_BLOCK_R[dtype_key(x.dtype), MODES[dropout]])
-    chunks = -(-R // block_r)
-    tiles_m = -(-M // tile["BLOCK_M"])
-    # One program an SM is wanted, not two: where none is split, a second launch is saved.
-    span, splits = span_of(K, triton.cdiv(TARGET_PROGRAMS // 2, tiles_m), GROUP, 1024)
-    out = split_output(s, splits)
-    record(
-        "lora_shrink", 2 * M * K * R, (chunks * M * K) * x.element_size() + R * K * a.element_size(),
-        (s.numel() * (splits == 1) + M * K * (copy is not None)) * x.element_size(),
-        scratch_bytes=scratch_bytes((out, s)),
+    a, to = narrow(a), x if copy is None else copy
+    even = aligned(x, a, to)
+    made = _plan(
+        x.device, M, K, R, x.dtype, a.dtype, p, x.stride(0), a.stride(), None if copy is None else to.stride(0), even,
+        tile_key(tile),
     )  # fmt: skip
-    to = x if copy is None else copy
-    for first in range(0, R, block_r):
-        part_a, part_out = a[first : first + block_r], out[..., first : first + block_r]
-        args = (
-            x, part_a, part_out, seed if dropout else x, M, K, part_a.shape[0], span, x.stride(0), *a.stride(),
-            out.stride(0) if splits > 1 else 0, R, threshold, factor, to, to.stride(0),
-        )  # fmt: skip
-        constants = {"BLOCK_R": block_r, "DROPOUT": dropout, "COPY": copy is not None and first == 0}
-        launch(_lora_shrink_kernel, (tiles_m, splits), x, args, {**tile, **constants})
-    reduce_splits("lora_shrink_reduce", [(out, s)])
+    out, seed = split_output(s, made.splits), seed if made.dropout else x
+    for first, start in made.steps:
+        last = first + made.block_r
+        part_a, part_out = (a, out) if last >= R and not first else (a[first:last], out[..., first:last])
+        start((x, part_a, part_out, seed, to), aligned=even)
+    if made.total is not None:
+        made.total((out, s))
     return s

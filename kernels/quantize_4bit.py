@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import arch_of, launch, lookup_tile, record, tile_product
+from fastpeft.kernels._common import lookup_tile, tile_product
 from fastpeft.kernels._fourbit import CODES, NESTED_BLOCK
+from fastpeft.kernels._launch import arch_of, launch, record
 
 MODES = ("plain",)
 # tiles: begin

@@ -190,7 +190,7 @@ def check_mid(ctx) -> str:
     """The CUDA kernel of up to 512 rows wherever it serves, chosen or not."""
     if "cuda" not in backends(ctx, "linear4bit_fwd"):
         return _without(ctx, "cuda")
-    from fastpeft.kernels import _common, _fourbit_cost
+    from fastpeft.kernels import _fourbit_cost, _launch
     from fastpeft.kernels._cost import dtype_name
     from fastpeft.kernels._gpu import table_keys
 
@@ -198,7 +198,7 @@ def check_mid(ctx) -> str:
     shares = []
     for i, (M, N, K, R) in enumerate(shapes):
         case = Case(M, N, K, R, (torch.bfloat16, torch.float16)[i // 2 % 2], 0.0, "nf4", 64, i % 2 == 0)
-        arch = _common.arch_of(torch.empty(0, device=ctx.device))
+        arch = _launch.arch_of(torch.empty(0, device=ctx.device))
         key = (table_keys(arch)[0], dtype_name(case.dtype), N, K)
         before = dict(_fourbit_cost.LARGEST_MID)
         _fourbit_cost.LARGEST_MID[key] = 512

@@ -23,13 +23,14 @@ import torch
 
 from common import tree
 from compile.conv import convolution
+from compile.signature import signature
+from fastpeft.kernels._launch import captured
 
 # A tile of the sm_80 table also serves sm_86, sm_89 and sm_120, which have 99 KB a block; sm_80 itself has 163 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 M, N, K = 8192, 4096, 4096
 SCALE = 2.0
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TYPE_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def meta(shape, dtype):
@@ -156,42 +157,10 @@ OPS = ("_common", *CASES)
 RANKLESS = {"quantize_4bit", "dequantize_4bit", "linear4bit_small"}  # which one call for each dtype covers
 
 
-def signature(kernel, args, constants):
-    """ASTSource arguments as the JIT would specialise them: 1 is a constant, multiples of 16 are marked."""
-    types, constexprs, attrs = {}, dict(constants), {}
-    for index, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            types[name] = "*" + TYPE_NAMES[value.dtype]
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            types[name] = "fp32"
-        elif isinstance(value, int):
-            types[name] = "i32"
-            plain = kernel.params[index].do_not_specialize
-            if value == 1 and not plain:
-                types[name] = "constexpr"
-                constexprs[name] = 1
-            elif value % 16 == 0 and not plain:
-                attrs[(index,)] = [["tt.divisibility", 16]]
-        else:
-            types[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
-    types.update(dict.fromkeys(constants, "constexpr"))
-    return {name: types[name] for name in kernel.arg_names}, constexprs, attrs
-
-
 def collect(arch, only):
     """Unique compile jobs of one architecture, and the tile entries they came from."""
     modules = {name: importlib.import_module(f"fastpeft.kernels.{name}") for name in OPS}
     jobs, met = {}, set()
-
-    def capture(kernel, grid, like, args, tile):
-        constants = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
-        options = {"num_warps": tile["num_warps"], "num_stages": tile.get("num_stages", 3)}
-        sig, constexprs, attrs = signature(kernel, args, constants)
-        op = next(name for name, m in modules.items() if getattr(m, kernel.__name__, None) is kernel)
-        job = {"op": op, "kernel": kernel.__name__, "arch": arch, "signature": sig, "constexprs": constexprs,
-               "attrs": attrs, "options": options}  # fmt: skip
-        jobs.setdefault(repr(job), job)
 
     def lookup(tiles, _, dtype, R, mode="plain"):
         tile = modules["_common"].lookup_tile(tiles, arch, dtype, R, mode)
@@ -199,9 +168,24 @@ def collect(arch, only):
         return tile
 
     for name, module in modules.items():
-        module.launch = capture
         if name != "_common":
             module.lookup_tile = lookup
+    with captured((arch, 132)) as launches:
+        launch_cases(arch, modules, only)
+    for kernel, _, args, given in launches:
+        constants = {name: value for name, value in given.items() if name not in ("num_warps", "num_stages")}
+        options = {"num_warps": given["num_warps"], "num_stages": given.get("num_stages", 3)}
+        sig, constexprs, attrs = signature(kernel, args, constants)
+        op = next(name for name, m in modules.items() if getattr(m, kernel.__name__, None) is kernel)
+        job = {"op": op, "kernel": kernel.__name__, "arch": arch, "signature": sig, "constexprs": constexprs,
+               "attrs": attrs, "options": options}  # fmt: skip
+        jobs.setdefault(repr(job), job)
+    tables = {name: module.TILES for name, module in modules.items() if name in CASES and (not only or name in only)}
+    return list(jobs.values()), met, tables
+
+
+def launch_cases(arch, modules, only):
+    """Every launcher, with every operand of `CASES`."""
     for op, case in CASES.items():
         if only and op not in only:
             continue
@@ -214,8 +198,6 @@ def collect(arch, only):
             for R in ranks[:1] if op in RANKLESS else ranks:
                 case(modules[op], x_dtype, R, a_dtype)
     ragged(modules, only or CASES)
-    tables = {name: module.TILES for name, module in modules.items() if name in CASES and (not only or name in only)}
-    return list(jobs.values()), met, tables
 
 
 def resources(compiled):

@@ -7,7 +7,6 @@ what its like (same kernel, with or without dropout) took for sm_90 in bench/res
 the releases there.
 """
 
-import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from checks import lora as checks
 from common import tree
 from compile import kernels as compile_kernels
 from compile.kernels import meta, packed_weight
+from compile.signature import signature
+from fastpeft.kernels import _launch
 
 STARTUP = 8  # seconds: a process imports torch and triton and makes a CUDA context
 # Seconds of checks that are not replayed here: imports, a second compiler; ten kernels.
@@ -30,24 +31,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @contextmanager
 def captured() -> Iterator[dict[str, tuple[str, bool]]]:
-    """Distinct specialisations launched within: (kernel, with dropout) by what the JIT would tell apart."""
+    """Distinct specialisations launched within, told on leaving: (kernel, with dropout) by what the JIT tells apart."""
     found: dict[str, tuple[str, bool]] = {}
-
-    def capture(kernel, grid, like, args, tile) -> None:
-        constants = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
-        key = (kernel.__name__, compile_kernels.signature(kernel, args, constants), sorted(tile.items()))
-        if 0 not in grid:
-            found.setdefault(repr(key), (kernel.__name__, bool(constants.get("DROPOUT"))))
-
-    modules = [importlib.import_module(f"fastpeft.kernels.{name}") for name in compile_kernels.OPS]
-    before = [module.launch for module in modules]
-    try:
-        for module in modules:
-            module.launch = capture
+    with _launch.captured() as launches:
         yield found
-    finally:
-        for module, launch in zip(modules, before, strict=True):
-            module.launch = launch
+    for kernel, _, args, given in launches:
+        constants = {name: value for name, value in given.items() if name not in ("num_warps", "num_stages")}
+        key = (kernel.__name__, signature(kernel, args, constants), sorted(given.items()))
+        found.setdefault(repr(key), (kernel.__name__, bool(constants.get("DROPOUT"))))
 
 
 def lora(M: int, K: int, N: int, R: int, dtype: torch.dtype, p: float, strategy: str) -> None:

@@ -77,7 +77,7 @@ def counted(case: Case) -> dict | str:
     """Bytes and FLOP of our launches for one training step, by strategy; no device is touched (meta tensors)."""
     try:
         from fastpeft.kernels import lora_linear
-        from fastpeft.kernels._common import count_launches
+        from fastpeft.kernels._launch import count_launches
     except ImportError as error:
         return f"not counted: {error}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]

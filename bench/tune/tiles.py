@@ -222,7 +222,7 @@ class Tuner:
         return True
 
     def write_tile(self, module: ModuleType, op: str, prefix: tuple, R: int, tile: dict) -> None:
-        from fastpeft.kernels import _common
+        from fastpeft.kernels import _common, _launch
 
         dtype = torch.bfloat16 if prefix[1] == "half" else torch.float32
 
@@ -235,29 +235,32 @@ class Tuner:
             buckets.append(R)
         bucket = R if R in buckets else buckets[-1]
         module.TILES.update({**mine, (*prefix, bucket): tile})
+        _launch.clear_plans()
         replace_section(self.root / f"{op}.py", "tiles", format_tiles(module.TILES))
 
     def tune_strategy(self, M: int, N: int, K: int, R: int, p: float, dtype: torch.dtype) -> None:
-        """Times both strategies, forward + backward, and writes the faster for this size bucket."""
-        from fastpeft.kernels import _cost, _strategy_table, lora_linear
+        """Times both strategies of each pass, and writes the faster for this size bucket."""
+        from fastpeft.kernels import lora_linear
 
-        key = _cost.strategy_key(M, N, K, R, p, dtype, self.arch)
+        t, needs = tensors(M, N, K, R, dtype, self.device), (True, True, True, False)
+        seed, sizes = t.seed if p else None, (M, N, K, R, p, dtype)
+        forward = partial(lora_linear.lora_linear_fwd, t.x, t.w, t.a, t.b, None, None, SCALE, p, seed)
+        backward = partial(lora_linear.lora_linear_bwd, t.dy, t.x, t.w, t.a, t.b, t.s, SCALE, p, seed, *needs)
+        self.tune_pass("forward", lambda strategy: forward(strategy=strategy), sizes)
+        self.tune_pass("backward", lambda strategy: backward(strategy=strategy), sizes)
+
+    def tune_pass(self, side: str, step: Callable[[str], object], sizes: tuple) -> None:
+        from fastpeft.kernels import _cost, _strategy_table
+
+        key, (M, N, K, R, p, _) = _cost.strategy_key(side, *sizes, self.arch), sizes
         if str(key) in self.state["strategies"] or self.left() <= 0:
             return
-        t = tensors(M, N, K, R, dtype, self.device)
-        seed = t.seed if p else None
-
-        def step(strategy: str) -> None:
-            _, s = lora_linear.lora_linear_fwd(t.x, t.w, t.a, t.b, None, None, SCALE, p, seed, strategy=strategy)
-            needs = (True, True, True, False)
-            lora_linear.lora_linear_bwd(t.dy, t.x, t.w, t.a, t.b, s, SCALE, p, seed, *needs, strategy=strategy)
-
         race = Race({s: (lambda s=s: step(s)) for s in _cost.STRATEGIES}, self.device)
         try:
             step("fused")
         except Exception as error:  # then the vendor's GEMM serves, and the summary says why
             self.still_alive()
-            self.state["errors"].append(f"fused {M}x{K}->{N} r={R} p={p}: {_one_line(error)}")
+            self.state["errors"].append(f"fused {side} {M}x{K}->{N} r={R} p={p}: {_one_line(error)}")
             _strategy_table.TABLE[key] = "accumulate"
             write_strategies(self.root / "_strategy_table.py", _strategy_table.TABLE)
             return
@@ -269,7 +272,7 @@ class Tuner:
         write_strategies(self.root / "_strategy_table.py", _strategy_table.TABLE)
         _cost.choose_strategy.cache_clear()
         self.save()
-        self.log(f"tune: {M}x{K}->{N} r={R} p={p}: fused / accumulate {rows['fused']['ratio']:.3f} -> {choice}")
+        self.log(f"tune: {side} {M}x{K}->{N} r={R} p={p}: fused / accumulate {rows['fused']['ratio']:.3f} -> {choice}")
 
     def run(self, ranks: tuple[int, ...] = (16, 64)) -> dict:
         """Every job in order until the budget is spent: tiles of all modes by rank, then strategies; the state."""

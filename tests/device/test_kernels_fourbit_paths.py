@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpeft import dispatch
-from fastpeft.kernels import _common, _fourbit_cost, linear4bit
+from fastpeft.kernels import _fourbit_cost, _launch, linear4bit
 from fastpeft.kernels import dequantize_4bit as dequantize
 from fastpeft.kernels._cost import H100
 from fastpeft.reference import dequantize_4bit as eager_dequantize
@@ -38,7 +38,7 @@ PACKED = N * K // 2 + N * K // 64  # the bytes that hold the weight and its code
 
 
 def test_dequantize_moves_no_more_than_it_must():
-    with _common.count_launches() as launches:
+    with _launch.count_launches() as launches:
         dequantize.dequantize_4bit(*meta_weight(N, K), meta(N, K))
     assert len(launches) == 1
     ideal = PACKED + 2 * N * K
@@ -48,7 +48,7 @@ def test_dequantize_moves_no_more_than_it_must():
 @pytest.mark.parametrize("M", [1, 16, 64])
 def test_small_moves_no_more_than_it_must(M):
     ideal = PACKED + 2 * M * (K + N)
-    with _common.count_launches() as launches:
+    with _launch.count_launches() as launches:
         _, s = linear4bit.linear4bit_fwd(
             meta(M, K), *meta_weight(N, K), N, meta(16, K), meta(N, 16), None, None, 1.0, 0.0, None
         )
@@ -56,7 +56,7 @@ def test_small_moves_no_more_than_it_must(M):
     adapter = 2 * 16 * (M + N)
     assert s.shape == (M, 16)
     assert ideal + adapter <= moved(product) <= 1.05 * (ideal + adapter)
-    with _common.count_launches() as launches:
+    with _launch.count_launches() as launches:
         linear4bit.linear4bit_bwd(
             meta(M, N), meta(0), *meta_weight(N, K), K, None, None, meta(0), 1.0, 0.0, None, True, False, False, False
         )
@@ -66,7 +66,7 @@ def test_small_moves_no_more_than_it_must(M):
 def forward_bytes(monkeypatch, augmented, M, R, p):
     monkeypatch.setattr(linear4bit, "choose_augmented", lambda *_: augmented)
     seed = meta(1, dtype=torch.int64) if p else None
-    with _common.count_launches() as launches:
+    with _launch.count_launches() as launches:
         linear4bit.linear4bit_fwd(meta(M, K), *meta_weight(N, K), N, meta(R, K), meta(N, R), None, None, 1.0, p, seed)
     return moved(launches), [one.name for one in launches if not one.name.endswith("_reduce")]
 

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
-from fastpeft.kernels import _common, lora_linear_fused
+from fastpeft.kernels import _common, _launch, lora_linear_fused
 from fastpeft.kernels.lora_expand import lora_expand, lora_expand_add
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 from fastpeft.kernels.lora_grad_b import lora_grad_b
@@ -259,9 +259,9 @@ def test_bytes_moved(strategy, forward, backward, p):
     shapes = ((M, K), (M, N), (N, K), (16, K), (N, 16))
     x, dy, w, a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
-    with _common.count_launches() as fwd:
+    with _launch.count_launches() as fwd:
         _, s = lora_linear_fwd(x, w, a, b, None, None, 1.0, p, seed, strategy=strategy)
-    with _common.count_launches() as bwd:
+    with _launch.count_launches() as bwd:
         lora_linear_bwd(dy, x, w, a, b, s, 1.0, p, seed, True, True, True, False, strategy=strategy)
     for launches, (mk, mn) in ((fwd, forward), (bwd, backward)):
         ideal = 2 * (mk * M * K + mn * M * N)

@@ -1,7 +1,5 @@
 """What the Triton launchers decide before they launch, on meta tensors: nothing runs, so this needs no interpreter."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -9,13 +7,11 @@ pytest.importorskip("triton", reason="the Triton backend is not installed")
 
 from cases import unless_served
 from fastpeft import dispatch, ops
-from fastpeft.kernels import _common
+from fastpeft.kernels import _launch
 from fastpeft.kernels.linear4bit_small import linear4bit_small
 from fastpeft.kernels.lora_expand import lora_expand_add
 from fastpeft.kernels.lora_grad_a import lora_grad_a
 from fastpeft.kernels.lora_shrink import lora_shrink
-
-MODULES = ("_common", "lora_shrink", "lora_expand", "lora_grad_b", "lora_grad_a", "lora_linear_fused", "linear4bit_small")  # fmt: skip
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -23,17 +19,14 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """(kernel's name, grid, {argument: value}) of every launch, in order."""
-    seen = []
+def launched():
+    """What would have been launched, in order; `given` names the arguments of one."""
+    with _launch.captured() as seen:
+        yield seen
 
-    def launch(kernel, grid, like, args, tile):
-        seen.append((kernel.__name__, grid, dict(zip(kernel.arg_names, args, strict=False)) | tile))
 
-    # All are imported before one is changed: a later import would take the changed function of _common and keep it.
-    for module in [importlib.import_module(f"fastpeft.kernels.{name}") for name in MODULES]:
-        monkeypatch.setattr(module, "launch", launch)
-    return seen
+def given(launch):
+    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
 
 
 @pytest.mark.parametrize(
@@ -44,7 +37,7 @@ def test_rows_far_apart(launched, rows, stride, copied):
     """The last token of long sequences: rows that 32-bit offsets within a row block do not reach are copied."""
     x = torch.empty_strided((rows, 64), (stride, 1), dtype=torch.bfloat16, device="meta")
     lora_grad_a(x, meta(rows, 4), meta(4, 64), 0.0, None, True, True)
-    _, _, args = launched[0]
+    args = given(launched[0])
     assert args["stride_xm"] == args["x_ptr"].stride(0) == (64 if copied else stride)
     lora_grad_a(x.new_empty(0), meta(rows, 4), meta(4, 64), 0.0, None, True, False)
 
@@ -56,9 +49,9 @@ def test_programs_of_grad_a(launched, K, p):
     M, seed = 8192, meta(1, dtype=torch.int64)
     for R, least, share in ((16, 250, 1 / 16), (64, 125, 1 / 8)):
         launched.clear()
-        with _common.count_launches() as counted:
+        with _launch.count_launches() as counted:
             lora_grad_a(meta(M, K), meta(M, R), meta(R, K), p, seed, False, True)
-        groups, splits = launched[0][1]
+        groups, splits = launched[0].grid
         assert groups * splits >= least
         assert counted[0].scratch_bytes == 4 * R * K * splits * (splits > 1)
         assert counted[0].scratch_bytes <= share * counted[0].read_bytes
@@ -68,7 +61,7 @@ def test_programs_of_grad_a(launched, K, p):
 def test_programs_of_shrink(launched, M):
     """About one on each SM where the columns allow; 4,160 to 8,064 rows had half of that."""
     lora_shrink(meta(M, 4096), meta(16, 4096), 0.0, None)
-    tiles, splits = launched[0][1]
+    tiles, splits = launched[0].grid
     assert tiles * splits >= 125 or splits == 4096 // 1024
     assert splits == 1 or tiles < 128
 
@@ -92,11 +85,9 @@ def test_fp64_adapters(launched, R):
     ds, db, _ = run("lora_grad_b", dy, s, b, 1.0, True, True)
     assert (da.dtype, db.dtype, ds.dtype) == (torch.float64, torch.float64, torch.bfloat16)
     assert len(launched) > 8
-    for kernel, _, args in launched:
-        given = {
-            name for name, value in args.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float64
-        }
-        assert not given, kernel
+    for launch in launched:
+        pointers = [value for value in launch.args if isinstance(value, torch.Tensor)]
+        assert torch.float64 not in {each.dtype for each in pointers}, launch.kernel
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from checks import lora as gpu_checks
 from compile import kernels as compile_kernels
 from fastpeft import dispatch, ops
 from fastpeft.dispatch import CPP, EAGER, ROWS, TRITON, Row
-from fastpeft.kernels import _common
+from fastpeft.kernels import _common, _launch
 from fastpeft.ops import _flops, _library
 from tune import fourbit as tune_fourbit
 from tune import tiles as tune
@@ -28,7 +28,7 @@ ELSEWHERE = {"PEFT", "torch.compile", "4-bit bitsandbytes"}
 def launched_by(checks, wanted, monkeypatch):
     """The launchers that checks run here on tiny shapes, by record or by name, until all that are wanted have run."""
     seen, load = set(), dispatch.load
-    with monkeypatch.context() as patch, _common.count_launches() as launches:
+    with monkeypatch.context() as patch, _launch.count_launches() as launches:
         patch.setattr(
             dispatch, "load", lambda op, backend: (seen.add(op) if backend == "triton" else None, load(op, backend))[1]
         )
@@ -96,7 +96,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import arch_of, launch, lookup_tile, record
+from fastpeft.kernels._common import lookup_tile
+from fastpeft.kernels._launch import arch_of, launch, record
 
 MODES = ("plain",)
 TILES = {{(80, "half", "plain", 0): dict(BLOCK=64, num_warps=4), (80, "float32", "plain", 0): dict(BLOCK=64, num_warps=4)}}
