@@ -10,6 +10,7 @@ import common  # noqa: F401 - fastpeft becomes importable
 WORDS = {
     "gpu": "gpu.driver",
     "budget": "gpu.budget",
+    "host": "gpu.host_time",
     "model": "gpu.model",
     "tune": "tune.command",
     "kernels": "compile.kernels",

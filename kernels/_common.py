@@ -163,14 +163,14 @@ def _sum_job(part_ptr, out_ptr, numel, splits, pid, BLOCK: tl.constexpr, STEP: t
 @triton.jit(do_not_specialize=["splits0", "splits1", "splits2"])
 def _reduce_splits_kernel(
     part0_ptr, out0_ptr, part1_ptr, out1_ptr, part2_ptr, out2_ptr, numel0, splits0, numel1, splits1, numel2, splits2,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, JOBS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     first1 = tl.cdiv(numel0, BLOCK)
     first2 = first1 + tl.cdiv(numel1, BLOCK)
-    if pid < first1:
+    if JOBS == 1 or pid < first1:
         _sum_job(part0_ptr, out0_ptr, numel0, splits0, pid, BLOCK, STEP)
-    elif pid < first2:
+    elif JOBS == 2 or pid < first2:
         _sum_job(part1_ptr, out1_ptr, numel1, splits1, pid - first1, BLOCK, STEP)
     else:
         _sum_job(part2_ptr, out2_ptr, numel2, splits2, pid - first2, BLOCK, STEP)
@@ -203,7 +203,7 @@ def reduction(name, device, *jobs):
         partial += splits * numel
         written += numel * dtype.itemsize
     numbers += [0, 1] * (3 - len(kept))
-    constants = {"BLOCK": block, "STEP": 16, "num_warps": 4}
+    constants = {"BLOCK": block, "STEP": 16, "JOBS": len(kept), "num_warps": 4}
     launch = Launch(name, partial, 0, written, scratch_bytes=4 * partial)
     return Reduction(Start(_reduce_splits_kernel, (programs,), device, tuple(numbers), constants, launch), kept)
 

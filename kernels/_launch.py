@@ -24,6 +24,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fastpeft.kernels._gpu import Gpu
+
 PLANS = 2048  # kept a launcher, the oldest dropped first: a plan has about a kilobyte
 
 
@@ -50,7 +52,7 @@ class Captured(NamedTuple):
 _counting: list[list[Launch]] = []
 _capturing: list[list[Captured]] = []
 _planned: list = []
-_meta_gpu = (90, 4)  # (compute capability, processors) that meta tensors and the interpreter count as
+_meta_gpu = (90, 4)  # (arch, processors) that meta tensors and the interpreter count as
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ def record(name, flop, read_bytes, written_bytes, weight_bytes=0, scratch_bytes=
 
 @contextlib.contextmanager
 def captured(gpu=_meta_gpu):
-    """Collect what launchers would start for meta tensors, were they on a GPU of this (capability, processors)."""
+    """Collect what launchers would start for meta tensors, were they on this (arch, processors)."""
     global _meta_gpu
     before, launches = _meta_gpu, []
     _meta_gpu = gpu
@@ -105,13 +107,15 @@ def clear_plans():
 
 @lru_cache
 def _gpu(device):
-    """(compute capability, processors) of a CUDA device."""
-    found = torch.cuda.get_device_properties(device)
-    return 10 * found.major + found.minor, found.multi_processor_count
+    """(Gpu, processors). torch counts the memory's clock in kHz and its bus in bits; two transfers a clock."""
+    props = torch.cuda.get_device_properties(device)
+    clock, width = (getattr(props, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    found = Gpu(10 * props.major + props.minor, props.name, 2 * 1e3 * clock * width / 8)
+    return found, props.multi_processor_count
 
 
 def arch_of(device):
-    """Compute capability of a device (or a tensor's) as 10 * major + minor."""
+    """The `Gpu` of a device (or of a tensor's), its compute capability as 10 * major + minor."""
     device = getattr(device, "device", device)
     return (_gpu(device) if device.type == "cuda" else _meta_gpu)[0]
 

@@ -65,7 +65,7 @@ def tile_space(arch, dtype, R, mode):
     return tile_product(BLOCK_M=(16, 32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
-@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_da_kernel(
     x_ptr, ds_ptr, da_ptr, seed_ptr, M, C, CT, R, span, ID, IH, IW, OD, OH, OW, stride_dsm, stride_dsg, stride_split,
     stride_group, threshold, factor, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -113,7 +113,7 @@ def _conv_da_kernel(
         tl.store(ptrs, (da[j] * factor).to(da_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_dx_kernel(
     ds_ptr, a_ptr, dx_ptr, seed_ptr, M, C, CT, R, ID, IH, IW, OD, OH, OW, stride_dsm, threshold, factor,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, BLOCK_M: tl.constexpr,

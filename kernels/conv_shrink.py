@@ -57,7 +57,7 @@ def tile_space(arch, dtype, R, mode):
     return tile_product(BLOCK_M=(32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3, 4))
 
 
-@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _conv_shrink_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, M, C, CT, R, steps, span, ID, IH, IW, OD, OH, OW, stride_ar, stride_split,
     stride_om, stride_og, threshold, factor, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,

@@ -95,7 +95,7 @@ def _weight_tile(
     return scale_rows(decode(packed, FP4), absmax)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _linear4bit_small_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, out_ptr,
     M, N, K, R, span, stride_xm, stride_sm, stride_bn, stride_br, stride_split, scale,
@@ -137,7 +137,7 @@ def _linear4bit_small_fwd_kernel(
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _linear4bit_small_dx_kernel(
     dy_ptr, packed_ptr, absmax_ptr, code_ptr, scale_ptr, offset_ptr, dx_ptr, out_ptr, M, N, K, span, stride_dym,
     stride_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,

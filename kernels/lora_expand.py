@@ -43,7 +43,7 @@ def tile_space(arch, dtype, R, mode="plain"):
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128, 256), num_warps=(4, 8), num_stages=(2,))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _lora_expand_kernel(
     y_ptr, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, R, stride_ym, stride_sm, stride_bn, stride_br, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,

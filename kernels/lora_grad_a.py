@@ -102,6 +102,7 @@ def _add_product(a_ptr, ds, cols, offs_r, K, R, stride_ar, stride_ak, acc):
     return tl.dot(ds, a, acc, input_precision="ieee")
 
 
+# No instruction depends on whether 16 divides M (sm_90, Triton 3.6 and 3.9); elsewhere masks of rows become cheaper.
 @triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_grad_a_kernel(
     x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, seed_ptr, mask_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak,

@@ -65,7 +65,7 @@ def tile_space(arch, dtype, R, mode="plain"):
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_N=(128, 256, 512), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _lora_grad_b_kernel(
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, mask_ptr, M, N, R, span, stride_dym, stride_sm, stride_bn,
     stride_br, stride_ds_split, stride_dsm, stride_db_split, stride_dbn, scale,
@@ -118,7 +118,7 @@ def _lora_grad_b_kernel(
         tl.store(dbias_ptrs, dbias, mask=mask_n[None, :] & first)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _lora_grad_b_rows_kernel(
     dy_ptr, b_ptr, ds_ptr, M, N, R, span, stride_dym, stride_bn, stride_br, stride_ds_split, stride_dsm, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -129,6 +129,7 @@ def _store_tile(y_desc, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         y_desc.store([m, n], acc.to(y_desc.dtype))
 
 
+# No instruction depends on whether 16 divides M: TMA masks.
 @triton.jit(do_not_specialize=["M", "programs"])
 def _lora_linear_fused_fwd_kernel(
     x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, lora_bias_ptr, M, N, K, R, stride_sm, stride_bn, stride_br,

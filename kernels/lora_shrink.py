@@ -102,7 +102,7 @@ def _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak):
     return tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_R]
 
 
-@triton.jit(do_not_specialize=["M", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, copy_ptr, M, K, R, span, stride_xm, stride_ar, stride_ak, stride_split, stride_om,
     threshold, factor, stride_cm,

@@ -17,7 +17,6 @@ import torch
 from checks import fourbit as fourbit_checks
 from checks import lora as checks
 from common import tree
-from compile import kernels as compile_kernels
 from compile.kernels import meta, packed_weight
 from compile.signature import signature
 from fastpeft.kernels import _launch

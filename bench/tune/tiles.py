@@ -109,7 +109,7 @@ class Tuner:
                  fresh: bool = False):  # fmt: skip
         self.device, self.tiny, self.log, self.root = device, tiny, log, root
         self.deadline = time.monotonic() + budget_s
-        from fastpeft.kernels._common import arch_of
+        from fastpeft.kernels._launch import arch_of
 
         self.arch = as_gpu(arch_of(torch.empty(0, device=device)))
         self.state_path = tree.RESULTS / ("tune_state_tiny.json" if tiny else "tune_state.json")

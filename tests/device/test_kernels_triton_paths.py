@@ -111,16 +111,17 @@ def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
     lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True)
     lora_expand_add(x, meta(128, R), meta(K, R), 1.0)
     lora_shrink(x, meta(R, K), 0.0, None)
-    tiles = {kernel: args for kernel, _, args in launched if "reduce" not in kernel}
+    tiles = {launch.kernel.__name__: launch.constants for launch in launched}
     sides = [
         tiles["_lora_grad_a_kernel"]["BLOCK_M"],
         tiles["_lora_expand_kernel"]["BLOCK_N"],
         tiles["_lora_shrink_kernel"]["BLOCK_K"],
     ]
     assert sides == ([rows, 128, 64] if small else [64, 256, 128])
-    both = [args["NEED_DX"] and args["NEED_DA"] for kernel, _, args in launched if kernel == "_lora_grad_a_kernel"]
+    passes = [launch.constants for launch in launched if launch.kernel.__name__ == "_lora_grad_a_kernel"]
+    both = [constants["NEED_DX"] and constants["NEED_DA"] for constants in passes]
     assert both == ([False, False] if small else [True])
     launched.clear()
-    given = {"BLOCK_M": 64, "ONE_PASS": True, "num_warps": 4, "num_stages": 2}
-    lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True, tile=given)
-    assert launched[0][2]["BLOCK_M"] == 64
+    tile = {"BLOCK_M": 64, "ONE_PASS": True, "num_warps": 4, "num_stages": 2}
+    lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True, tile=tile)
+    assert launched[0].constants["BLOCK_M"] == 64

@@ -120,9 +120,9 @@ def test_gpus_without_its_tile(op, arch, monkeypatch):
         match=rf"^{op}: x must be on a GPU of compute capability 9.0 to 11.x .*, got {arch // 10}.{arch % 10}$",
     ):
         ops.lora_linear_fused_fwd(x, w, s, b, backend="triton")
-    key = _cost.strategy_key(8192, 14336, 4096, 16, 0.0, "bf16", arch)
+    key = _cost.strategy_key("forward", 8192, 14336, 4096, 16, 0.0, "bf16", arch)
     monkeypatch.setitem(_cost.TABLE, key, "fused")
-    assert _cost.choose_strategy.__wrapped__(8192, 14336, 4096, 16, 0.0, "bf16", arch) == "accumulate"
+    assert _cost.choose_strategy.__wrapped__("forward", 8192, 14336, 4096, 16, 0.0, "bf16", arch) == "accumulate"
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: divmod(arch, 10))
