@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._launch import Launch, Start, record
+from fastpeft.kernels._launch import Launch, Start, kept_with_plans, record
 
 GROUP = 256  # columns of one dropout group: eight sub-blocks of 32, their masks from one Philox call a row and lane
 MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
@@ -38,6 +38,18 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
     A rank beyond the last bucket takes the last. sm_86 and sm_89 take the entries of sm_80, which therefore fit 99 KB
     of shared memory; so do sm_120 and above, consumer parts with 99 KB and neither wgmma nor tcgen05.
     """
+    found = _found.get((id(tiles), arch, dtype, R, mode))
+    if found is None:
+        found = _found[id(tiles), arch, dtype, R, mode] = tiles, _nearest(tiles, arch, dtype, R, mode)
+    return found[1]
+
+
+# (id of a table, what was asked) -> (the table, its tile); a plan for a new number of rows asks again for the same.
+_found: dict[tuple, tuple] = {}
+kept_with_plans(_found.clear)
+
+
+def _nearest(tiles, arch, dtype, R, mode):
     key = dtype_key(dtype)
     owners = {a for a, d, m, _ in tiles if d == key and m == mode}
     best = getattr(arch, "name", "")

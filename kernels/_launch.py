@@ -51,7 +51,7 @@ class Captured(NamedTuple):
 
 _counting: list[list[Launch]] = []
 _capturing: list[list[Captured]] = []
-_planned: list = []
+_clear: list = []
 _meta_gpu = (90, 4)  # (arch, processors) that meta tensors and the interpreter count as
 
 
@@ -95,14 +95,19 @@ def captured(gpu=_meta_gpu):
 def plan(function):
     """Keep what `function` makes, by its arguments."""
     kept = lru_cache(maxsize=PLANS)(function)
-    _planned.append(kept)
+    kept_with_plans(kept.cache_clear)
     return kept
+
+
+def kept_with_plans(clear):
+    """`clear` forgets something that is made of tile tables, as plans are."""
+    _clear.append(clear)
 
 
 def clear_plans():
     """Forget every plan, after a change of a tile table."""
-    for kept in _planned:
-        kept.cache_clear()
+    for clear in _clear:
+        clear()
 
 
 @lru_cache

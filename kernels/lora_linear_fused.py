@@ -193,16 +193,29 @@ def _lora_linear_fused_dx_kernel(
         _store_tile(dx_desc, acc, m, k, BLOCK_M, BLOCK_N, HALVES)
 
 
-def _descriptors(left, w, out, tile, transposed):
-    """TMA descriptors of the GEMM's tiles; they assert what `fuse_unmet` words, for a graph that met no such check."""
-    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    blocks = ((left, [m, k]), (w, [n, k] if transposed else [k, n]), (out, [m, n // 2 if tile["HALVES"] else n]))
-    return tuple(TensorDescriptor(t, list(t.shape), [_row_stride(t), t.stride(1)], block) for t, block in blocks)
+def _descriptor(shape, stride, dtype, block):
+    """A TMA descriptor of rows `stride` apart in no memory yet; Triton's constructor checks it once for all calls."""
+    made = TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [stride, 1], block)
+    made.base = None
+    return made
+
+
+def _descriptors(templates, *tensors):
+    """The templates in the memory of `tensors`; asserts what `fuse_unmet` words, for a graph that met no such check."""
+    assert aligned(*tensors), "TMA reads from multiples of 16 bytes"
+    out = []
+    for template, tensor in zip(templates, tensors, strict=True):
+        assert tensor.stride(1) == 1, "TMA reads contiguous rows"
+        made = object.__new__(TensorDescriptor)
+        made.__dict__.update(template.__dict__)
+        made.base = tensor
+        out.append(made)
+    return out
 
 
 @plan
-def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_sm, stride_b, tile):
-    """(Start, tile); the biases' dtypes are None where there is none."""
+def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, strides, stride_b, tile):
+    """(Start, descriptors of x, w and y); the biases' dtypes are None where there is none; strides: of x, w, s."""
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "fwd"))
     item = dtype.itemsize
     thin = sum(N * each.itemsize for each in (bias_dtype, lora_bias_dtype) if each is not None)
@@ -213,8 +226,13 @@ def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, s
     programs = min(sm_count(device), -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]))
     flags = {"HAS_BIAS": bias_dtype is not None, "HAS_LORA_BIAS": lora_bias_dtype is not None}
     constants = {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), **flags}
-    numbers = (M, N, K, R, stride_sm, *stride_b, programs)
-    return Start(_lora_linear_fused_fwd_kernel, (programs,), device, numbers, constants, launch), tile
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    descriptors = (
+        _descriptor((M, K), strides[0], dtype, [m, k]), _descriptor((N, K), strides[1], dtype, [n, k]),
+        _descriptor((M, N), N, dtype, [m, n // 2 if tile["HALVES"] else n]),
+    )  # fmt: skip
+    numbers = (M, N, K, R, strides[2], *stride_b, programs)
+    return Start(_lora_linear_fused_fwd_kernel, (programs,), device, numbers, constants, launch), descriptors
 
 
 def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
@@ -224,18 +242,19 @@ def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
     if y.numel() == 0:
         return y
     b, (bias, lora_bias) = narrow(b), dense(bias, lora_bias)
-    start, tile = _fwd_plan(
+    start, descriptors = _fwd_plan(
         x.device, M, N, K, R, x.dtype, b.dtype, None if bias is None else bias.dtype,
-        None if lora_bias is None else lora_bias.dtype, s.stride(0), b.stride(), tile_key(tile),
+        None if lora_bias is None else lora_bias.dtype, (_row_stride(x), _row_stride(w), s.stride(0)), b.stride(),
+        tile_key(tile),
     )  # fmt: skip
     thin = (s, b, s if bias is None else bias, s if lora_bias is None else lora_bias)
-    start((*_descriptors(x, w, y, tile, True), *thin), (float(scale),), aligned(*thin))
+    start((*_descriptors(descriptors, x, w, y), *thin), (float(scale),), aligned(*thin))
     return y
 
 
 @plan
-def _dx_plan(device, M, N, K, R, dtype, a_dtype, p, stride_dsm, stride_a, tile):
-    """(Start, tile, whether there is dropout)."""
+def _dx_plan(device, M, N, K, R, dtype, a_dtype, p, strides, stride_a, tile):
+    """(Start, descriptors of dy, w and dx, whether there is dropout); strides: of dy, w, ds."""
     threshold, factor = dropout_args(p)
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "dx"))
     item = dtype.itemsize
@@ -245,8 +264,14 @@ def _dx_plan(device, M, N, K, R, dtype, a_dtype, p, stride_dsm, stride_a, tile):
     )  # fmt: skip
     programs = min(sm_count(device), -(-M // tile["BLOCK_M"]) * -(-K // tile["BLOCK_N"]))
     constants = {**tile, "BLOCK_R": rank_block(R, MAX_BLOCK_R), "DROPOUT": threshold > 0}
-    numbers = (M, N, K, R, stride_dsm, *stride_a, threshold, factor, programs)
-    return Start(_lora_linear_fused_dx_kernel, (programs,), device, numbers, constants, launch), tile, threshold > 0
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    descriptors = (
+        _descriptor((M, N), strides[0], dtype, [m, k]), _descriptor((N, K), strides[1], dtype, [k, n]),
+        _descriptor((M, K), K, dtype, [m, n // 2 if tile["HALVES"] else n]),
+    )  # fmt: skip
+    numbers = (M, N, K, R, strides[2], *stride_a, threshold, factor, programs)
+    start = Start(_lora_linear_fused_dx_kernel, (programs,), device, numbers, constants, launch)
+    return start, descriptors, threshold > 0
 
 
 def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
@@ -256,9 +281,10 @@ def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
     if dx.numel() == 0:
         return dx
     a = narrow(a)
-    start, tile, dropout = _dx_plan(
-        dy.device, M, N, K, R, dy.dtype, a.dtype, p, ds.stride(0), a.stride(), tile_key(tile)
+    strides = _row_stride(dy), _row_stride(w), ds.stride(0)
+    start, descriptors, dropout = _dx_plan(
+        dy.device, M, N, K, R, dy.dtype, a.dtype, p, strides, a.stride(), tile_key(tile)
     )
-    pointers = (*_descriptors(dy, w, dx, tile, False), ds, a, seed if dropout else ds)
+    pointers = (*_descriptors(descriptors, dy, w, dx), ds, a, seed if dropout else ds)
     start(pointers, aligned=aligned(ds, a))
     return dx

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -88,20 +89,25 @@ def rows() -> dict[str, Callable[[], object]]:
         mask = seed if p else None
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
 
-        def forward(p=p, mask=mask):
-            lora_linear.lora_linear_fwd(x, w, a, b, None, None, SCALE, p, mask)
+        def forward(strategy, p=p, mask=mask):
+            lora_linear.lora_linear_fwd(x, w, a, b, None, None, SCALE, p, mask, strategy=strategy)
 
-        def backward(p=p, mask=mask):
-            lora_linear.lora_linear_bwd(dy, x, w, a, b, s, SCALE, p, mask, *needs)
+        def backward(strategy, p=p, mask=mask):
+            lora_linear.lora_linear_bwd(dy, x, w, a, b, s, SCALE, p, mask, *needs, strategy=strategy)
 
         def step(p=p, leaves=leaves):
             x, a, b = leaves
             y = ops.lora_linear(x, w, a, b, scale=SCALE, dropout=p, backend="triton")
             torch.autograd.grad(y, leaves, dy)
 
-        out |= {f"forward, p={p}": forward, f"backward, p={p}": backward, f"operator with autograd, p={p}": step}
-    out["forward of a new batch length each time"] = lambda: lora_linear.lora_linear_fwd(
-        wide[: next(lengths) % 2**15], w, a, b, None, None, SCALE, 0.0, None
+        for strategy in ("accumulate", "fused"):
+            out |= {
+                f"{strategy}, p={p}: forward": partial(forward, strategy),
+                f"{strategy}, p={p}: backward": partial(backward, strategy),
+            }
+        out[f"operator with autograd, p={p}"] = step
+    out["accumulate: forward of a new batch length"] = lambda: lora_linear.lora_linear_fwd(
+        wide[: next(lengths) % 2**15], w, a, b, None, None, SCALE, 0.0, None, strategy="accumulate"
     )
     return out
 
