@@ -26,7 +26,6 @@ TARGET_PROGRAMS = 256  # about two programs an SM on 108 to 148 SMs; a constant,
 _HALF = (torch.float16, torch.bfloat16)
 
 
-
 def dtype_key(dtype):
     return "half" if dtype in _HALF else "float32"
 
