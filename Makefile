@@ -20,7 +20,7 @@ $(VENV)/.done: pyproject.toml setup.py setup_commands.py $(wildcard csrc/* csrc/
 	rm -f $@
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13"
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e ".[demo,triton,test,dev]"
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e ".[demo,triton,test,dev,docs]"
 	echo "$(TORCH)" > $@
 
 env: $(VENV)/.done  ## make the virtual environment: torch, this package built in place, everything for demo and tests
@@ -74,6 +74,9 @@ gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, t
 	  done; \
 	done; echo "gpu: PYTHON must be an interpreter with torch, got $(PYTHON)" >&2; exit 1
 
+docs: $(ENV)  ## the guide and the reference of every name, as pages under docs/_build
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)
+
 PYTHONS ?= python3
 wheels:  ## dist/: an sdist, and from it a wheel for each of PYTHONS that serves every torch from 2.10 on
 	.ci/wheels $(PYTHONS)
@@ -82,4 +85,4 @@ wheels:  ## dist/: an sdist, and from it a wheel for each of PYTHONS that serves
 check: export FASTPEFT_WERROR = 1
 check: $(ENV) lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 
-.PHONY: help env demo test fmt lint type kernels cuda sanitize model bench roof gpu wheels check
+.PHONY: help env demo test fmt lint type kernels cuda sanitize model bench roof gpu docs wheels check
