@@ -184,6 +184,7 @@ def digits(args: argparse.Namespace) -> Task:
         loss=_digit_loss,
         score=_digits_right,
         head=("head",),
+        head_rate=1e-2,
         targets=lambda model: ["fc1", "fc2"],
         adapter_targets=("fc1", "fc2"),
         rates={"full": 1e-3},

@@ -34,12 +34,19 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def _about(name: str) -> str:
+    method = METHODS[name]
+    others = ", ".join(f"{key}={'...' if value is None else value}" for key, value in method.options.items())
+    return f"  {name:22} lr={method.rate:g}: {method.why}" + (f"\n  {'':22} {others}" if others else "")
+
+
 def parser() -> argparse.ArgumentParser:
     made = _Parser(
         "fastpeft compare",
-        description="Train fine-tuning methods side by side on one task: a table, plots, a JSON file. A second call "
+        description="Train fine-tuning methods side by side on one task: a table, plots, a JSON file. A second call\n"
         "with the same --out goes on where the first was stopped, and may name more methods, seeds and grid points.",
-        epilog="methods: " + "; ".join(f"{name} (rate {m.rate:g}: {m.why})" for name, m in METHODS.items()),
+        epilog="methods, their learning rates and other options for --grid:\n" + "\n".join(map(_about, METHODS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = made.add_argument

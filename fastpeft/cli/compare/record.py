@@ -40,6 +40,11 @@ class Record:
         if file.exists():
             self._resume(settings)
 
+    @classmethod
+    def found(cls, file: Path) -> Record:
+        """The comparison that is in a file, whatever its settings. Raises ValueError, OSError: there is none."""
+        return cls(file, read(file)["settings"])
+
     def _resume(self, settings: dict[str, Any]) -> None:
         found = read(self.file)
         there = found["settings"]

@@ -102,7 +102,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         f"its own; AdamW, rates falling linearly to zero; {precision}.",
         f"Metric: mean over the seeds ± sample standard deviation, on {settings['test_rows']} rows kept for the test."
         + (f" Always the most frequent class: {settings['floor']:.1%}." if settings.get("floor") else ""),
-        f"Every method trains the head ({', '.join(settings['head'])}) too, at rate {settings['head_rate']:g}."
+        f"Every method trains the head ({', '.join(settings['head'])}) too, at rate {settings['head_rate']:g}; "
+        "the method head trains nothing else, at the rate in its row."
         if settings["head"]
         else "There is no head to train.",
     ]
