@@ -30,6 +30,8 @@ from fastpeft.manager import (
     apply_ptuning_to_model,
     apply_qlora_to_model,
     apply_sparse_lora_to_model,
+    load_adapter,
+    save_adapter,
     share_lora,
 )
 from fastpeft.nn import (
@@ -150,6 +152,7 @@ __all__ = [
     "info",
     "insert_prefix",
     "insert_prompt",
+    "load_adapter",
     "lora_disabled",
     "models",
     "ops",
@@ -160,6 +163,7 @@ __all__ = [
     "remask_after",
     "remove_prompt",
     "restore",
+    "save_adapter",
     "share_lora",
     "status",
     "task",

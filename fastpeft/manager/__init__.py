@@ -3,9 +3,12 @@
 ``targets`` says which modules are meant, ``defaults`` which where none is named; ``methods`` which class adapts a
 module; ``placing`` puts in and takes out, all or nothing; ``prompts`` is the same for virtual tokens. The manager is
 one class in several files, each the base of the next: ``account``, ``applying``, ``merging``, ``saving`` (over
-``archive`` and ``options``), ``words``, ``checkpointing``, ``manager``. No arithmetic of an adapter may enter here.
+``archive`` and ``options``), ``words``, ``checkpointing``, ``manager``. ``exchange`` is the formats of other libraries,
+from a manager (``outgoing``) and into one (``incoming``). No arithmetic of an adapter, and no format of a file, may
+enter here.
 """
 
+from fastpeft.manager.exchange import load_adapter, save_adapter
 from fastpeft.manager.manager import (
     EfficientFineTuningManager,
     apply_adalora_to_model,
@@ -37,5 +40,7 @@ __all__ = [
     "apply_ptuning_to_model",
     "apply_qlora_to_model",
     "apply_sparse_lora_to_model",
+    "load_adapter",
+    "save_adapter",
     "share_lora",
 ]
