@@ -15,6 +15,7 @@ WORDS = {
     "tune": "tune.command",
     "kernels": "compile.kernels",
     "cuda": "compile.cuda",
+    "kills": "checks.kill_saves",
     "roof": "common.roofline",
     "report": "common.report",
 }

@@ -12,12 +12,13 @@ import time
 import pytest
 import torch
 
-import kill_saves
 from fastpeft import EfficientFineTuningManager, load_adapter, save_adapter
 from fastpeft.files import safe, tensors
 from manager_cases import Small
 
 pytest.importorskip("safetensors")
+from checks import kill_saves
+
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")
 
 
@@ -37,7 +38,7 @@ def texts(folder):
 
 @forks
 def test_kills(tmp_path):
-    """What bench/kill_saves.py does a thousand times."""
+    """What ``python bench kills`` does a thousand times."""
     found = kill_saves.run(8, tmp_path, longest=0.1)
     assert found["kills"] == 8
 

@@ -1,6 +1,6 @@
 """Processes that save adapters again and again, each killed at a random moment: the old file or the new one is whole.
 
-python bench/kill_saves.py --kills 1000
+python bench kills --kills 1000
 
 Every process writes generation after generation: PEFT's folder (every other one in shards), a file of kohya's, and the
 manager's own. A generation's number is the value of every element and of lora_alpha, so that a folder with files of two
@@ -20,13 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _tree
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
-_tree.ensure_importable()
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from fastpeft import EfficientFineTuningManager, load_adapter, save_adapter  # noqa: E402
+from fastpeft import EfficientFineTuningManager, load_adapter, save_adapter
 
 _LAYERS = 6
 
@@ -57,8 +55,6 @@ def whole(root: Path) -> list[int]:
 
     Raises     AssertionError: a file that is damaged, or of two generations.
     """
-    from safetensors.torch import load_file
-
     folder = root / "folder"
     names = sorted(path.name for path in folder.iterdir())
     index = folder / "adapter_model.safetensors.index.json"
@@ -133,18 +129,14 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         begun = time.monotonic()
         found = run(args.kills, Path(root), args.seed)
         print(json.dumps({**found, "seconds": round(time.monotonic() - begun, 1), "broken files": 0}))
-
-
-if __name__ == "__main__":
-    main()
