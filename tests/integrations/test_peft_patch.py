@@ -146,7 +146,10 @@ def test_door_of_diffusers(tmp_path):
         pipe.save_lora_weights(tmp_path, unet_lora_layers=layers)
         other = pipeline()
         other.load_lora_weights(str(tmp_path))
-    assert fast(pipe.unet) == fast(other.unet) == len(layers) // 2
+    later = pipeline()
+    later.load_lora_weights(str(tmp_path))
+    assert fastpeft.accelerate(later).changed == len(layers) // 2
+    assert fast(pipe.unet) == fast(other.unet) == fast(later.unet) == len(layers) // 2
     other.unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 3, 8))
     assert fastpeft.status(other).served == len(layers) // 2
 
