@@ -183,6 +183,7 @@ def test_grows_refuses_and_retimes(own, capsys):
     (["--steps", "0"], "--steps must be at least 1, got 0"),
     (["--epochs", "-1"], "--epochs must be above 0"),
     (["--retime"], "--retime must find"),
+    (["--device", "abacus"], "--device must be one that torch has here, got 'abacus'"),
 ])  # fmt: skip
 def test_bad_options(tmp_path, capsys, options, said):
     assert main([*options, "--out", str(tmp_path / "out")]) == 2

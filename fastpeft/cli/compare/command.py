@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastpeft.cli.assets import AssetError
+from fastpeft.cli.assets import AssetError, sha256
 from fastpeft.cli.compare import costs, grid
 from fastpeft.cli.compare.builtin import TASKS
 from fastpeft.cli.compare.methods import METHODS
@@ -89,6 +89,11 @@ def check(args: argparse.Namespace) -> None:
         grid.known("--task", args.task, TASKS)
     if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("compare: plots need matplotlib; pip install fastpeft[compare], or pass --no-plots")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"compare: --device must be one that torch has here, got {args.device!r}: {reason}") from error
     if args.retime and not (args.out / "compare.json").is_file():
         raise ValueError(f"compare: --retime must find {args.out / 'compare.json'}, got none")
 
@@ -104,6 +109,7 @@ def settings(args: argparse.Namespace, task: Task, steps: int) -> dict[str, Any]
     floor = max(map(classes.count, set(classes))) / len(classes) if task.metric == "accuracy" and classes else None
     return {
         "task": args.task, "task_name": task.name, "model": args.model, "data": args.data and str(args.data),
+        "data_sha256": args.data and sha256(args.data),
         "steps": steps, "batch_size": args.batch_size, "max_length": args.max_length, "dtype": args.dtype,
         "autocast": args.autocast, "device": args.device, "metric": task.metric, "higher": task.higher,
         "floor": floor, "head": list(task.head), "head_rate": task.head_rate,

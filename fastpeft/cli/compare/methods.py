@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from fastpeft.cli.compare import adapted as hooks
-from fastpeft.cli.compare.adapted import Adapted
+from fastpeft.cli.compare.adapted import Adapted, adalora, keys_and_values, peft_lora, pruned, sparsity
 from fastpeft.cli.compare.task import Task
 from fastpeft.manager import EfficientFineTuningManager
 from fastpeft.ops import _checks
@@ -63,19 +62,19 @@ def _qlora(model: nn.Module, task: Task, options: Options, steps: int) -> Adapte
 
 def _adalora(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     _manager(model, "adalora", task, target_modules=task.names(model), form="svd", **_low_rank(options))
-    return hooks.adalora(model, options["target_rank"], options["orthogonality"], steps)
+    return adalora(model, options["target_rank"], options["orthogonality"], steps)
 
 
 def _sparse(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     given = _low_rank(options) | {"sparsity": options["sparsity"], "pattern": options["pattern"]}
     _manager(model, "sparse_lora", task, target_modules=task.names(model), **given)
-    return Adapted(model, about=lambda: hooks.sparsity(model))
+    return Adapted(model, about=lambda: sparsity(model))
 
 
 def _pruned(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     given = _low_rank(options) | {"prune_rate": options["prune_rate"], "score": options["score"]}
     _manager(model, "pruning_lora", task, target_modules=task.names(model), **given)
-    return hooks.pruned(model, options["prune_rate"], steps)
+    return pruned(model, options["prune_rate"], steps)
 
 
 def _guided(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
@@ -106,7 +105,7 @@ def _p_tuning(model: nn.Module, task: Task, options: Options, steps: int) -> Ada
 
 def _prefix(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     first = task.first_tokens
-    cache = None if first is None else hooks.keys_and_values(model, first, options["tokens"])
+    cache = None if first is None else keys_and_values(model, first, options["tokens"])
     given = {"prefix_length": options["tokens"], "dropout_probability": options["dropout"]}
     manager = _manager(model, "prefix_tuning", task, **given)
     if cache is not None:
@@ -133,13 +132,13 @@ def _none(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted
 
 
 def _peft(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
-    return Adapted(hooks.peft_lora(model, task, _low_rank(options)))
+    return Adapted(peft_lora(model, task, _low_rank(options)))
 
 
 def _accelerated(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     from fastpeft.integrations.peft import accelerate
 
-    adapted = hooks.peft_lora(model, task, _low_rank(options))
+    adapted = peft_lora(model, task, _low_rank(options))
     accelerate(adapted)
     return Adapted(adapted)
 
@@ -205,19 +204,16 @@ def put(name: str, model: nn.Module, task: Task, options: Options, steps: int) -
     return adapted
 
 
-def groups(adapted: Adapted, task: Task, learning_rate: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: the method's own parameters, and the head's, whose rate is the same in all."""
-    model = adapted.model
-    heads: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and any(f".{head}." in f".{name}" for head in task.head):
-            heads.append(parameter)
-    known = {id(p) for p in heads}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    made = [{"params": rest, "lr": learning_rate}, {"params": heads, "lr": task.head_rate}]
+def groups(name: str, adapted: Adapted, task: Task, options: Options) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the method's own parameters, and the head's, whose rate is the same in all methods
+    but the one that trains it alone."""
+    own = rate(name, task, options)
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for path, parameter in adapted.model.named_parameters():
+        if parameter.requires_grad:
+            parts[any(f".{head}." in f".{path}" for head in task.head)].append(parameter)
+    made = [
+        {"params": parts[False], "lr": own},
+        {"params": parts[True], "lr": own if name == "head" else task.head_rate},
+    ]
     return [group for group in made if group["params"]]
-
-
-def head_alone(name: str, learning_rate: float, task: Task) -> Task:
-    """The method "head" has its own rate for the head."""
-    return replace(task, head_rate=learning_rate) if name == "head" else task

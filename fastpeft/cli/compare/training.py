@@ -76,8 +76,7 @@ def prepared(task: Task, name: str, options: dict[str, Any], seed: int, steps: i
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     adapted.model.to(where.device)
-    task = methods.head_alone(name, methods.rate(name, task, options), task)
-    groups = methods.groups(adapted, task, methods.rate(name, task, options))
+    groups = methods.groups(name, adapted, task, options)
     return Trainer(task, adapted, torch.optim.AdamW(groups) if groups else None, where)
 
 
