@@ -13,6 +13,7 @@ WORDS = {
     "host": "gpu.host_time",
     "model": "gpu.model",
     "tune": "tune.command",
+    "paths": "tune.paths",
     "kernels": "compile.kernels",
     "cuda": "compile.cuda",
     "kills": "checks.kill_saves",

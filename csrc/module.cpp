@@ -21,7 +21,8 @@ extern const char *const version, *const sources;  // setup.py writes them
 #ifdef FASTPEFT_CUDA
 std::pair<int, int> cuda_versions();
 #endif
-std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size);
+bool set_fourbit_path(const std::string& name);
+std::string linear4bit_path(int64_t M, int64_t K, const std::string& dtype, int64_t block_size);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -45,7 +46,14 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("name"));
   m.def("isas", &fastpeft::isas);
-  m.def("linear4bit_way", &fastpeft::linear4bit_way, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
+  m.def(
+      "set_fourbit_path",
+      [](const std::string& name) {
+        if (!fastpeft::set_fourbit_path(name))
+          throw pybind11::value_error("set_fourbit_path: name must be auto, gemv, fused or panels, got '" + name + "'");
+      },
+      pybind11::arg("name"));
+  m.def("linear4bit_path", &fastpeft::linear4bit_path, pybind11::arg("M"), pybind11::arg("K"), pybind11::arg("dtype"),
         pybind11::arg("block_size"));
 #ifdef FASTPEFT_CUDA
   m.def("cuda_versions", &fastpeft::cuda_versions);

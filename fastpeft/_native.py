@@ -34,7 +34,8 @@ try:
     isas = _C.isas
     set_isa = _C.set_isa
     build_info = _C.build_info
-    linear4bit_way = _C.linear4bit_way
+    set_fourbit_path = _C.set_fourbit_path
+    linear4bit_path = _C.linear4bit_path
     kept_bytes = _C.kept_bytes
     release_kept = _C.release_kept
 except AttributeError as missing:  # not an ImportError, which would pass for an extension that was never built
@@ -53,10 +54,8 @@ _C.set_native_gemm(NATIVE["bfloat16"], NATIVE["float16"])
 
 
 _FOURBIT = {
-    "bytes": "bytes: one or two rows multiply the packed weight in products of 8-bit integers, where those hold x",
-    "tiles": "tiles: decoded in the cache for the matrix units, up to 512 rows",
-    "nibbles": "nibbles: few rows multiply the packed weight",
-    "blocks": "blocks: decoded in the cache for the vector units",
+    "gemv": "gemv: few rows multiply the packed weight as it is stored",
+    "fused": "fused: decoded piece by piece in the cache for the units that multiply bf16",
     "panels": "panels: dequantised in the cache for the vendor GEMM",
 }
 
@@ -73,4 +72,4 @@ def linear4bit_fwd_strategy(
     x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, *_: Any
 ) -> str:
     """What ``linear4bit_fwd`` of these arguments does, in words."""
-    return _FOURBIT[linear4bit_way(*x.shape, str(x.dtype).removeprefix("torch."), block_size)]
+    return _FOURBIT[linear4bit_path(*x.shape, str(x.dtype).removeprefix("torch."), block_size)]

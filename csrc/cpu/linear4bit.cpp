@@ -1,7 +1,7 @@
 // linear4bit on the CPU: the base product, then the adapter's on top of it. Signatures and meaning: fastpeft/reference/linear4bit.py.
 #include <stdexcept>
 
-#include "cpu/linear4bit_gemm.h"
+#include "cpu/linear4bit_paths.h"
 #include "cpu/lora_adapter.h"
 #include "cpu/lora_pass.h"
 #include "host/gemm.h"
@@ -43,12 +43,12 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   const int64_t M = x.size(0), K = x.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
-  const Way way = way_of(M, K, type, block_size);
+  const Path path = forward_path(M, K, type, block_size);
   const Tensor y = empty_like(x, {M, N});
-  const bool direct = type == Type::f32 || in_own_type(way, M, type);
+  const bool direct = type == Type::f32 || writes_type_of_x(path, M, type);
   optional<Temporary> wide;
   const Tensor& sum = direct ? y : wide.emplace(M, N, ScalarType::Float).tensor;
-  if (M && N) multiply_rows(way, w, x, sum);
+  if (M && N) multiply_forward(path, w, x, sum);
   Tensor s = nothing(x);
   if (a) s = adapter_fwd(x, *a, *b, bias, lora_bias, scale, p, seed, sum, true);
   else add_bias(sum, bias);
@@ -62,12 +62,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
                                                           bool need_dx, bool need_da, bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
-  const Way way = way_back(M, N, K, type_of(dy), block_size);
-  const bool direct = way != Way::panels || native(type_of(dy));
+  const Path path = need_dx ? backward_path(M, N, K, type_of(dy), block_size) : Path::panels;
+  const bool direct = path != Path::panels || native(type_of(dy));
   const Tensor dx = need_dx ? empty_like(dy, {M, K}) : nothing(dy);
   optional<Temporary> wide;
   const Tensor& sum = need_dx && !direct ? wide.emplace(M, K, ScalarType::Float).tensor : dx;
-  if (need_dx && M && K) multiply_columns(way, w, dy, sum);
+  if (need_dx && M && K) multiply_backward(path, w, dy, sum);
   AdapterGrads grads = {nothing(dy), nothing(dy), empty({0}, ScalarType::Float)};
   if (a) grads = adapter_bwd(dy, x, *a, *b, s, scale, p, seed, {need_dx, need_da, need_db, need_bias}, sum, true);
   else if (need_bias) grads.bias = column_sums(dy);
@@ -77,18 +77,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
 
 }  // namespace
 
-// The way of a forward pass, for people to read.
-std::string linear4bit_way(int64_t M, int64_t K, const std::string& dtype, int64_t block_size) {
+// The path of a forward pass, for people to read.
+std::string linear4bit_path(int64_t M, int64_t K, const std::string& dtype, int64_t block_size) {
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16")
-    throw std::invalid_argument("linear4bit_way: dtype must be float32, bfloat16 or float16, got " + dtype);
+    throw std::invalid_argument("linear4bit_path: dtype must be float32, bfloat16 or float16, got " + dtype);
   const Type type = dtype == "bfloat16" ? Type::bf16 : dtype == "float16" ? Type::f16 : Type::f32;
-  switch (way_of(M, K, type, block_size)) {
-    case Way::bytes: return "bytes";
-    case Way::tiles: return "tiles";
-    case Way::nibbles: return "nibbles";
-    case Way::blocks: return "blocks";
-    default: return "panels";
-  }
+  return name_of(forward_path(M, K, type, block_size));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft_cpp, CPU, m) {

@@ -256,6 +256,44 @@ def test_linear_not_finite(native, dtype, M):
         assert torch.equal(y.isfinite(), gold.isfinite())
 
 
+@pytest.fixture(params=["gemv", "fused", "panels"])
+def path(native, request):
+    native.set_fourbit_path(request.param)
+    yield request.param
+    native.set_fourbit_path("auto")
+
+
+def test_linear_by_every_path(native, path, poisoned):
+    """Also with more rows, or fewer, than it is chosen for; with one that cannot serve, an error and no other path."""
+    absmax = torch.rand(72 * 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    pairs = native.build_info()["isa"] in ("avx512_bf16", "amx_bf16")
+    for dtype in DTYPES:
+        for M in (1, 5, 20, 70):
+            if path == "fused" and not (pairs and dtype is torch.bfloat16):
+                with pytest.raises(RuntimeError, match="set_fourbit_path: the path of a forward pass must serve .*'fused'"):
+                    few_rows(native, normal(M, 192, dtype=dtype), absmax)
+                continue
+            x = normal(M, 192, dtype=dtype)
+            y, w, gold = few_rows(native, x, absmax)
+            assert native.linear4bit_path(M, 192, str(dtype).removeprefix("torch."), 64) == path
+            assert_within_budget(y, torch.nn.functional.linear(x, w), gold, dtype)
+            if path != "gemv":
+                check_linear(native, (M, 70, 192), "nf4", 64, True, dtype, False)
+    with pytest.raises(ValueError, match="set_fourbit_path: name must be auto, gemv, fused or panels, got 'tiles'"):
+        native.set_fourbit_path("tiles")
+
+
+def test_gemv_has_no_backward(native):
+    packed, scales, _ = quantised(64 * 64, "nf4", 64, False)
+    native.set_fourbit_path("gemv")
+    try:
+        with pytest.raises(RuntimeError, match="the path of a backward pass must serve its shape and dtype .*'gemv'"):
+            dy, nothing = torch.ones(2, 64), (None, None, torch.empty(0), 1.0, 0.0, None)
+            native.linear4bit_bwd(dy, dy, packed, scales, "nf4", 64, 64, *nothing, True, False, False, False)
+    finally:
+        native.set_fourbit_path("auto")
+
+
 def test_linear_empty(native, poisoned):
     packed, scales, _ = quantised(96 * 64, "nf4", 64, True)
     weight = (packed, scales, "nf4", 64)

@@ -72,3 +72,20 @@ def test_peak_of_the_allocator():
         return torch.empty(500), second
 
     assert timing.peak_cpu_bytes(call) == 4 * 3000
+
+
+def test_paths_are_compared(tmp_path):
+    """Every path that serves is timed for both passes, and the chosen one beside them."""
+    pytest.importorskip("fastpeft._C", reason="the extension is not built")
+    command = [sys.executable, str(BENCH), "paths", "--size", "128", "--rows", "1,20", "--seconds", "0.02"]
+    environment = os.environ | {"FASTPEFT_BENCH_RESULTS": str(tmp_path)}
+    done = subprocess.run([*command, "--isa", "base"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "linear4bit_paths_base_bf16.json").read_text())["rows"]
+    assert [(row["pass"], row["M"], set(row["ms"])) for row in rows] == [
+        ("forward", 1, {"gemv", "panels"}),
+        ("forward", 20, {"gemv", "panels"}),
+        ("backward", 1, {"panels"}),
+        ("backward", 20, {"panels"}),
+    ]
+    assert all(row["chosen_ms"] > 0 and f"{row['over_fastest']:.2f}" in done.stdout for row in rows)

@@ -57,21 +57,21 @@ def test_explain_4_bits_on_a_cpu():
 
     layer = fastpeft.QLoRALinear(linear(64, 64), rank=3, backend="cpp").eval()
 
-    def way(M, dtype):
+    def path(M, dtype):
         (call,) = fastpeft.explain(layer, normal(M, 64, dtype=dtype)).calls
         return call.strategy.split(":")[0]
 
     try:
         _native.set_isa("base")
-        assert [way(M, torch.bfloat16) for M in (1, 4, 5)] == ["nibbles", "nibbles", "panels"]
-        better = {"avx512_bf16": ["nibbles", "blocks", "blocks"], "amx_bf16": ["bytes", "tiles", "panels"]}
-        for isa, ways in better.items():
+        assert [path(M, torch.bfloat16) for M in (1, 4, 5)] == ["gemv", "gemv", "panels"]
+        better = {"avx512_bf16": ["gemv", "fused", "fused"], "amx_bf16": ["gemv", "fused", "panels"]}
+        for isa, paths in better.items():
             try:
                 _native.set_isa(isa)
             except ValueError:
                 continue
-            assert [way(M, torch.bfloat16) for M in (1, 512, 513)] == ways
-            assert [way(M, torch.float32) for M in (1, 500)] == ["nibbles", "panels"]
+            assert [path(M, torch.bfloat16) for M in (1, 512, 513)] == paths
+            assert [path(M, torch.float32) for M in (1, 500)] == ["gemv", "panels"]
     finally:
         _native.set_isa("auto")
 

@@ -6,6 +6,7 @@ import torch
 from cases import normal
 from fastpeft import ops
 from fastpeft.testing import backends
+from instruction_sets import isas, running
 
 
 def gradients(run, *inputs):
@@ -67,16 +68,15 @@ def test_absmax_whose_sum_is_not_finite(backend):
 
 
 @pytest.mark.skipif("cpp" not in backends("linear4bit_fwd"), reason="the extension is not built")
-def test_fp16_is_not_multiplied_in_bytes():
+@pytest.mark.parametrize("isa", isas())
+def test_fp16_is_not_multiplied_in_bytes(isa):
     """Which have one scale for 64 values: 2^-15 of the greatest, where fp16 keeps 2^-12 of each."""
-    from fastpeft import _native
-
-    for isa in ("amx_bf16", "auto"):
-        try:
-            _native.set_isa(isa)
-        except ValueError:
-            continue
-        assert _native.linear4bit_way(1, 4096, "float16", 64) != "bytes"
+    w, x = normal(16, 128), normal(1, 128, std=2e-2).half()
+    w[:, 5], x[0, 5] = 0.0, 1024.0  # the greatest meets no weight
+    q = ops.quantize_4bit(w, double_quant=False)
+    with running(isa):
+        y = ops.linear4bit(x, q, backend="cpp").double()
+    torch.testing.assert_close(y, x.double() @ ops.dequantize_4bit(q).double().T, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.skipif("cpp" not in backends("lora_shrink"), reason="the extension is not built")
