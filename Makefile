@@ -31,13 +31,19 @@ demo: $(ENV)  ## fine-tune MiniLM on movie reviews with PEFT, plain and accelera
 test: $(ENV)  ## all that runs on a CPU, in two processes: reference, C++, Triton under its interpreter, PEFT integration
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-fmt: $(ENV)  ## format every Python file
-	$(PYTHON) -m ruff format .
+CPP = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# The formatter of the environment, not the system's, which may be of another version.
+CLANG_FORMAT = $(shell $(PYTHON) -c "import clang_format; print(clang_format.get_executable('clang-format'))")
 
-lint: $(ENV)  ## ruff, the formatter, and the order of the layers
+fmt: $(ENV)  ## format every Python, C++ and CUDA file
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
+
+lint: $(ENV)  ## ruff, the formatters, and the order of the layers and of csrc's rooms
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest -q tests/package/test_layers.py
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+	$(PYTHON) -m pytest -q tests/package/test_layers.py tests/package/test_csrc_rooms.py
 
 type: $(ENV)  ## mypy
 	$(PYTHON) -m mypy

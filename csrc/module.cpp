@@ -1,4 +1,4 @@
-// The Python module: what was built, and which kernels run. Importing it registers the operators.
+// The Python module: what was built, and which kernels run. Its import registers the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include "host/workspace.h"
 #include "simd/dispatch.h"
 
-// The architectures of the CUDA kernels, as the build was told; setup.py defines it where it found nvcc.
+// The architectures of the CUDA kernels; setup.py defines FASTPEFT_CUDA if it found nvcc.
 #ifdef FASTPEFT_CUDA
 #define FASTPEFT_CUDA_ARCHS FASTPEFT_CUDA
 #else
@@ -23,7 +23,7 @@ std::pair<int, int> cuda_versions();
 #endif
 bool set_fourbit_path(const std::string& name);
 std::string linear4bit_path(int64_t M, int64_t K, const std::string& dtype, int64_t block_size);
-}
+}  // namespace fastpeft
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastpeft";
@@ -42,7 +42,8 @@ PYBIND11_MODULE(_C, m) {
         if (fastpeft::set_isa(name)) return;
         std::string known = "auto";
         for (const std::string& one : fastpeft::isas()) known += ", " + one;
-        throw pybind11::value_error("set_isa: name must be one of " + known + " and run on this processor, got '" + name + "'");
+        throw pybind11::value_error("set_isa: name must be one of " + known + " and run on this processor, got '" +
+                                    name + "'");
       },
       pybind11::arg("name"));
   m.def("isas", &fastpeft::isas);

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # The tile registers as arrays: what they read and write is checked too, and on any processor with AVX-512-BF16.
-FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DFP_EMULATED_TILES"
+TILES = f"-DFP_EMULATED_TILES -I{ROOT / 'tests' / 'emulator'}"
+FLAGS = f"-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer {TILES}"
 TESTS = [
     "tests/device/test_fourbit_cpu.py",
     "tests/device/test_isa.py",
@@ -55,7 +56,8 @@ def main() -> int:
         )
         # Loaded before Python, which is not built with it; libstdc++ too, or the interceptor of `throw` finds nothing.
         preload = f"{library('libasan.so')} {library('libstdc++.so.6')}"
-        run = {**os.environ, "PYTHONPATH": folder, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+        path = os.pathsep.join([folder, f"{folder}/tests", f"{folder}/tests/support"])  # no pyproject.toml gives it
+        run = {**os.environ, "PYTHONPATH": path, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
         # -s: pytest would swallow the report.
         command = [
             sys.executable,

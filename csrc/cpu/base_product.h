@@ -4,12 +4,15 @@
 
 namespace fastpeft {
 
-// Whether the vendor GEMM goes first, and the adapter adds to it. In bf16 that is the faster order (lora_adapter.h); in fp32 the
-// exact one for few rows or columns, where the vendor adds every single term of a dot product to what y holds already.
-constexpr int64_t kFew = 16;
-inline bool is_base_first(Type type, int64_t rows, int64_t columns) { return native(type) && (type != Type::f32 || std::min(rows, columns) < kFew); }
+// Whether the vendor GEMM goes first and the adapter adds to its result. In bf16 this is the faster order
+// (lora_adapter.h). In fp32 it is the accurate one for few rows or columns: there the vendor adds every single term of
+// a dot product to what y already holds.
+constexpr int64_t kSkinny = 16;
+inline bool is_base_first(Type type, int64_t rows, int64_t columns) {
+  return native(type) && (type != Type::f32 || std::min(rows, columns) < kSkinny);
+}
 
-// y [M, N] = x wᵀ, and what ``adapter(sum, add)`` writes to the sum, or adds to it.
+// y [M, N] = x wᵀ plus the adapter's share: `adapter(sum, add)` writes it to `sum`, or adds it.
 template <class F>
 Tensor product_with(const Tensor& x, const Tensor& w, F adapter) {
   const int64_t M = x.size(0), N = w.size(0);
@@ -25,13 +28,14 @@ Tensor product_with(const Tensor& x, const Tensor& w, F adapter) {
     gemm(y, x, transpose(w));
   } else if (M) {
     const Temporary x32 = to_f32(x);
-    upcast_panels(w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(sum, n, count), x32, transpose(w32)); });
+    upcast_panels(
+        w, [&](const Tensor& w32, int64_t n, int64_t count) { gemm(columns(sum, n, count), x32, transpose(w32)); });
     from_f32(sum, y);
   }
   return y;
 }
 
-// dx [M, K] = dy w, and what ``adapter(sum, add)`` writes to the sum, or adds to it.
+// dx [M, K] = dy w plus the adapter's share, as above.
 template <class F>
 Tensor product_dx_with(const Tensor& dy, const Tensor& w, F adapter) {
   const int64_t M = dy.size(0), K = w.size(1);

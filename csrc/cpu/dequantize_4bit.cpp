@@ -1,14 +1,17 @@
-// dequantize_4bit on the CPU. Meaning: fastpeft/reference/dequantize_4bit.py. Bound by memory: 2.5 bytes a value in bf16.
+// dequantize_4bit on the CPU. Bound by memory: 2.5 bytes a value in bf16.
+//
+// Signature and meaning: fastpeft/reference/dequantize_4bit.py.
 #include "cpu/packed_weight.h"
 #include "host/tasks.h"
 
 namespace fastpeft {
 namespace {
 
-// The values of one task: whole blocks of every size, and whole nested blocks of absmax up to a block size of 256.
+// Values of one task: a whole number of blocks of every size, and of nested blocks of absmax up to a block size of 256.
 constexpr int64_t kTaskValues = 1 << 16;
 
-void dequantize_4bit(Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size, Tensor out) {
+void dequantize_4bit(Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                     Tensor out) {
   const int64_t n = out.numel(), count = (n + kTaskValues - 1) / kTaskValues;
   if (n == 0) return;
   const Packed w = packed_of(packed, scales, quant_type, block_size);

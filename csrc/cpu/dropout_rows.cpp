@@ -1,6 +1,6 @@
-// out (+)= mask ∘ x / keep on the CPU, for what vendor libraries multiply: they take no mask.
+// out (+)= mask ∘ x / keep on the CPU, ahead of vendor libraries' products, which take no mask.
 //
-// x [M, K] with contiguous rows, out like it; the mask's rows are counted from first_row.
+// x [M, K] with contiguous rows, out likewise; row 0 of x has row first_row of the mask.
 #include "cpu/lora_pass.h"
 
 namespace fastpeft {

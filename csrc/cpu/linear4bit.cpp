@@ -1,4 +1,6 @@
-// linear4bit on the CPU: the base product, then the adapter's on top of it. Signatures and meaning: fastpeft/reference/linear4bit.py.
+// linear4bit on the CPU: the base product, then the adapter's share added to it.
+//
+// Signatures and meaning: fastpeft/reference/linear4bit.py.
 #include <stdexcept>
 
 #include "cpu/linear4bit_paths.h"
@@ -15,7 +17,8 @@ void add_bias(const Tensor& y, const optional<Tensor>& bias) {
   if (!start) return;
   const int64_t N = y.size(1);
   parallel_rows(y.size(0), [&](int64_t m0, int64_t m1) {
-    kernels().expand(nullptr, 0, m0, m1, 0, nullptr, padded(N), start->data, 1.0f, kAll, true, y.mutable_data_ptr(), type_of(y), N, N);
+    kernels().expand(nullptr, 0, m0, m1, 0, nullptr, padded(N), start->data, 1.0f, kAll, true, y.mutable_data_ptr(),
+                     type_of(y), N, N);
   });
 }
 
@@ -27,9 +30,9 @@ Tensor column_sums(const Tensor& dy) {
   Partials parts(tasks.count, 1, N);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      float* own = parts.clear(task);
+      float* part = parts.clear(task);
       for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
-        kernels().reduce(rows_of(dy), m0, m1, N, kAll, nullptr, 0, 0, 1.0f, nullptr, nullptr, 0, nullptr, 0, own);
+        kernels().reduce(rows_of(dy), m0, m1, N, kAll, nullptr, 0, 0, 1.0f, nullptr, nullptr, 0, nullptr, 0, part);
       });
     }
   });
@@ -37,9 +40,10 @@ Tensor column_sums(const Tensor& dy) {
   return sums;
 }
 
-std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
-                                          int64_t N, optional<Tensor> a, optional<Tensor> b, optional<Tensor> bias,
-                                          optional<Tensor> lora_bias, double scale, double p, optional<Tensor> seed) {
+std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type,
+                                          int64_t block_size, int64_t N, optional<Tensor> a, optional<Tensor> b,
+                                          optional<Tensor> bias, optional<Tensor> lora_bias, double scale, double p,
+                                          optional<Tensor> seed) {
   const int64_t M = x.size(0), K = x.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Type type = type_of(x);
@@ -56,10 +60,12 @@ std::tuple<Tensor, Tensor> linear4bit_fwd(Tensor x, Tensor packed, std::vector<T
   return {y, s};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, Tensor packed, std::vector<Tensor> scales,
-                                                          std::string quant_type, int64_t block_size, int64_t K, optional<Tensor> a,
-                                                          optional<Tensor> b, Tensor s, double scale, double p, optional<Tensor> seed,
-                                                          bool need_dx, bool need_da, bool need_db, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, Tensor packed,
+                                                          std::vector<Tensor> scales, std::string quant_type,
+                                                          int64_t block_size, int64_t K, optional<Tensor> a,
+                                                          optional<Tensor> b, Tensor s, double scale, double p,
+                                                          optional<Tensor> seed, bool need_dx, bool need_da,
+                                                          bool need_db, bool need_bias) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const Weight w = {packed_of(packed, scales, quant_type, block_size), N, K};
   const Path path = need_dx ? backward_path(M, N, K, type_of(dy), block_size) : Path::panels;
@@ -77,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear4bit_bwd(Tensor dy, Tensor x, T
 
 }  // namespace
 
-// The path of a forward pass, for people to read.
+// The name of the path of a forward pass, for explain.
 std::string linear4bit_path(int64_t M, int64_t K, const std::string& dtype, int64_t block_size) {
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16")
     throw std::invalid_argument("linear4bit_path: dtype must be float32, bfloat16 or float16, got " + dtype);

@@ -1,7 +1,7 @@
 // Chooses and runs the path of a product with a 4-bit weight on a CPU.
 //
-// On every path a piece of W is decoded into registers or into a buffer that stays in a cache: W in 16 bits is neither written to
-// memory nor read from it.
+// On every path a piece of W is decoded into registers or into a buffer that stays in a cache: W in 16 bits is neither
+// written to memory nor read from it.
 #include "cpu/linear4bit_paths.h"
 
 #include <atomic>
@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kTasks = 16;
 // The rows up to which gemm writes fp32, which is rounded once, after the adapter: so few cost little.
 constexpr int64_t kWideRows = 64;
-// Bytes of a panel. Every panel reads all rows of x again: at 1024 rows and K = N = 4096 the backward pass takes 47 ms with 1 MiB,
-// 38 ms with 2 MiB and as much with 8 MiB.
+// Bytes of a panel. Every panel reads all rows of x again: at 1024 rows and K = N = 4096 the backward pass takes 47 ms
+// with 1 MiB, 38 ms with 2 MiB and as much with 8 MiB.
 constexpr int64_t kPanelBytes = 1 << 21;
 
 constexpr Path kPaths[] = {Path::gemv, Path::fused, Path::panels};
@@ -44,8 +44,8 @@ std::optional<Path> forced_path() {
 }
 
 [[noreturn]] void cannot(Path path, const char* pass) {
-  throw std::runtime_error("set_fourbit_path: the path of a " + std::string(pass) + " pass must serve its shape and dtype on this processor, got '" +
-                           name_of(path) + "'");
+  throw std::runtime_error("set_fourbit_path: the path of a " + std::string(pass) +
+                           " pass must serve its shape and dtype on this processor, got '" + name_of(path) + "'");
 }
 
 // W[n0 : n1, k0 : k1] to [n1 - n0, k1 - k0].
@@ -57,7 +57,8 @@ void decode(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, con
     const int64_t begin = n0 + first * grain, end = std::min(n1, n0 + last * grain);
     char* to = data + (begin - n0) * width * size_of(type);
     const bool contiguous = width == w.K;
-    four_bit().decode(w.packed, begin * w.K + k0, contiguous ? (end - begin) * w.K : width, contiguous ? 1 : end - begin, w.K, to, type);
+    four_bit().decode(w.packed, begin * w.K + k0, contiguous ? (end - begin) * w.K : width,
+                      contiguous ? 1 : end - begin, w.K, to, type);
   });
 }
 
@@ -87,14 +88,14 @@ void panels_backward(const Weight& w, const Tensor& dy, const Tensor& dx) {
   }
 }
 
-// f(x in the type of the result: its own or fp32).
+// f(x, converted to fp32 if the result is in fp32).
 template <class F>
 void in_type_of(const Tensor& result, const Tensor& x, F f) {
   if (result.scalar_type() == x.scalar_type()) f(x);
   else f(to_f32(x));
 }
 
-// product(absmax of their blocks, n0, n1) for `step` rows of W at a time.
+// product(absmax of the blocks of rows [n0, n1) of W, n0, n1) for `step` rows at a time.
 template <class F>
 void for_weight_rows(const Weight& w, int64_t step, F product) {
   const int64_t row_blocks = w.K / w.packed.block_size;
@@ -108,8 +109,8 @@ void for_weight_rows(const Weight& w, int64_t step, F product) {
   });
 }
 
-// y in fp32. A task takes up to 128 rows of W and multiplies two at a time, one from each half: the hardware's prefetcher follows
-// only long runs.
+// y in fp32. A task takes up to 128 rows of W and multiplies two at a time, one from each half: the hardware's
+// prefetcher follows only long runs.
 void gemv_forward(const Weight& w, const Tensor& x, const Tensor& y) {
   const FourBitGemv& kernel = *four_bit().gemv;
   const int64_t M = x.size(0), step = std::clamp<int64_t>(w.N / kTasks / 2 * 2, 16, 128);
@@ -121,7 +122,7 @@ void gemv_forward(const Weight& w, const Tensor& x, const Tensor& y) {
   });
 }
 
-// f(m0, m1, those rows of x packed by `pack`) for groups of rows.
+// f(m0, m1, rows [m0, m1) of x packed by `pack`) for groups of rows.
 template <class Pack, class F>
 void for_groups(const Tensor& x, Pack pack, F f) {
   const int64_t M = x.size(0), width = x.size(1), group = four_bit().gemm->group_rows;
@@ -129,12 +130,15 @@ void for_groups(const Tensor& x, Pack pack, F f) {
     const int64_t m1 = std::min(m0 + group, M);
     Scratch packed(packed_words(m1 - m0, width));
     uint32_t* const to = reinterpret_cast<uint32_t*>(packed.data);
-    parallel(whole_chunks(width) / kChunk, [&](int64_t first, int64_t last) { pack(rows_of(x), m0, m1, width, first, last, to); });
+    parallel(whole_chunks(width) / kChunk,
+             [&](int64_t first, int64_t last) { pack(rows_of(x), m0, m1, width, first, last, to); });
     f(m0, m1, to);
   }
 }
 
-char* row_of(const Tensor& t, int64_t m) { return static_cast<char*>(t.mutable_data_ptr()) + m * t.stride(0) * size_of(type_of(t)); }
+char* row_of(const Tensor& t, int64_t m) {
+  return static_cast<char*>(t.mutable_data_ptr()) + m * t.stride(0) * size_of(type_of(t));
+}
 
 // y in fp32 or bf16.
 void fused_forward(const Weight& w, const Tensor& x, const Tensor& y) {
@@ -174,7 +178,8 @@ void fused_backward(const Weight& w, const Tensor& dy, const Tensor& dx) {
   decode_absmax(w, absmax);
   for_groups(dy, kernel.pack_backward, [&](int64_t m0, int64_t m1, const uint32_t* packed) {
     for_strips(w, strip_floats(w.N) + padded_rows(m1 - m0) * kStripPart, [&](float* scratch, int64_t k0, int64_t k1) {
-      kernel.backward(packed, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, scratch, row_of(dx, m0), type_of(dx), dx.stride(0));
+      kernel.backward(packed, m1 - m0, w.N, w.K, w.packed, absmax, k0, k1, scratch, row_of(dx, m0), type_of(dx),
+                      dx.stride(0));
     });
   });
 }
@@ -197,7 +202,8 @@ Path forward_path(int64_t M, int64_t K, Type type, int64_t block_size) {
     if (!serves_forward(*path, K, type, block_size)) cannot(*path, "forward");
     return *path;
   }
-  if (serves_forward(Path::gemv, K, type, block_size) && M <= four_bit().gemv->max_rows(type, block_size)) return Path::gemv;
+  if (serves_forward(Path::gemv, K, type, block_size) && M <= four_bit().gemv->max_rows(type, block_size))
+    return Path::gemv;
   if (serves_forward(Path::fused, K, type, block_size) && M <= four_bit().gemm->max_rows) return Path::fused;
   return Path::panels;
 }
@@ -207,7 +213,8 @@ Path backward_path(int64_t M, int64_t N, int64_t K, Type type, int64_t block_siz
     if (!serves_backward(*path, N, K, type, block_size)) cannot(*path, "backward");
     return *path;
   }
-  if (serves_backward(Path::fused, N, K, type, block_size) && M <= four_bit().gemm->max_rows_backward) return Path::fused;
+  if (serves_backward(Path::fused, N, K, type, block_size) && M <= four_bit().gemm->max_rows_backward)
+    return Path::fused;
   return Path::panels;
 }
 

@@ -11,10 +11,10 @@ void expand_into(const Tensor& y, const Tensor& s, const Tensor& b, const float*
   const Tensor readable_b = readable(b);
   const Panel panel(transposed(readable_b), R, N, Use::expand, type_of(y));
   parallel_rows(s.size(0), [&](int64_t m0, int64_t m1) {
-    Scratch own((m1 - m0) * ld);
-    get_rows(s, m0, m1 - m0, own, ld);
-    kernels().expand(own, ld, m0, m1, R, panel.data, panel.ld, bias, static_cast<float>(scale), kAll, add, y.mutable_data_ptr(), type_of(y),
-                     y.stride(0), N);
+    Scratch s_block((m1 - m0) * ld);
+    load_rows(s, m0, m1 - m0, s_block, ld);
+    kernels().expand(s_block, ld, m0, m1, R, panel.data, panel.ld, bias, static_cast<float>(scale), kAll, add,
+                     y.mutable_data_ptr(), type_of(y), y.stride(0), N);
   });
 }
 

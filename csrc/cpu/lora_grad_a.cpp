@@ -6,8 +6,8 @@
 
 namespace fastpeft {
 
-Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p, const optional<Tensor>& seed,
-                   bool need_dx, bool need_da, bool add, const optional<Tensor>& bits_a) {
+Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Tensor& a, double p,
+                   const optional<Tensor>& seed, bool need_dx, bool need_da, bool add, const optional<Tensor>& bits_a) {
   const int64_t M = ds.size(0), K = a.size(1), R = a.size(0), ld = padded(R);
   Tensor da = need_da ? empty_like(a, {R, K}) : nothing(a);
   const Mask mask = mask_of(p, seed);
@@ -16,18 +16,19 @@ Tensor grad_a_into(const Tensor& dx, const Tensor& x, const Tensor& ds, const Te
   const Tasks tasks(M);
   Partials grad(tasks.count, need_da ? R : 0, K);
   parallel(tasks.count, [&](int64_t first, int64_t last) {
-    Scratch left(std::min(kRows, M) * ld);
+    Scratch ds_block(std::min(kRows, M) * ld);
     BlockMask masks(mask, K);
     for (int64_t task = first; task < last; ++task) {
       float* part = need_da ? grad.clear(task) : nullptr;
       for_blocks(tasks.begin(task), tasks.begin(task + 1), [&](int64_t m0, int64_t m1) {
-        get_rows(ds, m0, m1 - m0, left, ld);
+        load_rows(ds, m0, m1 - m0, ds_block, ld);
         const Bits bits = masks.of(m0, m1);
         if (need_da)
-          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, left, ld, part, grad.ld, nullptr);
+          kernels().reduce(rows_of(x), m0, m1, K, bits, nullptr, 0, R, 1.0f, nullptr, ds_block, ld, part, grad.ld,
+                           nullptr);
         if (need_dx)
-          kernels().expand(left, ld, m0, m1, R, panel.data, panel.ld, nullptr, mask.factor, bits, add, dx.mutable_data_ptr(),
-                           type_of(dx), K, K);
+          kernels().expand(ds_block, ld, m0, m1, R, panel.data, panel.ld, nullptr, mask.factor, bits, add,
+                           dx.mutable_data_ptr(), type_of(dx), K, K);
       });
     }
   });

@@ -16,10 +16,12 @@ inline Mask mask_of(double p, const optional<Tensor>& seed) {
   return {{threshold, key}, 65536.0f / static_cast<float>(65536 - threshold)};
 }
 
-// The keep mask of one block of rows, drawn once and used by every pass over the block.
+// The keep mask of a block of rows, drawn once for all passes over the block.
 struct BlockMask {
   BlockMask(const Mask& mask, int64_t width)
-      : drop(mask.drop), width(width), ld((width + kCols - 1) / kCols * (kCols / 8)),
+      : drop(mask.drop),
+        width(width),
+        ld((width + kCols - 1) / kCols * (kCols / 8)),
         data(drop.threshold ? new uint8_t[static_cast<size_t>(kRows * ld)] : nullptr) {}
   Bits of(int64_t m0, int64_t m1) {
     if (data) kernels().draw(drop, m0, m1, width, data.get(), ld);
@@ -32,7 +34,8 @@ struct BlockMask {
 
 constexpr Bits kAll = {nullptr, 0};
 
-// A thin parameter, or the transpose of one, [rows, cols] as a kernel wants it beside x, dy or y of `type`.
+// A thin parameter [rows, cols], or the transpose of one, packed for a kernel that reads or writes x, dy or y of
+// `type`.
 struct Panel {
   Panel(Strided src, int64_t rows, int64_t cols, Use use, Type type)
       : ld(use == Use::expand ? spread_out(cols) : padded(cols)), data(rows * ld) {
@@ -42,8 +45,9 @@ struct Panel {
   Scratch data;
 };
 
-// bias + scale · lora_bias in fp32, padded; null where neither is given.
-inline std::unique_ptr<Scratch> start_row(const optional<Tensor>& bias, const optional<Tensor>& lora_bias, int64_t N, float scale) {
+// bias + scale · lora_bias in fp32, padded; null if neither is given.
+inline std::unique_ptr<Scratch> start_row(const optional<Tensor>& bias, const optional<Tensor>& lora_bias, int64_t N,
+                                          float scale) {
   if (!bias && !lora_bias) return nullptr;
   auto row = std::make_unique<Scratch>(padded(N));
   Scratch other(padded(N));
@@ -57,16 +61,18 @@ inline std::unique_ptr<Scratch> start_row(const optional<Tensor>& bias, const op
   return row;
 }
 
-// The partial sums [count, rows, ld] of the tasks, added in order, to a contiguous tensor [rows, cols] (or [cols, rows]).
+// Partial sums of the tasks, [count, rows, ld], added in task order to a contiguous tensor [rows, cols] or [cols,
+// rows].
 struct Partials {
   Partials(int64_t count, int64_t rows, int64_t cols)
       : count(count), rows(rows), cols(cols), ld(spread_out(cols)), data(count * rows * ld) {}
   float* clear(int64_t task) {
-    float* own = data + task * rows * ld;
-    std::fill(own, own + rows * ld, 0.0f);
-    return own;
+    float* part = data + task * rows * ld;
+    std::fill(part, part + rows * ld, 0.0f);
+    return part;
   }
-  // Zero where a bit of ``mask`` [rows, ceil(cols / 8)] is, which is of ``data`` and not of a transposed out.
+  // Elements whose bit in `mask` [rows, ceil(cols / 8)] is 0 become zero. The mask has the order of `data`, also if
+  // `out` is transposed.
   void finish(const Tensor& out, float factor, bool transposed, const optional<Tensor>& mask = std::nullopt) {
     float* total = data;
     for (int64_t task = 1; task < count; ++task) {
@@ -85,13 +91,13 @@ struct Partials {
           if (!(bits[col / 8] >> col % 8 & 1)) total[row * ld + col] = 0.0f;
     }
     if (!transposed) {
-      put_rows(total, ld, 0, rows, cols, target.mutable_data_ptr(), type_of(target));
+      store_rows(total, ld, 0, rows, cols, target.mutable_data_ptr(), type_of(target));
     } else if (type_of(target) == Type::f32) {
-      turn(total, static_cast<float*>(target.mutable_data_ptr()));
+      transpose(total, static_cast<float*>(target.mutable_data_ptr()));
     } else {
-      Scratch turned(cols * rows);
-      turn(total, turned);
-      kernels().from_float(turned, cols * rows, target.mutable_data_ptr(), type_of(target));
+      Scratch by_columns(cols * rows);
+      transpose(total, by_columns);
+      kernels().from_float(by_columns, cols * rows, target.mutable_data_ptr(), type_of(target));
     }
     if (!direct) {
       Tensor wide = out;
@@ -99,17 +105,18 @@ struct Partials {
     }
   }
   // [rows, ld] to a contiguous [cols, rows].
-  void turn(const float* from, float* to) const {
+  void transpose(const float* from, float* to) const {
     kernels().pack({from, Type::f32, 1, ld}, cols, rows, Use::expand, Type::f32, to, rows);
   }
   int64_t count, rows, cols, ld;
   Scratch data;
 };
 
-inline void shrink_rows(const Tensor& x, const Panel& panel, const Mask& mask, int64_t R, int64_t m0, int64_t m1, float* s) {
+inline void shrink_rows(const Tensor& x, const Panel& panel, const Mask& mask, int64_t R, int64_t m0, int64_t m1,
+                        float* s) {
   BlockMask bits(mask, x.size(1));
-  kernels().reduce(rows_of(x), m0, m1, x.size(1), bits.of(m0, m1), panel.data, panel.ld, R, mask.factor, s,
-                   nullptr, 0, nullptr, 0, nullptr);
+  kernels().reduce(rows_of(x), m0, m1, x.size(1), bits.of(m0, m1), panel.data, panel.ld, R, mask.factor, s, nullptr, 0,
+                   nullptr, 0, nullptr);
 }
 
 }  // namespace fastpeft

@@ -13,9 +13,9 @@ Tensor lora_shrink(Tensor x, Tensor a, double p, optional<Tensor> seed) {
   const Tensor readable_a = readable(a);
   const Panel panel(transposed(readable_a), K, R, Use::reduce, type_of(x));
   parallel_rows(M, [&](int64_t m0, int64_t m1) {
-    Scratch own((m1 - m0) * panel.ld);
-    shrink_rows(x, panel, mask, R, m0, m1, own);
-    put_rows(own, panel.ld, m0, m1 - m0, R, s.mutable_data_ptr(), type_of(s));
+    Scratch s_block((m1 - m0) * panel.ld);
+    shrink_rows(x, panel, mask, R, m0, m1, s_block);
+    store_rows(s_block, panel.ld, m0, m1 - m0, R, s.mutable_data_ptr(), type_of(s));
   });
   return s;
 }

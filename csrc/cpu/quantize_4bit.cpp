@@ -1,4 +1,6 @@
-// quantize_4bit and quantize_absmax on the CPU. Meaning: fastpeft/reference/quantize_4bit.py.
+// quantize_4bit and quantize_absmax on the CPU.
+//
+// Signatures and meaning: fastpeft/reference/quantize_4bit.py.
 #include <cmath>
 
 #include "cpu/packed_weight.h"
@@ -18,15 +20,15 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor w, std::string quant_type, int64
   const Type type = type_of(values);
   const FourBit to = fourbit_of(quant_type);
   uint8_t* nibbles = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  float* most = static_cast<float*>(absmax.mutable_data_ptr());
+  float* maxima = static_cast<float*>(absmax.mutable_data_ptr());
   const int64_t grain = kTaskValues / block_size;
   parallel((blocks + grain - 1) / grain, [&](int64_t first, int64_t last) {
-    four_bit().encode(data, type, n, to, block_size, first * grain, std::min(last * grain, blocks), nibbles, most);
+    four_bit().encode(data, type, n, to, block_size, first * grain, std::min(last * grain, blocks), nibbles, maxima);
   });
   return {packed, absmax};
 }
 
-// The code nearest to each of 65536 points over [-1, 1]: the values are rounded to a point first.
+// The nearest code of 65536 points over [-1, 1]; a value is rounded to a point first.
 constexpr int kPoints = 1 << 16;
 
 std::unique_ptr<uint8_t[]> nearest(const float* code) {
@@ -49,15 +51,16 @@ std::tuple<Tensor, Tensor> quantize_absmax(Tensor values, Tensor code) {
   const auto table = nearest(static_cast<const float*>(code.const_data_ptr()));
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t end = std::min(n, (b + 1) * kNestedBlock);
-    float most = 0.0f;  // NaN is passed over
-    for (int64_t i = b * kNestedBlock; i < end; ++i) most = std::fabs(data[i]) > most ? std::fabs(data[i]) : most;
-    scale[b] = most;
-    const float inverse = 1.0f / most;
+    float max = 0.0f;  // a NaN is skipped
+    for (int64_t i = b * kNestedBlock; i < end; ++i) max = std::fabs(data[i]) > max ? std::fabs(data[i]) : max;
+    scale[b] = max;
+    const float inverse = 1.0f / max;
     for (int64_t i = b * kNestedBlock; i < end; ++i) {
       const float unit = std::clamp(data[i] * inverse, -1.0f, 1.0f);
-      // In fp64 the product is exact, so this is the one rounding of an fma. A NaN, and a block of zeros, takes code 0.
+      // The product is exact in fp64, so the result is rounded once, as by an fma. A NaN and a block of zeros get code
+      // 0.
       const float point = static_cast<float>(static_cast<double>((unit + 1.0f) * 0.5f) * 65535.0 + 0.5);
-      out[i] = most > 0.0f && point == point ? table[static_cast<int>(point)] : uint8_t{0};
+      out[i] = max > 0.0f && point == point ? table[static_cast<int>(point)] : uint8_t{0};
     }
   }
   return {codes, scales};

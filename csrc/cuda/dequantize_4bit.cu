@@ -1,17 +1,17 @@
-// w[i] = round(code[nibble i] · absmax[i / block_size]) for a whole 4-bit weight, absmax doubly quantised or not, in one
-// launch and equal to bitsandbytes' three to the bit (Dettmers et al. 2023, arXiv:2305.14314, eq. 6).
+// w[i] = round(code[nibble i] · absmax[i / block_size]) for a whole 4-bit weight, absmax doubly quantised or not, in
+// one launch and equal to bitsandbytes' three to the bit (Dettmers et al. 2023, arXiv:2305.14314, eq. 6).
 //
-// Memory-bound. Moved: n/2 bytes of packed, n · sizeof(out) of out, and per block 1 byte of codes (4 of plain absmax); the
-// nested code and scales stay in a cache. Nothing else is stored: absmax never exists in memory.
-// A thread takes 8 values: 4 bytes in, 16 (fp32: 32) out. Their 16 codes are in shared memory, one bank each.
+// Memory-bound. Moved: n/2 bytes of packed, n · sizeof(out) of out, and per block 1 byte of codes (4 of plain absmax);
+// the nested code and scales stay in a cache. Nothing else is stored: absmax never exists in memory. A thread takes 8
+// values: 4 bytes in, 16 (fp32: 32) out. Their 16 codes are in shared memory, one bank each.
 #include "cuda/fourbit_device.cuh"
 
 namespace fastpeft {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;    // 4-byte loads in flight a thread: 32 KiB a multiprocessor
-constexpr int kValues = 8;    // of a thread at a time, inside one block: block_size >= 32
+constexpr int kUnroll = 4;  // 4-byte loads in flight a thread: 32 KiB a multiprocessor
+constexpr int kValues = 8;  // of a thread at a time, inside one block: block_size >= 32
 constexpr int64_t kTile = kThreads * kUnroll;
 
 template <class T>
@@ -23,8 +23,8 @@ __device__ __forceinline__ void store_values(T* out, const float (&v)[kValues]) 
       ptx::store(to + i, make_uint4(__float_as_uint(v[4 * i]), __float_as_uint(v[4 * i + 1]),
                                     __float_as_uint(v[4 * i + 2]), __float_as_uint(v[4 * i + 3])));
   } else {
-    ptx::store(to, make_uint4(pair_of<T>(v[0], v[1]), pair_of<T>(v[2], v[3]), pair_of<T>(v[4], v[5]),
-                              pair_of<T>(v[6], v[7])));
+    ptx::store(
+        to, make_uint4(pair_of<T>(v[0], v[1]), pair_of<T>(v[2], v[3]), pair_of<T>(v[4], v[5]), pair_of<T>(v[6], v[7])));
   }
 }
 
@@ -125,16 +125,16 @@ cudaError_t launch(const fp_weight4bit& given, const fp_matrix& out, int64_t N, 
   const bool wide = aligned(given.packed, 4) && aligned(data, 16) &&
                     (one_run || (K % kValues == 0 && out.stride % kValues == 0 && K / kValues <= INT32_MAX));
   if (!wide) {
-    const int64_t blocks = (n + kThreads - 1) / kThreads, most = 1 << 20;
-    return FP_LAUNCH(_dequantize_4bit_any_kernel<T>, static_cast<unsigned>(blocks < most ? blocks : most), kThreads, 0,
-                     stream, w, data, n, K, out.stride);
+    const int64_t blocks = (n + kThreads - 1) / kThreads, max_grid = 1 << 20;
+    return FP_LAUNCH(_dequantize_4bit_any_kernel<T>, static_cast<unsigned>(blocks < max_grid ? blocks : max_grid),
+                     kThreads, 0, stream, w, data, n, K, out.stride);
   }
   const int64_t groups = n / kValues, blocks = (groups + kTile - 1) / kTile;
   return FP_LAUNCH(_dequantize_4bit_kernel<T>, static_cast<unsigned>(blocks ? blocks : 1), kThreads, 0, stream, w, data,
                    groups, static_cast<int>(n % kValues), one_run ? 0 : static_cast<uint32_t>(K / kValues), out.stride);
 }
 
-constexpr int64_t kMostValues = int64_t{1} << 40;  // 2^27 thread blocks
+constexpr int64_t kMaxValues = int64_t{1} << 40;  // 2^27 thread blocks
 
 }  // namespace
 }  // namespace fastpeft
@@ -142,7 +142,7 @@ constexpr int64_t kMostValues = int64_t{1} << 40;  // 2^27 thread blocks
 extern "C" int fp_dequantize_4bit(const fp_weight4bit* w, const fp_matrix* out, int64_t N, int64_t K, void* stream) {
   using namespace fastpeft;
   if (N == 0 || K == 0) return cudaSuccess;
-  if (N < 0 || K < 0 || K > kMostValues || N > kMostValues / K || out->stride < K || !valid(*w))
+  if (N < 0 || K < 0 || K > kMaxValues || N > kMaxValues / K || out->stride < K || !valid(*w))
     return cudaErrorInvalidValue;
   cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (out->type) {

@@ -1,8 +1,8 @@
-// What the kernels on 4-bit weights share: the code tables, the absmax of a block, and values of any dtype.
+// Shared by the kernels on 4-bit weights: the code tables, the absmax of a block, and values of any dtype.
 #pragma once
+#include "cuda/fp_cuda.h"
 #include "cuda/launchers.h"
 #include "shared/fourbit.h"
-#include "cuda/fp_cuda.h"
 
 namespace fastpeft {
 
@@ -32,7 +32,8 @@ inline bool valid(const fp_weight4bit& w) {
 inline Weight4bit as_argument(const fp_weight4bit& w) {
   int log2_block = 0;
   while ((1 << log2_block) < w.block_size) ++log2_block;
-  return {static_cast<const uint8_t*>(w.packed), w.absmax, w.codes, w.code, w.scale, w.offset, w.quant_type, log2_block};
+  return {
+      static_cast<const uint8_t*>(w.packed), w.absmax, w.codes, w.code, w.scale, w.offset, w.quant_type, log2_block};
 }
 
 inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -42,7 +43,7 @@ struct BlockScale {
   float factor;   // the absmax itself, or the scale of its 256
   uint8_t index;  // into the nested code
 
-  template <class Index>  // 32 bits where they are enough: registers are what limits the matrix kernels
+  template <class Index>  // 32 bits if they suffice, as registers limit the matrix kernels
   __device__ __forceinline__ void fetch(const Weight4bit& w, Index block) {
     factor = w.codes ? ptx::load(w.scale + block / static_cast<Index>(kNestedBlock)) : ptx::load(w.absmax + block);
     index = w.codes ? ptx::load(w.codes + block) : 0;

@@ -1,6 +1,6 @@
 // The launchers of the CUDA kernels: C calls on plain pointers, free of torch, so that tests reach them through ctypes.
 //
-// Each returns a cudaError_t: cudaErrorInvalidValue (1) where it does not serve its arguments, and then nothing was
+// They return a cudaError_t: cudaErrorInvalidValue (1) if a launcher does not serve its arguments; then nothing was
 // launched. `stream` is a cudaStream_t.
 #pragma once
 #include <cstdint>
@@ -32,8 +32,8 @@ int fp_dequantize_4bit(const fp_weight4bit* w, const fp_matrix* out, int64_t N, 
 
 // y [M, N] = x [M, K] Wᵀ + scale · s [M, R] bᵀ + bias, added to what y holds where `accumulate`.
 // x, y the same 16-bit type; s, b, bias any of the three. s.data null: no adapter; bias null: none.
-// Serves 1 <= M <= 64, K % 32 = 0, N K <= 2^35, x aligned to 16 bytes, packed to 8, x.stride a multiple of 8 and at most
-// 2^24.
+// Serves 1 <= M <= 64, K % 32 = 0, N K <= 2^35, x aligned to 16 bytes, packed to 8, x.stride a multiple of 8 and at
+// most 2^24.
 int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, const fp_matrix* y, const fp_matrix* s,
                         const fp_matrix* b, const fp_matrix* bias, float scale, int accumulate, int64_t M, int64_t N,
                         int64_t K, int64_t R, void* stream);
@@ -45,9 +45,9 @@ int fp_linear4bit_small_dx(const fp_weight4bit* w, const fp_matrix* dy, const fp
                            int64_t N, int64_t K, float* scratch, int64_t spans, void* stream);
 int64_t fp_linear4bit_small_dx_spans(int64_t M, int64_t N, int64_t K);
 
-// As fp_linear4bit_small, for up to 512 rows: K % 64 = 0, N K <= 2^36, block_size >= 64, x and packed aligned to 16 bytes,
-// x.stride a multiple of 8. K is summed in `spans`, fp_linear4bit_mid_spans for the current device; scratch: fp32
-// [spans, M, N], unused for one.
+// As fp_linear4bit_small, for up to 512 rows: K % 64 = 0, N K <= 2^36, block_size >= 64, x and packed aligned to 16
+// bytes, x.stride a multiple of 8. K is summed in `spans`, fp_linear4bit_mid_spans for the current device; scratch:
+// fp32 [spans, M, N], unused for one.
 int fp_linear4bit_mid(const fp_weight4bit* w, const fp_matrix* x, const fp_matrix* y, const fp_matrix* s,
                       const fp_matrix* b, const fp_matrix* bias, float scale, int accumulate, int64_t M, int64_t N,
                       int64_t K, int64_t R, float* scratch, int64_t spans, void* stream);

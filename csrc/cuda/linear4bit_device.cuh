@@ -1,10 +1,10 @@
-// What the products with a 4-bit weight share: a table of code pairs, the rank-R term, and the sum of spans.
+// Shared by the products with a 4-bit weight: a table of code pairs, the rank-R term, and the sum of spans.
 #pragma once
 #include "cuda/fourbit_device.cuh"
 
 namespace fastpeft {
 
-constexpr int kCodeTable = 256 * 16;  // pairs: a copy for each lane of a half-warp, in banks of its own
+constexpr int kCodeTable = 256 * 16;  // pairs: a copy for every lane of a half-warp, in its own banks
 
 // Entry 16 i + lane: the two codes of byte i.
 __device__ __forceinline__ void fill_codes(float2* table, int quant_type, int tid, int threads) {
@@ -19,7 +19,7 @@ struct Adapter {
   int R;
 };
 
-// Where a product ends: out [M, columns], from one sum, or from `spans` of them in scratch fp32 [spans, M, columns].
+// The result of a product: out [M, columns], from one sum, or from `spans` sums in scratch, fp32 [spans, M, columns].
 template <class T>
 struct Output {
   T* out;
@@ -45,7 +45,7 @@ namespace {
 
 constexpr int kSumThreads = 256;
 
-// Adds the spans in their order.
+// Adds the spans in order.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) _linear4bit_sum_spans_kernel(Output<T> to, int spans) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
@@ -65,15 +65,15 @@ cudaError_t sum_spans(const Output<T>& to, int64_t spans, cudaStream_t stream) {
 
 }  // namespace
 
-constexpr int64_t kMostSpans = 64;
+constexpr int64_t kMaxSpans = 64;
 
-// The number of spans, at most kMostSpans and none of them empty, of the least `cost(spans)`, for a sum of `steps` steps.
+// The number of spans with the lowest `cost(spans)` for a sum of `steps` steps: at most kMaxSpans, none of them empty.
 template <class Cost>
-int64_t best_spans(int64_t steps, int64_t most, Cost cost) {
+int64_t best_spans(int64_t steps, int64_t max_spans, Cost cost) {
   int64_t best = 1;
-  for (int64_t spans = 2; spans <= most && spans <= kMostSpans; ++spans) {
-    const int64_t each = (steps + spans - 1) / spans;
-    if ((steps + each - 1) / each == spans && cost(spans) < cost(best)) best = spans;
+  for (int64_t spans = 2; spans <= max_spans && spans <= kMaxSpans; ++spans) {
+    const int64_t per_span = (steps + spans - 1) / spans;
+    if ((steps + per_span - 1) / per_span == spans && cost(spans) < cost(best)) best = spans;
   }
   return best;
 }

@@ -1,20 +1,20 @@
 // y [M, N] = x Wᵀ + scale · s bᵀ + bias for up to 512 rows, straight from the bytes of a 4-bit weight.
 //
 // Between memory and matrix units: 2 M N K FLOP by mma.sync, and for every 128 rows of x once N K / 2 bytes of packed,
-// which thread blocks that share them read at about the same time; x once for every 256 columns, from L2. The weight in 16
-// bits is never stored: dequantising it first writes and reads 4 bytes a weight, eight times what is read here. What is
-// multiplied are the values that dequantize_4bit would write.
+// which thread blocks that share them read at about the same time; x once for every 256 columns, from L2. The weight in
+// 16 bits is never stored: dequantising it first writes and reads 4 bytes a weight, eight times what is read here. What
+// is multiplied are the values that dequantize_4bit would write.
 //
-// A thread block owns 128 x 256 values of y; 64 values of k of x and of packed at a time go through a ring of kStages in
-// shared memory, filled by cp.async. The weight is the A operand of mma.m16n8k16, and the sum over k runs in the order
-// that lets lane 4g + t take its bytes k = 16t .. 16t + 15 of a row as they lie. A byte becomes two fp32 codes by a table
-// with a copy for each lane of a half-warp; they are scaled and rounded once, to one register of the fragment.
-// (absmax times sums of 64 products, as in linear4bit_cuda.cu, would want more registers than there are beside acc.)
-// The same order gives a lane 16 neighbouring values of a row of x: a 16-byte load is the B fragments of two products, as
-// many bytes as ldmatrix would load, and neither operand is shuffled. Granule i of row m is at i ^ (m & 1), so that eight
-// lanes read eight different quarters of two lines.
-// A thread keeps the absmax of one row, a chunk ahead. Where the tiles of y are few, `spans` thread blocks split K, and a
-// second launch adds their sums in order. Nothing here is timed yet.
+// A thread block owns 128 x 256 values of y; 64 values of k of x and of packed at a time go through a ring of kStages
+// in shared memory, filled by cp.async. The weight is the A operand of mma.m16n8k16, and the sum over k runs in the
+// order that lets lane 4g + t take its bytes k = 16t .. 16t + 15 of a row as they lie. A byte becomes two fp32 codes by
+// a table with a copy for every lane of a half-warp; they are scaled and rounded once, to one register of the fragment.
+// (absmax times sums of 64 products, as in linear4bit_small.cu, would need more registers than are left beside acc.)
+// The same order gives a lane 16 neighbouring values of a row of x: a 16-byte load is the B fragments of two products,
+// as many bytes as ldmatrix would load, and neither operand is shuffled. Granule i of row m is at i ^ (m & 1), so that
+// eight lanes read eight different quarters of two lines. A thread keeps the absmax of one row, a chunk ahead. Where
+// the tiles of y are few, `spans` thread blocks split K, and a second launch adds their sums in order. Nothing here is
+// timed yet.
 #include "cuda/linear4bit_device.cuh"
 
 namespace fastpeft {
@@ -44,7 +44,7 @@ struct Arguments {
   int N;
 };
 
-// Asks for chunk `chunk` of the thread block's rows of x and packed; rows past the end are zero.
+// Starts to load chunk `chunk` of the thread block's rows of x and packed; rows past the end are zero.
 template <class T>
 __device__ __forceinline__ void ask(const Arguments<T>& arg, unsigned char* ring, int slot, int chunk, int first_m,
                                     int first_n) {
@@ -68,8 +68,8 @@ __device__ __forceinline__ void ask(const Arguments<T>& arg, unsigned char* ring
 
 // acc += W xᵀ over one chunk, for this warp.
 template <class T>
-__device__ __forceinline__ void multiply(const T* x, const unsigned char* packed, const float* absmax, const float2* codes,
-                                         int g, int t, float (&acc)[NT][MT][4]) {
+__device__ __forceinline__ void multiply(const T* x, const unsigned char* packed, const float* absmax,
+                                         const float2* codes, int g, int t, float (&acc)[NT][MT][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t a[NT][2][4];
@@ -100,8 +100,8 @@ __device__ __forceinline__ void multiply(const T* x, const unsigned char* packed
 
 // acc += scale · s bᵀ over 16 of the R columns, from `first` on; those past R are zero, and so are rows past the end.
 template <class T>
-__device__ __forceinline__ void add_adapter(const Arguments<T>& arg, uint32_t* pairs, int first, int first_m, int first_n,
-                                            int row_m, int row_n, int g, int t, float (&acc)[NT][MT][4]) {
+__device__ __forceinline__ void add_adapter(const Arguments<T>& arg, uint32_t* pairs, int first, int first_m,
+                                            int first_n, int row_m, int row_n, int g, int t, float (&acc)[NT][MT][4]) {
   const Adapter& adapter = arg.adapter;
   __syncthreads();
 #pragma unroll 1
@@ -209,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, 1) _linear4bit_mid_kernel(Arguments<
   }
 }
 
-constexpr int64_t kMostRows = 512, kMostValues = int64_t{1} << 36;
+constexpr int64_t kMaxRows = 512, kMaxValues = int64_t{1} << 36;
 
 bool serves(int64_t M, int64_t N, int64_t K) {
-  return M >= 0 && M <= kMostRows && N > 0 && K > 0 && K % kChunk == 0 && N <= kMostValues / K && N <= INT32_MAX - kTileN;
+  return M >= 0 && M <= kMaxRows && N > 0 && K > 0 && K % kChunk == 0 && N <= kMaxValues / K && N <= INT32_MAX - kTileN;
 }
 
 int64_t tiles_of(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile; }
@@ -226,8 +226,8 @@ extern "C" int64_t fp_linear4bit_mid_spans(int64_t M, int64_t N, int64_t K) {
   if (!serves(M, N, K) || processors == 0) return 1;
   // FLOP: those all processors could have done in the time of the busiest one; and, at 512 FLOP a byte, the sums.
   auto cost = [&](int64_t spans) {
-    const int64_t turns = (tiles_of(M, kTileM) * tiles_of(N, kTileN) * spans + processors - 1) / processors;
-    return turns * processors * ((K / kChunk + spans - 1) / spans) * (2 * kTileM * kTileN * kChunk) +
+    const int64_t waves = (tiles_of(M, kTileM) * tiles_of(N, kTileN) * spans + processors - 1) / processors;
+    return waves * processors * ((K / kChunk + spans - 1) / spans) * (2 * kTileM * kTileN * kChunk) +
            (spans > 1 ? 512 * 8 * spans * M * N : 0);
   };
   return best_spans(K / kChunk, K / kChunk / 4, cost);
@@ -239,8 +239,8 @@ extern "C" int fp_linear4bit_mid(const fp_weight4bit* w, const fp_matrix* x, con
   using namespace fastpeft;
   if (M == 0 || N == 0) return cudaSuccess;
   if (!serves(M, N, K) || !valid(*w) || w->block_size < kChunk || R < 0 || R > INT32_MAX || !aligned(w->packed, 16) ||
-      !aligned(x->data, 16) || x->stride % 8 || x->stride > 1 << 23 || x->type != y->type || spans < 1 || spans > kMostSpans ||
-      (spans > 1 && !scratch))
+      !aligned(x->data, 16) || x->stride % 8 || x->stride > 1 << 23 || x->type != y->type || spans < 1 ||
+      spans > kMaxSpans || (spans > 1 && !scratch))
     return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   auto go = [&](auto type) -> cudaError_t {
@@ -248,11 +248,18 @@ extern "C" int fp_linear4bit_mid(const fp_weight4bit* w, const fp_matrix* x, con
     const bool given = s && s->data && b && b->data;
     const Adapter adapter{as_argument(s), as_argument(b), scale, given ? static_cast<int>(R) : 0};
     const Output<T> to{static_cast<T*>(y->data), y->stride, as_argument(bias), accumulate != 0, scratch,
-                       static_cast<int>(M), N};
+                       static_cast<int>(M),      N};
     const int64_t chunks = K / kChunk;
-    const Arguments<T> arg{as_argument(*w), static_cast<const T*>(x->data), static_cast<uint32_t>(x->stride), adapter, to, static_cast<int>(M),
-                           static_cast<int>(tiles_of(M, kTileM)), static_cast<int>(chunks),
-                           static_cast<int>((chunks + spans - 1) / spans), static_cast<int>(N)};
+    const Arguments<T> arg{as_argument(*w),
+                           static_cast<const T*>(x->data),
+                           static_cast<uint32_t>(x->stride),
+                           adapter,
+                           to,
+                           static_cast<int>(M),
+                           static_cast<int>(tiles_of(M, kTileM)),
+                           static_cast<int>(chunks),
+                           static_cast<int>((chunks + spans - 1) / spans),
+                           static_cast<int>(N)};
     const auto kernel = _linear4bit_mid_kernel<T>;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);

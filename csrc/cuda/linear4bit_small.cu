@@ -1,17 +1,17 @@
 // y [M, N] = x Wᵀ + scale · s bᵀ + bias for 1 <= M <= 64, straight from the bytes of a 4-bit weight.
 //
-// Memory-bound: N K / 2 bytes of packed and N K / block_size codes are read once, x from a cache; 2 M N K FLOP. No weight
-// is ever stored: not in memory, not in shared memory.
+// Memory-bound: N K / 2 bytes of packed and N K / block_size codes are read once, x from a cache; 2 M N K FLOP. No
+// weight is ever stored: not in memory, not in shared memory.
 //
 // The weight is the A operand of mma.m16n8k16: 16 rows of W, 8 rows of x. The sum over k may run in any order, so lane
-// 4g + t takes the 8 bytes k = 16t .. 16t + 15 of rows g and g + 8 as they lie, which are its fragments of four products,
-// and the same 16 elements of x. Where blocks or K are no multiple of 64, it takes half of this: k = 8t .. 8t + 7.
-// A byte becomes a pair of weights by one look-up in a table of 256 pairs that every lane has a copy of, in a bank of its
-// own (32 KiB): 5 instructions a weight are all that 3 TB/s leave an H100, and a look-up or shuffle for each weight would
-// take most of them. absmax multiplies the sum over 64 or 32 values of k, which lie in one block, in fp32: the weight is
-// rounded once, as code, where dequantising rounds code · absmax.
-// The warps of a thread block share rows and split K; their sums are added in the order of the warps, so the bytes of y
-// do not change from call to call. The tiles at the end are those that no architecture spills; none is timed yet.
+// 4g + t takes the 8 bytes k = 16t .. 16t + 15 of rows g and g + 8 as they lie, which are its fragments of four
+// products, and the same 16 elements of x. Where blocks or K are no multiple of 64, it takes half of this: k = 8t .. 8t
+// + 7. A byte becomes a pair of weights by one look-up in a table of 256 pairs that every lane has a copy of, in a bank
+// of its own (32 KiB): 5 instructions a weight are all that 3 TB/s leave an H100, and a look-up or shuffle for every
+// weight would take most of them. absmax multiplies the sum over 64 or 32 values of k, which lie in one block, in fp32:
+// the weight is rounded once, as code, where dequantising rounds code · absmax. The warps of a thread block share rows
+// and split K; their sums are added in the order of the warps, so the bytes of y do not change from call to call. The
+// tiles at the end are those that no architecture spills; none is timed yet.
 #include "cuda/linear4bit_device.cuh"
 
 namespace fastpeft {
@@ -19,16 +19,16 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPairTable = 256 * 32;
-constexpr int kTileRows = 16; // rows of W in one mma
+constexpr int kTileRows = 16;              // rows of W in one mma
 constexpr int kSumStride = kTileRows + 4;  // lanes 4g + t write at 2t kSumStride + g: 32 different banks
 
-// MT tiles of 8 rows of x; a warp takes NT tiles of 16 rows of W, Chunk values of k at a time, and asks for U chunks
+// MT tiles of 8 rows of x; a warp takes NT tiles of 16 rows of W, Chunk values of k at a time, and loads U chunks
 // before it uses the first.
 template <int MT_, int NT_, int U_, int Blocks_, int Chunk_>
 struct Tile {
   static constexpr int MT = MT_, NT = NT_, U = U_, Chunk = Chunk_;
   static_assert(Chunk == 64 || Chunk == 32, "two words of a row for each lane, or one");
-  static constexpr int Blocks = Blocks_;  // of 256 threads on a multiprocessor, which bounds the registers
+  static constexpr int Blocks = Blocks_;             // of 256 threads on a multiprocessor, which bounds the registers
   static constexpr int kSums = 8 * MT * kSumStride;  // fp32 values of a warp
   static constexpr size_t kShared = (kPairTable + 256 + kWarps * kSums) * 4;
 };
@@ -42,12 +42,12 @@ struct Arguments {
   Adapter adapter;
   AnyMatrix bias;
   bool accumulate;
-  int M, chunks;  // K = Chunk chunks
+  int M, chunks;     // K = Chunk chunks
   int64_t N, tiles;  // of the rows that a thread block takes at a time
   int warps_n;       // how many of its warps differ in rows; the others split K
 };
 
-// What one warp loads of W ahead of its use: rows g and g + 8 of each tile.
+// What a warp loads of W ahead of its use: rows g and g + 8 of every tile.
 template <int NT, int Chunk>
 struct Packed {
   std::conditional_t<Chunk == 64, uint2, uint32_t> bytes[NT][2];
@@ -96,8 +96,8 @@ __device__ __forceinline__ void multiply(const Arguments<T>& arg, const Packed<N
   }
 }
 
-// acc += scale · s bᵀ for 16 of the R columns, of which this lane takes the four from `first` on: rows row[j] of b, rows
-// 8i + g of s, of which those from M on repeat the last.
+// acc += scale · s bᵀ for 16 of the R columns, of which this lane takes the four from `first` on: rows row[j] of b,
+// rows 8i + g of s, of which those from M on repeat the last.
 template <class T, int MT, int NT>
 __device__ __forceinline__ void add_adapter(const Adapter& adapter, const int (&row)[NT][2], int M, int first, int g,
                                             float (&acc)[NT][MT][4]) {
@@ -123,13 +123,13 @@ __device__ __forceinline__ void add_adapter(const Adapter& adapter, const int (&
   }
 }
 
-// Adds the warps' sums of one tile of rows, 16 rows of each of the warps_n groups, and writes y.
+// Adds the warps' sums of a tile of rows, 16 rows for every one of the warps_n groups, and writes y.
 template <class T, class Shape>
 __device__ __forceinline__ void write_rows(const Arguments<T>& arg, const float* sums, int64_t first_row, int apart) {
   const int warps_k = kWarps / arg.warps_n;
-  const int each = kTileRows * 8 * Shape::MT;
-  for (int e = static_cast<int>(threadIdx.x); e < arg.warps_n * each; e += kThreads) {
-    const int group = e / each, m = e % each / kTileRows, r = e % kTileRows;
+  const int per_group = kTileRows * 8 * Shape::MT;
+  for (int e = static_cast<int>(threadIdx.x); e < arg.warps_n * per_group; e += kThreads) {
+    const int group = e / per_group, m = e % per_group / kTileRows, r = e % kTileRows;
     const int64_t n = first_row + static_cast<int64_t>(group) * apart + r;
     if (m >= arg.M || n >= arg.N) continue;
     const float* from = sums + group * warps_k * Shape::kSums + m * kSumStride + r;
@@ -206,11 +206,11 @@ __global__ void __launch_bounds__(kThreads, Shape::Blocks) _linear4bit_small_ker
 
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      float* own = sums + warp * Shape::kSums;
+      float* of_warp = sums + warp * Shape::kSums;
 #pragma unroll
       for (int i = 0; i < MT; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) own[(8 * i + 2 * t + (e & 1)) * kSumStride + g + 8 * (e / 2)] = acc[j][i][e];
+        for (int e = 0; e < 4; ++e) of_warp[(8 * i + 2 * t + (e & 1)) * kSumStride + g + 8 * (e / 2)] = acc[j][i][e];
       __syncthreads();
       write_rows<T, Shape>(arg, sums, tile_row + j * kTileRows, NT * kTileRows);
       __syncthreads();
@@ -239,8 +239,9 @@ cudaError_t launch(Arguments<T> arg, cudaStream_t stream) {
   while (Shape::MT > 1 && arg.warps_n < kWarps && tiles(2 * arg.warps_n) >= processors) arg.warps_n *= 2;
   arg.tiles = tiles(arg.warps_n);
   const int64_t slots = int64_t{processors} * Shape::Blocks;
-  const int64_t turns = (arg.tiles + slots - 1) / slots;  // the same number for every thread block, or one less
-  return FP_LAUNCH(kernel, static_cast<unsigned>((arg.tiles + turns - 1) / turns), kThreads, Shape::kShared, stream, arg);
+  const int64_t waves = (arg.tiles + slots - 1) / slots;  // the same number for every thread block, or one less
+  return FP_LAUNCH(kernel, static_cast<unsigned>((arg.tiles + waves - 1) / waves), kThreads, Shape::kShared, stream,
+                   arg);
 }
 
 template <class T>
@@ -259,7 +260,7 @@ cudaError_t launch_any(Arguments<T> arg, int64_t K, cudaStream_t stream) {
   return launch<T, Tile<8, 1, 4, 1, 64>>(arg, stream);
 }
 
-constexpr int64_t kMostValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
+constexpr int64_t kMaxValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
 
 }  // namespace
 }  // namespace fastpeft
@@ -269,7 +270,7 @@ extern "C" int fp_linear4bit_small(const fp_weight4bit* w, const fp_matrix* x, c
                                    int64_t N, int64_t K, int64_t R, void* stream) {
   using namespace fastpeft;
   if (M == 0 || N == 0) return cudaSuccess;
-  const bool sizes = M >= 0 && M <= 64 && N >= 0 && K > 0 && K % 32 == 0 && N <= kMostValues / K && R >= 0 &&
+  const bool sizes = M >= 0 && M <= 64 && N >= 0 && K > 0 && K % 32 == 0 && N <= kMaxValues / K && R >= 0 &&
                      R <= INT32_MAX && x->stride <= 1 << 24;
   if (!sizes || !valid(*w) || !aligned(w->packed, 8) || !aligned(x->data, 16) || x->stride % 8 || x->type != y->type)
     return cudaErrorInvalidValue;

@@ -1,17 +1,17 @@
 // dx [M, K] = dy [M, N] W, or dx += dy W, for 1 <= M <= 64, straight from the bytes of a 4-bit weight.
 //
-// Memory-bound: N K / 2 bytes of packed and N K / block_size codes are read once, dy from a cache; 2 M N K FLOP. No weight
-// is stored in 16 bits. What is multiplied are the values that dequantize_4bit would write: absmax differs along the sum
-// over n, so it cannot wait for the sum as in linear4bit_cuda.cu, and code · absmax is rounded once, as there.
+// Memory-bound: N K / 2 bytes of packed and N K / block_size codes are read once, dy from a cache; 2 M N K FLOP. No
+// weight is stored in 16 bits. What is multiplied are the values that dequantize_4bit would write: absmax differs along
+// the sum over n, so it cannot wait for the sum as in linear4bit_small.cu, and code · absmax is rounded once, as there.
 //
-// The weight is the A operand of mma.m16n8k16, its 16 rows values of k and its reduction over n: a register wants one k of
-// two neighbouring n. Lane 4g + t takes the `Bytes` bytes of values k = 2 Bytes g .. of eight rows n = 8t .. 8t + 7, and the
-// same eight n of dy, which are contiguous: two products over n for each byte, whose two nibbles are the rows g and g + 8.
-// A byte becomes two fp32 codes by one look-up in a table of 256 pairs, with a copy for each lane of a half-warp (32 KiB,
-// no two lanes in one bank); two of them, scaled, become two registers. 3 instructions a weight.
-// The warps of a thread block split n, and so do `spans` thread blocks where the columns alone would leave processors
-// idle. Sums are added in the order of the warps, those of spans in fp32 by a second launch in the order of the spans, so
-// the bytes of dx do not change from call to call. The tiles are those that no architecture spills; none is timed yet.
+// The weight is the A operand of mma.m16n8k16: its 16 rows are values of k, and it sums over n. A register holds one k
+// of two neighbouring n. Lane 4g + t takes the `Bytes` bytes of values k = 2 Bytes g .. of eight rows n = 8t .. 8t + 7,
+// and the same eight n of dy, which are contiguous: two products over n for every byte, whose two nibbles are the rows
+// g and g + 8. A byte becomes two fp32 codes by one look-up in a table of 256 pairs, with a copy for each lane of a
+// half-warp (32 KiB, no two lanes in one bank); two of them, scaled, become two registers. 3 instructions a weight. The
+// warps of a thread block split n, and so do `spans` thread blocks where the columns alone would leave processors idle.
+// Sums are added in the order of the warps, those of spans in fp32 by a second launch in the order of the spans, so the
+// bytes of dx do not change from call to call. The tiles are those that no architecture spills; none is timed yet.
 #include "cuda/linear4bit_device.cuh"
 
 namespace fastpeft {
@@ -20,8 +20,8 @@ namespace {
 constexpr int kRows = 32;  // of W that a warp takes at a time
 constexpr int kLaneRows = 8;
 
-// MT tiles of 8 rows of dy; lanes take Bytes of a row of W, U steps ahead; each of the Groups of the Warps has columns of
-// its own, and splits n.
+// MT tiles of 8 rows of dy; lanes take Bytes of a row of W, U steps ahead; the Warps form Groups, each with its own
+// columns and a share of n.
 template <int MT_, int Bytes_, int U_, int Groups_, int Warps_>
 struct Tile {
   static constexpr int MT = MT_, Bytes = Bytes_, U = U_, Groups = Groups_, Warps = Warps_, kThreads = 32 * Warps_;
@@ -44,7 +44,7 @@ struct Arguments {
   int64_t N, span;  // rows of W of a thread block, a multiple of kRows
 };
 
-// What one warp takes of W ahead of its use.
+// What a warp loads of W ahead of its use.
 template <int Bytes>
 struct Packed {
   std::conditional_t<Bytes == 8, uint2, uint32_t> bytes[kLaneRows];
@@ -96,7 +96,8 @@ __device__ __forceinline__ void write_rows(const Arguments<T>& arg, const float*
   constexpr int warps_n = Shape::Warps / Shape::Groups;
   for (int e = static_cast<int>(threadIdx.x); e < 8 * Shape::kColumns; e += Shape::kThreads) {
     const int m = first_row + e / Shape::kColumns, group = e % Shape::kColumns / Shape::kWarpColumns;
-    const int column = e % Shape::kWarpColumns, k = static_cast<int>(blockIdx.x) * Shape::kColumns + e % Shape::kColumns;
+    const int column = e % Shape::kWarpColumns,
+              k = static_cast<int>(blockIdx.x) * Shape::kColumns + e % Shape::kColumns;
     if (m >= arg.M || k >= arg.K) continue;
     const float* from = sums + group * warps_n * Shape::kSums + (m - first_row) * Shape::kSumStride + column +
                         column / Shape::kLaneColumns;
@@ -121,7 +122,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) _linear4bit_small_dx_kerne
   const float offset = arg.w.codes ? ptx::load(arg.w.offset) : 0.0f;
   __syncthreads();
 
-  const int k = static_cast<int>(blockIdx.x) * Shape::kColumns + warp / warps_n * Shape::kWarpColumns + kLaneColumns * g;
+  const int k =
+      static_cast<int>(blockIdx.x) * Shape::kColumns + warp / warps_n * Shape::kWarpColumns + kLaneColumns * g;
   const uint32_t row_runs = static_cast<uint32_t>(arg.K / kLaneColumns);  // of kLaneColumns values
   const int to_block = arg.w.log2_block - (Bytes == 8 ? 4 : 3);
   using Run = std::remove_reference_t<decltype(Packed<Bytes>::bytes[0])>;
@@ -162,20 +164,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) _linear4bit_small_dx_kerne
     }
   }
 
-  float* own = shared + warp * Shape::kSums + g * (kLaneColumns + 1);
+  float* of_lane = shared + warp * Shape::kSums + g * (kLaneColumns + 1);
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
-    __syncthreads();  // the sums lie where the table was
+    __syncthreads();  // the sums reuse the memory of the table
 #pragma unroll
     for (int c = 0; c < Bytes; ++c)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) own[(2 * t + (e & 1)) * Shape::kSumStride + 2 * c + e / 2] = acc[c][i][e];
+      for (int e = 0; e < 4; ++e) of_lane[(2 * t + (e & 1)) * Shape::kSumStride + 2 * c + e / 2] = acc[c][i][e];
     __syncthreads();
     write_rows<T, Shape>(arg, shared, 8 * i);
   }
 }
 
-// Calls `go` with the tile that M rows take.
+// Calls `go` with the tile for M rows.
 template <class F>
 auto with_tile(int64_t M, F go) {
   if (M <= 8) return go(Tile<1, 8, 1, 1, 16>{});
@@ -197,10 +199,10 @@ cudaError_t launch(Arguments<T> arg, int64_t spans, cudaStream_t stream) {
   return done != cudaSuccess || spans == 1 ? done : sum_spans(arg.to, spans, stream);
 }
 
-constexpr int64_t kMostValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
+constexpr int64_t kMaxValues = int64_t{1} << 35;  // runs of 8 are counted in 32 bits
 
 bool serves(int64_t M, int64_t N, int64_t K) {
-  return M >= 0 && M <= 64 && N > 0 && K > 0 && K <= INT32_MAX && K % 16 == 0 && N <= kMostValues / K;
+  return M >= 0 && M <= 64 && N > 0 && K > 0 && K <= INT32_MAX && K % 16 == 0 && N <= kMaxValues / K;
 }
 
 }  // namespace
@@ -215,8 +217,8 @@ extern "C" int64_t fp_linear4bit_small_dx_spans(int64_t M, int64_t N, int64_t K)
     const int64_t columns = (K + Shape::kColumns - 1) / Shape::kColumns, steps = (N + kRows - 1) / kRows;
     // Bytes: what all processors could have read in the time of the busiest one, and the sums, written and read.
     auto cost = [&](int64_t spans) {
-      const int64_t turns = (columns * spans + processors - 1) / processors, rows = (steps + spans - 1) / spans * kRows;
-      return turns * processors * rows * (Shape::kColumns / 2) + (spans > 1 ? 8 * spans * M * K : 0);
+      const int64_t waves = (columns * spans + processors - 1) / processors, rows = (steps + spans - 1) / spans * kRows;
+      return waves * processors * rows * (Shape::kColumns / 2) + (spans > 1 ? 8 * spans * M * K : 0);
     };
     return best_spans(steps, steps / (Shape::Warps / Shape::Groups), cost);  // a step for every warp
   });
@@ -227,16 +229,23 @@ extern "C" int fp_linear4bit_small_dx(const fp_weight4bit* w, const fp_matrix* d
   using namespace fastpeft;
   if (M == 0 || K == 0) return cudaSuccess;
   if (!serves(M, N, K) || !valid(*w) || !aligned(w->packed, 8) || dy->type != dx->type || spans < 1 ||
-      spans > kMostSpans || (spans > 1 && !scratch))
+      spans > kMaxSpans || (spans > 1 && !scratch))
     return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   auto go = [&](auto type) -> cudaError_t {
     using T = decltype(type);
     const bool wide = aligned(dy->data, 16) && dy->stride % 8 == 0;
     const Output<T> to{static_cast<T*>(dx->data), dx->stride, as_argument(nullptr), accumulate != 0, scratch,
-                       static_cast<int>(M), K};
-    const Arguments<T> arg{as_argument(*w), static_cast<const T*>(dy->data), to, dy->stride, wide, static_cast<int>(M),
-                           static_cast<int>(K), N, 0};
+                       static_cast<int>(M),       K};
+    const Arguments<T> arg{as_argument(*w),
+                           static_cast<const T*>(dy->data),
+                           to,
+                           dy->stride,
+                           wide,
+                           static_cast<int>(M),
+                           static_cast<int>(K),
+                           N,
+                           0};
     return with_tile(M, [&](auto shape) { return launch<T, decltype(shape)>(arg, spans, on); });
   };
   if (dy->type == 1) return go(bf16{});

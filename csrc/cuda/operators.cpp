@@ -1,6 +1,6 @@
 // The operators on 4-bit weights for CUDA tensors: the launchers of the .cu files behind libtorch's stable ABI.
 //
-// Compiled to nothing where setup.py found no nvcc. The extension imports on a torch without CUDA, and holds its own copy
+// Compiled to nothing if setup.py found no nvcc. The extension imports on a torch without CUDA, and holds its own copy
 // of the CUDA runtime: the one symbol it needs of torch's CUDA side is weak.
 #ifdef FASTPEFT_CUDA
 #include <cuda_runtime_api.h>
@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "cuda/launchers.h"
-#include "shared/fourbit.h"
 #include "host/tensor.h"
+#include "shared/fourbit.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -56,7 +56,8 @@ void check(int error, const char* op) {
 }
 
 // out: contiguous of any shape, or [N, K] with rows further apart.
-void dequantize_4bit(Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size, Tensor out) {
+void dequantize_4bit(Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
+                     Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
   fp_matrix to = matrix_of(out);
@@ -96,9 +97,10 @@ void linear4bit_small(Tensor x, Tensor packed, std::vector<Tensor> scales, std::
   const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
   const fp_matrix from = matrix_of(x), to = matrix_of(y);
   const Thin thin(s, b, bias);
-  check(fp_linear4bit_small(&w, &from, &to, &thin.matrix[0], &thin.matrix[1], &thin.matrix[2], static_cast<float>(scale),
-                            accumulate, x.size(0), y.size(1), x.size(1), s ? s->size(1) : 0, stream_of(y)),
-        "linear4bit_small");
+  check(
+      fp_linear4bit_small(&w, &from, &to, &thin.matrix[0], &thin.matrix[1], &thin.matrix[2], static_cast<float>(scale),
+                          accumulate, x.size(0), y.size(1), x.size(1), s ? s->size(1) : 0, stream_of(y)),
+      "linear4bit_small");
 }
 
 void linear4bit_mid(Tensor x, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
@@ -115,8 +117,8 @@ void linear4bit_mid(Tensor x, Tensor packed, std::vector<Tensor> scales, std::st
         "linear4bit_mid");
 }
 
-void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, std::string quant_type, int64_t block_size,
-                         bool accumulate, Tensor dx) {
+void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, std::string quant_type,
+                         int64_t block_size, bool accumulate, Tensor dx) {
   const torch::stable::accelerator::DeviceGuard guard(dx.get_device_index());
   const fp_weight4bit w = weight_of(packed, scales, quant_type, block_size);
   const fp_matrix from = matrix_of(dy), to = matrix_of(dx);
@@ -128,7 +130,8 @@ void linear4bit_small_dx(Tensor dy, Tensor packed, std::vector<Tensor> scales, s
 
 }  // namespace
 
-// As 1000 major + 10 minor: the latest CUDA that the driver serves, 0 without one, and that of the runtime in this build.
+// As 1000 major + 10 minor: the latest CUDA that the driver serves, 0 without one, and that of the runtime in this
+// build.
 std::pair<int, int> cuda_versions() {
   int driver = 0, runtime = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");

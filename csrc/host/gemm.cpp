@@ -1,4 +1,4 @@
-// Which low-precision GEMMs this torch has at the speed of its processor.
+// Which low-precision GEMMs run at the processor's full speed.
 #include "host/gemm.h"
 
 #include <atomic>

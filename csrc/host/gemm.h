@@ -1,19 +1,19 @@
-// The vendor GEMM on a CPU: which types it multiplies fast, and the way through fp32 for those that it does not.
+// The vendor GEMM on a CPU: the types that it multiplies fast, and the detour through fp32 for the others.
 #pragma once
 #include "host/tasks.h"
 
 namespace fastpeft {
 
-// Whether torch multiplies matrices of this type at the speed of the processor.
+// Whether torch multiplies matrices of this type at the processor's full speed.
 bool native(Type type);
-// Set once on import, of what this torch and this processor have.
+// Called once on import, with what this torch and this processor support.
 void set_native_gemm(bool bf16, bool f16);
 
 inline Temporary to_f32(const Tensor& t) {  // [rows, cols], last dimension contiguous
   const int64_t cols = t.size(1);
   Temporary out(t.size(0), cols, ScalarType::Float);
   float* data = static_cast<float*>(out.tensor.mutable_data_ptr());
-  parallel_rows(t.size(0), [&](int64_t m0, int64_t m1) { get_rows(t, m0, m1 - m0, data + m0 * cols, cols); });
+  parallel_rows(t.size(0), [&](int64_t m0, int64_t m1) { load_rows(t, m0, m1 - m0, data + m0 * cols, cols); });
   return out;
 }
 
@@ -21,7 +21,7 @@ inline void from_f32(const Tensor& src, const Tensor& out) {
   const float* data = static_cast<const float*>(src.const_data_ptr());
   const int64_t cols = src.size(1);
   parallel_rows(src.size(0), [&](int64_t m0, int64_t m1) {
-    put_rows(data + m0 * cols, cols, m0, m1 - m0, cols, out.mutable_data_ptr(), type_of(out));
+    store_rows(data + m0 * cols, cols, m0, m1 - m0, cols, out.mutable_data_ptr(), type_of(out));
   });
 }
 
@@ -33,8 +33,8 @@ inline Tensor columns(const Tensor& t, int64_t n, int64_t count) {
   return torch::stable::narrow(const_cast<Tensor&>(t), 1, n, count);
 }
 
-// The base product in fp32, panel by panel of W: torch's own bf16 and fp16 products on a processor without such
-// instructions run at 1 to 12 GFLOP/s, the fp32 one at its peak.
+// Calls f(rows [n, n + count) of w in fp32, n, count) panel by panel. On a processor without bf16 or fp16 instructions
+// torch's products of those types run at 1 to 12 GFLOP/s, its fp32 product at the peak.
 constexpr int64_t kUpcastRows = 512;
 
 template <class F>

@@ -1,7 +1,7 @@
-// Tasks on torch's thread pool, and rows of fp32 from and to tensors.
+// Tasks on torch's thread pool, and conversions between rows of fp32 and tensors.
 //
-// Work is cut into tasks by shape alone, and partial sums are added in the order of the tasks, so that the bytes of what these
-// kernels compute do not depend on the number of threads. Those of the vendor GEMM may: its sums are cut as it sees fit.
+// Work is cut into tasks by shape alone and partial sums are added in task order, so the bytes that our kernels compute
+// do not depend on the number of threads. The vendor GEMM's may, as it splits its sums itself.
 #pragma once
 #include <algorithm>
 
@@ -9,7 +9,8 @@
 
 namespace fastpeft {
 
-// The row ranges of the tasks: multiples of kRows, at most 16, each worth its partial sums.
+// Row ranges for tasks: whole multiples of kRows, at most 16 of them, each large enough to be worth its own partial
+// sums.
 struct Tasks {
   explicit Tasks(int64_t rows)
       : M(rows), count(std::clamp<int64_t>(rows / (2 * kRows), 1, 16)), blocks((rows + kRows - 1) / kRows) {}
@@ -35,13 +36,13 @@ void parallel_rows(int64_t M, F f) {
   parallel(blocks, [&](int64_t begin, int64_t end) { for_blocks(begin * kRows, std::min(end * kRows, M), f); });
 }
 
-// Rows of fp32 [rows, ld] to a contiguous [M, R] tensor, from row m0 on.
-inline void put_rows(const float* s, int64_t ld, int64_t m0, int64_t rows, int64_t R, void* out, Type type) {
+// fp32 [rows, ld] to rows m0 and on of a contiguous [M, R] tensor.
+inline void store_rows(const float* s, int64_t ld, int64_t m0, int64_t rows, int64_t R, void* out, Type type) {
   for (int64_t m = 0; m < rows; ++m)
     kernels().from_float(s + m * ld, R, static_cast<char*>(out) + (m0 + m) * R * size_of(type), type);
 }
 
-inline void get_rows(const Tensor& s, int64_t m0, int64_t rows, float* out, int64_t ld) {
+inline void load_rows(const Tensor& s, int64_t m0, int64_t rows, float* out, int64_t ld) {
   const Type type = type_of(s);
   const int64_t R = s.size(1);
   for (int64_t m = 0; m < rows; ++m)

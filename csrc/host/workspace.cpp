@@ -21,7 +21,7 @@ struct Kept {
   size_t size;
 };
 
-// AddressSanitizer sees the bounds of a buffer only where it is not a part of a larger one that was kept.
+// AddressSanitizer knows a buffer's bounds only if it is not part of a larger one that was kept.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kKeeps = false;
 #else
@@ -39,18 +39,20 @@ struct Workspace {
   }
 };
 
-// Never destroyed, as threads may outlive it; and held over a fork, so that no thread that the child lacks holds it there.
+// Never destroyed, as threads may outlive it. Locked during a fork, so that the child never inherits a lock held by a
+// thread that it does not have.
 Workspace& workspace() {
   static Workspace* const all = [] {
-    pthread_atfork([] { workspace().lock.lock(); }, [] { workspace().lock.unlock(); }, [] { workspace().lock.unlock(); });
+    pthread_atfork([] { workspace().lock.lock(); }, [] { workspace().lock.unlock(); },
+                   [] { workspace().lock.unlock(); });
     auto* const made = new Workspace;
-    made->kept.reserve(kMostKept / kLeastKept);  // so that keeping one never allocates
+    made->kept.reserve(kMaxKept / kMinKept);  // keeping a buffer then never allocates
     return made;
   }();
   return *all;
 }
 
-// The smallest that fits, of at most twice the size; or null.
+// The smallest buffer that fits and is at most twice as large; or null.
 Kept take(size_t bytes) {
   Workspace& all = workspace();
   const std::lock_guard<std::mutex> held(all.lock);
@@ -69,7 +71,7 @@ Kept take(size_t bytes) {
 
 Buffer::Buffer(size_t bytes) : data(nullptr), size(bytes) {
   if (bytes == 0) return;
-  if (bytes < kLeastKept || !kKeeps) {
+  if (bytes < kMinKept || !kKeeps) {
     data = allocate(bytes);
     return;
   }
@@ -80,13 +82,13 @@ Buffer::Buffer(size_t bytes) : data(nullptr), size(bytes) {
 
 Buffer::~Buffer() {
   if (!data) return;
-  if (size < kLeastKept || size > kMostKept || !kKeeps) {
+  if (size < kMinKept || size > kMaxKept || !kKeeps) {
     release(data);
     return;
   }
   Workspace& all = workspace();
   const std::lock_guard<std::mutex> held(all.lock);
-  while (all.bytes + size > kMostKept) {
+  while (all.bytes + size > kMaxKept) {
     release(all.kept.front().data);
     all.forget(0);
   }

@@ -1,16 +1,17 @@
-// Memory that operators on the CPU need for the length of a call.
+// Memory that operators on the CPU need during a call.
 //
-// Large buffers are kept for the next call: the operating system takes about as long to hand out a fresh page as its 4 KiB
-// take to be decoded, and malloc gives back to it what is large. They are bytes, of no dtype and no shape, for whichever thread asks.
+// Large buffers are kept for the next call: a fresh page from the operating system costs about as much as decoding its
+// 4 KiB, and malloc returns large blocks to the system. A buffer is raw bytes, without dtype or shape, for any thread.
 #pragma once
 #include <cstddef>
 
 namespace fastpeft {
 
-// Smaller ones are malloc's, which keeps those itself; beyond the most that is kept, the oldest are let go.
-constexpr size_t kLeastKept = size_t{1} << 16, kMostKept = size_t{1} << 26;
+// Smaller buffers come from malloc, which keeps them itself. When more than kMaxKept would be kept, the oldest are
+// freed.
+constexpr size_t kMinKept = size_t{1} << 16, kMaxKept = size_t{1} << 26;
 
-// `bytes` at least, aligned to a cache line, not initialised; null for 0.
+// At least `bytes`, aligned to a cache line, not initialised; null for 0.
 class Buffer {
  public:
   explicit Buffer(size_t bytes);
@@ -23,9 +24,9 @@ class Buffer {
   size_t size;
 };
 
-// What is kept and not in use, in bytes.
+// Bytes that are kept and not in use.
 size_t kept_bytes();
-// Lets go of it; returns how much that was.
+// Frees them; returns how many there were.
 size_t release_kept();
 
 }  // namespace fastpeft

@@ -9,7 +9,7 @@ constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// One round; the caller adds kPhiloxW0 and kPhiloxW1 to the key between rounds, of which there are kPhiloxRounds.
+// One of kPhiloxRounds rounds; between rounds the caller adds kPhiloxW0 and kPhiloxW1 to the key.
 // V: a vector of 32-bit unsigned counters; V::mul(a, m, hi, lo) gives both halves of the products.
 template <class V>
 inline void philox_round(V& c0, V& c1, V& c2, V& c3, uint32_t k0, uint32_t k1) {

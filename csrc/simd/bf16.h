@@ -5,16 +5,16 @@
 namespace {
 
 inline vf dot(vf sum, vu a, vu b) {
-  return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
-                                               reinterpret_cast<__m512bh>(b)));
+  return reinterpret_cast<vf>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 
-inline vu spread(const void* p) {  // one pair to all lanes
+inline vu broadcast_pair(const void* p) {  // to all lanes
   uint32_t pair;
   std::memcpy(&pair, p, 4);
   return vu{} + pair;
 }
-inline vu spread2(const void* p) {  // two pairs, in turn
+inline vu broadcast_two_pairs(const void* p) {  // to even and odd lanes
   int64_t pairs;
   std::memcpy(&pairs, p, 8);
   return reinterpret_cast<vu>(_mm512_set1_epi64(pairs));
@@ -28,8 +28,9 @@ inline vf masked_by(vf v, __mmask16 keep) {
 }
 
 inline vf widen(__m256i half) { return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-inline vu low_halves(vf v) {  // bf16 of each lane, in its low half
-  return reinterpret_cast<vu>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)))));
+inline vu low_halves(vf v) {  // bf16 of every lane, in its low half
+  return reinterpret_cast<vu>(
+      _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)))));
 }
 
 }  // namespace

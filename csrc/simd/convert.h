@@ -1,4 +1,4 @@
-// Values of fp32, bf16 and fp16 as vectors of fp32, and rows of them from one to the other.
+// Loads and stores of fp32, bf16 and fp16 as vectors of fp32, and conversions of rows.
 #pragma once
 #include "simd/vector.h"
 
@@ -11,7 +11,7 @@ inline float half_to_float(uint16_t h) {
   if (rest >= 0x0f800000u) {  // infinity or NaN
     rest |= 0x7f800000u;
     std::memcpy(&f, &rest, 4);
-  } else {  // a multiplication by 2^112 mends the exponent, of denormals too
+  } else {  // multiplying by 2^112 corrects the exponent, also of denormals
     std::memcpy(&f, &rest, 4);
     f *= 5192296858534827628530496329220096.0f;
   }
@@ -67,7 +67,7 @@ inline void store_from_float(void* base, int64_t i, vf v) {
   }
   uint16_t* p = static_cast<uint16_t*>(base) + i;
   if constexpr (T == Type::bf16) {
-    // Round to nearest even; a NaN would round up to infinity, so it is set apart.
+    // Round to nearest even. A NaN would round up to infinity, so it is handled apart.
     const vu bits = reinterpret_cast<vu>(v);
     const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const vu nan = reinterpret_cast<vu>(v != v);
@@ -96,9 +96,9 @@ inline float scalar_to_float(const void* base, Type type, int64_t i) {
 template <Type T>
 inline vf load_tail(const void* base, int64_t i, int64_t n) {
 #if FP_ISA >= 2
-  const __mmask16 own = static_cast<__mmask16>((1u << n) - 1);
-  if constexpr (T == Type::f32) return _mm512_maskz_loadu_ps(own, static_cast<const float*>(base) + i);
-  const __m256i half = _mm256_maskz_loadu_epi16(own, static_cast<const uint16_t*>(base) + i);
+  const __mmask16 valid = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (T == Type::f32) return _mm512_maskz_loadu_ps(valid, static_cast<const float*>(base) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(base) + i);
   if constexpr (T == Type::f16) return _mm512_cvtph_ps(half);
   return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #else
@@ -116,9 +116,10 @@ inline vf load_some(const void* base, int64_t i, int64_t n) {
 template <Type T>
 inline void store_some(void* base, int64_t i, vf v, int64_t n) {
   if (n >= kLanes) return store_from_float<T>(base, i, v);
-#if FP_ISA >= 2  // not of 16-bit elements, which is microcode on Zen 4
+#if FP_ISA >= 2  // a masked store of 16-bit elements is microcode on Zen 4
   if constexpr (T == Type::f32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(base) + i, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+    _mm512_mask_storeu_ps(static_cast<float*>(base) + i, static_cast<__mmask16>((1u << n) - 1),
+                          reinterpret_cast<__m512>(v));
     return;
   }
 #endif
@@ -134,7 +135,9 @@ void to_float_as(const void* src, int64_t n, float* out) {
 }
 
 void to_float(const void* src, Type type, int64_t n, float* out) {
-  auto as = type == Type::f32 ? to_float_as<Type::f32> : type == Type::bf16 ? to_float_as<Type::bf16> : to_float_as<Type::f16>;
+  auto as = type == Type::f32    ? to_float_as<Type::f32>
+            : type == Type::bf16 ? to_float_as<Type::bf16>
+                                 : to_float_as<Type::f16>;
   as(src, n, out);
 }
 

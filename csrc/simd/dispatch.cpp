@@ -31,7 +31,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && FP_HAS("avx512bf16") && FP_HAS("avx512vbmi"); }
 
-// Whether this process may use tiles of bf16: the processor has them, and the kernel, asked for them, agrees to save them.
+// Whether this process may use tiles of bf16: the processor has them, and the kernel, asked for them, agrees to save
+// them.
 bool may_use_tiles() {
 #if defined(FP_EMULATED_TILES)
   return true;

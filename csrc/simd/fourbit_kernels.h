@@ -5,10 +5,10 @@
 
 namespace fastpeft {
 
-struct Absmax {         // of every block
-  const float* plain;   // or null, and then code[codes[i]] * scale[i / kNestedBlock] + offset
+struct Absmax {        // of every block
+  const float* plain;  // or null, and then code[codes[i]] * scale[i / kNestedBlock] + offset
   const uint8_t* codes;
-  const float* code;    // [256]
+  const float* code;  // [256]
   const float* scale;
   float offset;
 };
@@ -31,11 +31,12 @@ enum class GemvFormat : int { floats, pairs, bytes };
 struct FourBitGemv {
   // The number of rows up to which this is the fastest path, measured at K = N = 4096.
   int64_t (*max_rows)(Type x, int64_t block_size);
-  // All rows of x to `out`, aligned, of x.count * whole_chunks(K) floats. The format depends on the type and the values of x.
+  // All rows of x to `out`, aligned, of x.count * whole_chunks(K) floats. The format depends on the type and the values
+  // of x.
   GemvFormat (*pack)(const Rows& x, int64_t K, int64_t block_size, void* out);
   // y[m, n] = sum_k x[m, k] w[n, k] in fp32 for n in [n0, n1). `absmax`: of the blocks of these rows of W.
-  void (*multiply)(GemvFormat format, const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1,
-                   float* y, int64_t ldy);
+  void (*multiply)(GemvFormat format, const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax,
+                   int64_t n0, int64_t n1, float* y, int64_t ldy);
 };
 
 // Columns of W that one call of `backward` takes at most, and the part of them that it multiplies at a time.
@@ -53,17 +54,17 @@ struct FourBitGemm {
 
   // Chunks [first, last) of rows [m0, m1) to their place in `out`, packed_words(m1 - m0, K).
   void (*pack_forward)(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out);
-  // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1); y fp32 or bf16 [M, ldy]. `absmax`: of the blocks of these rows
-  // of W.
-  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* scratch,
-                  void* y, Type type, int64_t ldy);
+  // y[m, n] = sum_k x[m, k] w[n, k] for m < M and n in [n0, n1); y fp32 or bf16 [M, ldy]. `absmax`: of the blocks of
+  // these rows of W.
+  void (*forward)(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1,
+                  float* scratch, void* y, Type type, int64_t ldy);
 
   // As `pack_forward`, of dy and N.
   void (*pack_backward)(const Rows& dy, int64_t m0, int64_t m1, int64_t N, int64_t first, int64_t last, uint32_t* out);
-  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and k in [k0, k1), whole parts of a strip. `absmax`: of all blocks of W. `scratch`:
-  // aligned, strip_floats(N) + padded_rows(M) * kStripPart.
-  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
-                   float* scratch, void* dx, Type type, int64_t ldx);
+  // dx[m, k] = sum_n dy[m, n] w[n, k] for m < M and k in [k0, k1), whole parts of a strip. `absmax`: of all blocks of
+  // W. `scratch`: aligned, strip_floats(N) + padded_rows(M) * kStripPart.
+  void (*backward)(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax,
+                   int64_t k0, int64_t k1, float* scratch, void* dx, Type type, int64_t ldx);
 };
 
 inline int64_t padded_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
@@ -72,10 +73,11 @@ inline int64_t strip_floats(int64_t N) { return (N * (kStrip / 8 + kStrip / kStr
 
 struct FourBitKernels {
   // The blocks [first, last) of the n values `w` to nibbles and absmax, as bitsandbytes rounds them on a CPU.
-  void (*encode)(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last, uint8_t* packed,
-                 float* absmax);
+  void (*encode)(const void* w, Type type, int64_t n, FourBit to, int64_t block_size, int64_t first, int64_t last,
+                 uint8_t* packed, float* absmax);
 
-  // `rows` times `width` values of the weight to out [rows, width]; the first starts at `begin`, each `stride` after the one before.
+  // `rows` times `width` values of the weight to out [rows, width]; the first starts at `begin`, each `stride` after
+  // the one before.
   void (*decode)(const Packed& w, int64_t begin, int64_t width, int64_t rows, int64_t stride, void* out, Type type);
 
   // absmax of blocks [first, last) in fp32.

@@ -16,6 +16,7 @@
 #define FP_JOINED(a, b) a##b
 #define FP_JOIN(a, b) FP_JOINED(a, b)
 
+// clang-format off
 #if !defined(FP_TARGET)
 #define FP_SERVES
 #elif defined(__x86_64__) && defined(__GNUC__) && (defined(__linux__) || !defined(FP_TILES))
@@ -30,17 +31,18 @@ _Pragma(FP_TEXT(clang attribute push(__attribute__((target(FP_TARGET))), apply_t
 _Pragma(FP_TEXT(GCC target(FP_TARGET)))
 #endif
 #endif
+// clang-format on
 
 #ifdef FP_SERVES
 #include "simd/table.h"
+#define FP_TABLE &kTable
 #if defined(FP_TARGET) && defined(__clang__)
 #pragma clang attribute pop
 #endif
-namespace fastpeft {
-const Kernels* FP_JOIN(kernels_, FP_NAME)() { return &kTable; }
-}  // namespace fastpeft
 #else
-namespace fastpeft {
-const Kernels* FP_JOIN(kernels_, FP_NAME)() { return nullptr; }
-}  // namespace fastpeft
+#define FP_TABLE nullptr
 #endif
+
+namespace fastpeft {
+const Kernels* FP_JOIN(kernels_, FP_NAME)() { return FP_TABLE; }
+}  // namespace fastpeft

@@ -1,4 +1,5 @@
-// AVX-512-BF16 and, where bf16 is multiplied, the tile registers of AMX-BF16, or 8-bit integers (VNNI, which every such processor has).
+// AVX-512-BF16 and, where bf16 is multiplied, the tile registers of AMX-BF16, or 8-bit integers (VNNI, which every such
+// processor has).
 #define FP_NAME amx_bf16
 #define FP_ISA 3
 #define FP_TILES

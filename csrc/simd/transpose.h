@@ -4,12 +4,17 @@
 
 namespace {
 
-// In every 128 bits, the first (second) 64 of two vectors.
-inline __m512 low_halves_of(__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-inline __m512 high_halves_of(__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+// For every 128 bits, the first (second) 64 bits of two vectors.
+inline __m512 low_halves_of(__m512 a, __m512 b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline __m512 high_halves_of(__m512 a, __m512 b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
 
-// Of four vectors of four 128 bits each, out[i] = the i-th of each.
-inline void transpose_quarters(__m512 a, __m512 b, __m512 c, __m512 d, __m512& out0, __m512& out1, __m512& out2, __m512& out3) {
+// out[i] = the i-th 128 bits of four vectors.
+inline void transpose_quarters(__m512 a, __m512 b, __m512 c, __m512 d, __m512& out0, __m512& out1, __m512& out2,
+                               __m512& out3) {
   const __m512 even = _mm512_shuffle_f32x4(a, b, 0x88), odd = _mm512_shuffle_f32x4(a, b, 0xdd);
   const __m512 even2 = _mm512_shuffle_f32x4(c, d, 0x88), odd2 = _mm512_shuffle_f32x4(c, d, 0xdd);
   out0 = _mm512_shuffle_f32x4(even, even2, 0x88);
@@ -18,7 +23,7 @@ inline void transpose_quarters(__m512 a, __m512 b, __m512 c, __m512 d, __m512& o
   out3 = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
 }
 
-// Inlined: else 16 vectors would go through memory.
+// Inlined, or the 16 vectors would go through memory.
 __attribute__((always_inline)) inline void transpose(__m512 (&v)[16]) {
   __m512 a[16];
 #pragma GCC unroll 16
@@ -34,7 +39,8 @@ __attribute__((always_inline)) inline void transpose(__m512 (&v)[16]) {
     v[i + 3] = high_halves_of(a[i + 1], a[i + 3]);
   }
 #pragma GCC unroll 16
-  for (int c = 0; c < 4; ++c) transpose_quarters(v[c], v[4 + c], v[8 + c], v[12 + c], v[c], v[4 + c], v[8 + c], v[12 + c]);
+  for (int c = 0; c < 4; ++c)
+    transpose_quarters(v[c], v[4 + c], v[8 + c], v[12 + c], v[c], v[4 + c], v[8 + c], v[12 + c]);
 }
 
 }  // namespace

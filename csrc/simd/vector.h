@@ -1,7 +1,7 @@
-// Vectors of the instruction set that the including file has named by FP_ISA (0 plain, 1 AVX2, 2 AVX-512, 3 with BF16).
+// Vectors of the instruction set FP_ISA (0 plain, 1 AVX2, 2 AVX-512, 3 with BF16; isa.h).
 //
-// The arithmetic is GCC's and clang's vector extension, so that the kernels are written once; intrinsics stand only where
-// it has no word. Include after the target pragma (simd/isa.h), inside no namespace.
+// Arithmetic uses GCC's and clang's vector extension, so that kernels are written once; intrinsics only express what it
+// cannot. Include after the target pragma, outside of any namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,8 +14,8 @@ namespace {
 
 using namespace fastpeft;
 
-// No template of the standard library in these headers: an instance compiled for this instruction set could be the one that
-// the linker keeps for the whole library.
+// Not std::min: an instance of a library template that is compiled for this instruction set could be the copy that the
+// linker keeps for the whole library.
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if FP_ISA >= 2
@@ -45,7 +45,7 @@ inline void store(void* p, V v) {
 }
 inline vf splat(float f) { return f - vf{}; }  // x - 0 is x for every x: folds to a broadcast
 
-// Not `= {}`, which GCC makes a `rep stos` on the stack of.
+// Not `= {}`, which GCC compiles to a `rep stos` on the stack.
 template <int MR, int NV>
 inline void clear(vf (&acc)[MR][NV]) {
 #pragma GCC unroll 16
@@ -67,7 +67,8 @@ inline float total(vf v) {
 inline void totals(vf a, vf b, float& of_a, float& of_b) {
 #if FP_ISA >= 2
   const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
-  const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));  // of a, b, a, b in every 128 bits
+  const __m512 both =
+      _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));  // of a, b, a, b in every 128 bits
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
   const __m128 fourth = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   const __m128 sums = _mm_add_ps(fourth, _mm_movehl_ps(fourth, fourth));
@@ -81,13 +82,14 @@ inline void totals(vf a, vf b, float& of_a, float& of_b) {
 
 // The sums of four vectors.
 inline void totals(const vf (&v)[4], float* out) {
-#if FP_ISA >= 2  // together: sum after sum would take twice as many shuffles
+#if FP_ISA >= 2  // one sum after another would take twice as many shuffles
   __m512d pairs[2];
   for (int i = 0; i < 2; ++i) {
     const __m512 a = reinterpret_cast<__m512>(v[2 * i]), b = reinterpret_cast<__m512>(v[2 * i + 1]);
     pairs[i] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
   }
-  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])), _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #else

@@ -270,7 +270,9 @@ def test_linear_by_every_path(native, path, poisoned):
     for dtype in DTYPES:
         for M in (1, 5, 20, 70):
             if path == "fused" and not (pairs and dtype is torch.bfloat16):
-                with pytest.raises(RuntimeError, match="set_fourbit_path: the path of a forward pass must serve .*'fused'"):
+                with pytest.raises(
+                    RuntimeError, match=r"set_fourbit_path: the path of a forward pass must serve .*'fused'"
+                ):
                     few_rows(native, normal(M, 192, dtype=dtype), absmax)
                 continue
             x = normal(M, 192, dtype=dtype)
@@ -287,7 +289,7 @@ def test_gemv_has_no_backward(native):
     packed, scales, _ = quantised(64 * 64, "nf4", 64, False)
     native.set_fourbit_path("gemv")
     try:
-        with pytest.raises(RuntimeError, match="the path of a backward pass must serve its shape and dtype .*'gemv'"):
+        with pytest.raises(RuntimeError, match=r"the path of a backward pass must serve its shape and dtype .*'gemv'"):
             dy, nothing = torch.ones(2, 64), (None, None, torch.empty(0), 1.0, 0.0, None)
             native.linear4bit_bwd(dy, dy, packed, scales, "nf4", 64, 64, *nothing, True, False, False, False)
     finally:

@@ -1,7 +1,8 @@
-// Compiles a .cu file as plain C++ and runs it on the CPU: every CUDA thread a fibre, one block at a time, on one OS thread.
+// Compiles a .cu file as plain C++ and runs it on the CPU: every CUDA thread a fibre, one block at a time, on one OS
+// thread.
 //
-// csrc/cuda/fp_cuda.h includes this header where the compiler is not nvcc. It gives the device-only names of CUDA that the
-// kernels use; types and conversions come from NVIDIA's own headers. Rounding is the source's: build with
+// csrc/cuda/fp_cuda.h includes this header where the compiler is not nvcc. It gives the device-only names of CUDA that
+// the kernels use; types and conversions come from NVIDIA's own headers. Rounding is the source's: build with
 // -ffp-contract=off. What it cannot show: speed, the memory model (atomics are acquire-release here, so a missing
 // __threadfence goes unseen), and the sums of a tensor core, which are sequential fp32 here.
 #pragma once
@@ -192,8 +193,8 @@ void store(T* p, T value) {
   *p = value;
 }
 
-inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                bool half, EMU_WHERE) {
+inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, bool half,
+                EMU_WHERE) {
   emu::MmaOperands in{{a0, a1, a2, a3}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
   float out[4];
   emu::emu_warp(~0u, half ? emu::WarpOp::mma_f16 : emu::WarpOp::mma_bf16, 0, &in, out, file, line);
@@ -231,10 +232,10 @@ inline void bar_arrive(int id, int count, EMU_WHERE) { emu::emu_barrier(id, coun
 
 }  // namespace ptx
 
-#define FP_SHARED(T, name, dims)           \
-  using name##_shape = T dims;             \
-  static char name##_key;                  \
-  name##_shape& name = *static_cast<name##_shape*>( \
-      emu::emu_static_shared(&name##_key, sizeof(name##_shape), alignof(name##_shape)))
+#define FP_SHARED(T, name, dims) \
+  using name##_shape = T dims;   \
+  static char name##_key;        \
+  name##_shape& name =           \
+      *static_cast<name##_shape*>(emu::emu_static_shared(&name##_key, sizeof(name##_shape), alignof(name##_shape)))
 #define FP_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(emu::emu_dynamic_shared())
 #define FP_LAUNCH emu::launch

@@ -40,7 +40,8 @@ void start_at(Fibre& fibre, void (*entry)()) {
   makecontext(&fibre.context, entry, 0);
 }
 #else
-// Saves the callee's registers of the System V ABI, 22 ns: swapcontext makes two system calls and takes 8 times as long.
+// Saves the callee's registers of the System V ABI, 22 ns: swapcontext makes two system calls and takes 8 times as
+// long.
 extern "C" void emu_switch(void** from, void* to);
 asm(R"(
 .text

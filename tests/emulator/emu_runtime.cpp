@@ -164,7 +164,8 @@ void run_block(dim3 grid, dim3 block, uint3 at) {
     if (apart) fresh_stack(fibre);
     if (__tsan_set_fiber_name) {
       char name[80];
-      snprintf(name, sizeof name, "cuda block %u,%u,%u thread %d (warp %d lane %d)", at.x, at.y, at.z, i, i >> 5, i & 31);
+      snprintf(name, sizeof name, "cuda block %u,%u,%u thread %d (warp %d lane %d)", at.x, at.y, at.z, i, i >> 5,
+               i & 31);
       __tsan_set_fiber_name(fibre.tsan, name);
     }
     unpoison_region(fibre.stack, kStack);

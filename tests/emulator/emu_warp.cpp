@@ -1,5 +1,5 @@
-// The operations of a warp, done once for all lanes by the last to arrive. No libc call: a sanitizer's interceptor would
-// see one lane touch the stacks of the others.
+// The operations of a warp, done once for all lanes by the last to arrive. No libc call: a sanitizer's interceptor
+// would see one lane touch the stacks of the others.
 #include "emu_runtime.h"
 
 namespace emu {
@@ -65,8 +65,7 @@ void shuffle(const Lane* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
     if (!lanes[lane].present) continue;
     const int source = lanes[lane].argument & 255, bytes = lanes[lane].argument >> 8;
-    if (source < 32 && lanes[source].present)
-      copy(lanes[lane].out, lanes[source].in, bytes);
+    if (source < 32 && lanes[source].present) copy(lanes[lane].out, lanes[source].in, bytes);
     else  // undefined on a GPU
       for (int i = 0; i < bytes; ++i) static_cast<volatile unsigned char*>(lanes[lane].out)[i] = 0xFF;
   }

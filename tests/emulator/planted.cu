@@ -158,21 +158,29 @@ __global__ void deadlock(const float* x, float* y) {
 
 int main(int, char** arguments) {
   using Kernel = void (*)(const float*, float*);
-  const std::map<std::string, Kernel> kernels = {
-      {"missing_syncthreads", missing_syncthreads}, {"missing_barrier_at_loop_end", missing_barrier_at_loop_end},
-      {"missing_syncwarp", missing_syncwarp},       {"shuffle_as_fence", shuffle_as_fence},
-      {"missing_copy_wait", missing_copy_wait},     {"missing_barrier_after_copy", missing_barrier_after_copy},
-      {"two_blocks_add", two_blocks_add},           {"named_barrier", named_barrier},
-      {"past_static_shared", past_static_shared},   {"past_dynamic_shared", past_dynamic_shared},
-      {"past_global", past_global},                 {"misaligned_load", misaligned_load},
-      {"uninitialised_shared", uninitialised_shared}, {"divergent_barrier", divergent_barrier},
-      {"lanes_apart", lanes_apart},                 {"deadlock", deadlock}};
+  const std::map<std::string, Kernel> kernels = {{"missing_syncthreads", missing_syncthreads},
+                                                 {"missing_barrier_at_loop_end", missing_barrier_at_loop_end},
+                                                 {"missing_syncwarp", missing_syncwarp},
+                                                 {"shuffle_as_fence", shuffle_as_fence},
+                                                 {"missing_copy_wait", missing_copy_wait},
+                                                 {"missing_barrier_after_copy", missing_barrier_after_copy},
+                                                 {"two_blocks_add", two_blocks_add},
+                                                 {"named_barrier", named_barrier},
+                                                 {"past_static_shared", past_static_shared},
+                                                 {"past_dynamic_shared", past_dynamic_shared},
+                                                 {"past_global", past_global},
+                                                 {"misaligned_load", misaligned_load},
+                                                 {"uninitialised_shared", uninitialised_shared},
+                                                 {"divergent_barrier", divergent_barrier},
+                                                 {"lanes_apart", lanes_apart},
+                                                 {"deadlock", deadlock}};
   const std::string name = arguments[1];
   float* x = static_cast<float*>(aligned_alloc(64, 1024 * sizeof(float)));
   for (int i = 0; i < 1024; ++i) x[i] = static_cast<float>(i % 251);
   std::vector<float> y(256, -1.0f);
   y[0] = 0.0f;
-  const bool dynamic = name == "past_dynamic_shared" || name == "missing_copy_wait" || name == "missing_barrier_after_copy";
+  const bool dynamic =
+      name == "past_dynamic_shared" || name == "missing_copy_wait" || name == "missing_barrier_after_copy";
   const int blocks = name == "two_blocks_add" ? 4 : 1;
   const cudaError_t error = FP_LAUNCH(kernels.at(name), blocks, 256, dynamic ? 4096 : 0, nullptr, x, y.data());
   for (float value : y) printf("%g ", static_cast<double>(value));

@@ -1,12 +1,14 @@
-// Each PTX wrapper of fp_cuda.h, on small integers, whose sums are exact. The same file runs on a GPU, which `make gpu` asks for the
-// words that the twins have to give (golden.py).
+// Each PTX wrapper of fp_cuda.h, on small integers, whose sums are exact. The same file runs on a GPU, which `make gpu`
+// asks for the words that the twins have to give (golden.py).
 #include "cuda/fp_cuda.h"
 
 namespace {
 
-constexpr int kLoads = 0, kMatrices = 96, kCopies = 480, kProducts = 608, kBarriers = 736;  // where the words of each begin
+constexpr int kLoads = 0, kMatrices = 96, kCopies = 480, kProducts = 608,
+              kBarriers = 736;  // where the words of each begin
 
-// `in`: 512 words, which are 64 rows of 8 values of T. `out`: 800 words. Two warps; but for the barriers, the second waits.
+// `in`: 512 words, which are 64 rows of 8 values of T. `out`: 800 words. Two warps; but for the barriers, the second
+// waits.
 template <class T>
 __global__ void vectors(const uint32_t* in, uint32_t* out) {
   FP_DYNAMIC_SHARED(uint32_t, shared);
@@ -23,10 +25,10 @@ __global__ void vectors(const uint32_t* in, uint32_t* out) {
 
     const uint32_t *row4 = shared + lane * 5 % 32 * 4, *row2 = shared + lane * 3 % 16 * 4;
     uint32_t r[12];
-    ptx::ldmatrix<4, false>(reinterpret_cast<uint32_t(&)[4]>(r[0]), row4);
-    ptx::ldmatrix<4, true>(reinterpret_cast<uint32_t(&)[4]>(r[4]), row4);
-    ptx::ldmatrix<2, false>(reinterpret_cast<uint32_t(&)[2]>(r[8]), row2);
-    ptx::ldmatrix<2, true>(reinterpret_cast<uint32_t(&)[2]>(r[10]), row2);
+    ptx::ldmatrix<4, false>(reinterpret_cast<uint32_t (&)[4]>(r[0]), row4);
+    ptx::ldmatrix<4, true>(reinterpret_cast<uint32_t (&)[4]>(r[4]), row4);
+    ptx::ldmatrix<2, false>(reinterpret_cast<uint32_t (&)[2]>(r[8]), row2);
+    ptx::ldmatrix<2, true>(reinterpret_cast<uint32_t (&)[2]>(r[10]), row2);
     for (int i = 0; i < 12; ++i) out[kMatrices + 12 * lane + i] = r[i];
 
     ptx::cp_async16(copied + 4 * lane, in + 4 * lane, lane % 17);
@@ -75,12 +77,14 @@ __global__ void product(const T* a, const T* b, float* c) {
 
 extern "C" int twin_vectors(int half, const void* in, void* out) {
   const auto kernel = half ? vectors<__half> : vectors<__nv_bfloat16>;
-  return FP_LAUNCH(kernel, 1, 64, (512 + 128 + 64) * 4, nullptr, static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out));
+  return FP_LAUNCH(kernel, 1, 64, (512 + 128 + 64) * 4, nullptr, static_cast<const uint32_t*>(in),
+                   static_cast<uint32_t*>(out));
 }
 
 extern "C" int twin_product(int half, const void* a, const void* b, float* c) {
   if (half)
-    return FP_LAUNCH(product<__half>, 1, 32, 768, nullptr, static_cast<const __half*>(a), static_cast<const __half*>(b), c);
+    return FP_LAUNCH(product<__half>, 1, 32, 768, nullptr, static_cast<const __half*>(a), static_cast<const __half*>(b),
+                     c);
   return FP_LAUNCH(product<__nv_bfloat16>, 1, 32, 768, nullptr, static_cast<const __nv_bfloat16*>(a),
                    static_cast<const __nv_bfloat16*>(b), c);
 }

@@ -1,4 +1,4 @@
-// The absmax of blocks, which may be quantised itself.
+// absmax of blocks, which may be quantised itself.
 #pragma once
 #include "simd/fourbit/codes.h"
 #if FP_ISA >= 3
@@ -7,7 +7,7 @@
 
 namespace {
 
-// v rounded to fp32 here and now: a product that is added to would be contracted to an fma, of another rounding.
+// Keeps the compiler from contracting a product and a sum to an fma, which is rounded once instead of twice.
 template <class V>
 inline V rounded(V v) {
 #if FP_ISA >= 2
@@ -23,13 +23,13 @@ inline V rounded(V v) {
 }
 
 #if FP_ISA >= 3
-// Of 16 entries, byte j of each, then byte j + 1.
+// Byte 0 of 16 entries, then their byte 1, and so on.
 constexpr Indices<uint8_t, 64> kFourths([](int i) { return i % 16 * 4 + i / 16; });
 
-// A table of 256 fp32 as four of bytes, which permutations look up 64 at a time.
+// A table of 256 fp32 as four tables of bytes: permutations look up 64 indices at a time.
 struct ByteTable {
   explicit ByteTable(const float* table) {
-    for (int i = 0; i < 4; ++i) {  // of 64 entries
+    for (int i = 0; i < 4; ++i) {  // 64 entries at a time
       __m512 v[4];
       for (int j = 0; j < 4; ++j) {
         const __m512i entries = _mm512_loadu_si512(table + 64 * i + kLanes * j);
@@ -40,9 +40,9 @@ struct ByteTable {
     }
   }
 
-  // Of 64 indices, in their order.
+  // Looks up 64 indices; the values are in their order.
   void at(__m512i index, __m512 (&out)[4]) const {
-    // Unpacking takes four of each 128 bits: so every vector's four come first.
+    // Unpacking reads four bytes of every 128 bits, so the four bytes that go to one vector are put first.
     const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     index = _mm512_permutexvar_epi32(fours, index);
     const __mmask64 upper = _mm512_movepi8_mask(index);
@@ -62,23 +62,24 @@ struct ByteTable {
   __m512i bytes[4][4];
 };
 
-struct NestedAbsmax {  // `put`: absmax of blocks [i, end), which have one scale, to `out`; returns where it ends
+struct NestedAbsmax {  // `decode`: absmax of blocks [i, end), which share a scale, to `out`; returns the end of `out`
   explicit NestedAbsmax(const Absmax& of) : of(of), table(of.code) {}
 
-  float* put(int64_t i, int64_t end, float* out) const {
+  float* decode(int64_t i, int64_t end, float* out) const {
     const vf scale = splat(of.scale[i / kNestedBlock]);
-    for (; i + 64 <= end; i += 64, out += 64) put_some(i, 64, scale, out);
-    if (i < end) put_some(i, end - i, scale, out);
+    for (; i + 64 <= end; i += 64, out += 64) decode_some_blocks(i, 64, scale, out);
+    if (i < end) decode_some_blocks(i, end - i, scale, out);
     return out + (end - i);
   }
 
  private:
-  inline void put_some(int64_t i, int64_t count, vf scale, float* out) const {
+  inline void decode_some_blocks(int64_t i, int64_t count, vf scale, float* out) const {
     __m512 v[4];
     table.at(_mm512_maskz_loadu_epi8(first_of_64(count), of.codes + i), v);
     for (int j = 0; j < 4; ++j) {
       const vf value = rounded(reinterpret_cast<vf>(v[j]) * scale) + splat(of.offset);
-      _mm512_mask_storeu_ps(out + kLanes * j, static_cast<__mmask16>(first_of_64(count) >> kLanes * j), reinterpret_cast<__m512>(value));
+      _mm512_mask_storeu_ps(out + kLanes * j, static_cast<__mmask16>(first_of_64(count) >> kLanes * j),
+                            reinterpret_cast<__m512>(value));
     }
   }
 
@@ -88,7 +89,7 @@ struct NestedAbsmax {  // `put`: absmax of blocks [i, end), which have one scale
 #else
 struct NestedAbsmax {
   explicit NestedAbsmax(const Absmax& of) : of(of) {}
-  float* put(int64_t i, int64_t end, float* out) const {
+  float* decode(int64_t i, int64_t end, float* out) const {
     const float scale = of.scale[i / kNestedBlock];
     alignas(64) float table[256];
     for (int c = 0; c < 256; c += kLanes) store(table + c, rounded(load<vf>(of.code + c) * scale) + of.offset);
@@ -100,19 +101,20 @@ struct NestedAbsmax {
 #endif
 
 void absmax(const Absmax& of, int64_t first, int64_t last, float* out) {
-  constexpr int64_t kFew = 64;  // for which no table is made
+  constexpr int64_t kTableBlocks = 64;  // for fewer blocks no table is made
   if (of.plain) {
     std::memcpy(out, of.plain + first, static_cast<size_t>(last - first) * sizeof(float));
     return;
   }
-  if (last - first < kFew) {
-    for (int64_t i = first; i < last; ++i) *out++ = rounded(of.code[of.codes[i]] * of.scale[i / kNestedBlock]) + of.offset;
+  if (last - first < kTableBlocks) {
+    for (int64_t i = first; i < last; ++i)
+      *out++ = rounded(of.code[of.codes[i]] * of.scale[i / kNestedBlock]) + of.offset;
     return;
   }
   const NestedAbsmax nested(of);
   for (int64_t i = first; i < last;) {
     const int64_t end = smaller(last, (i / kNestedBlock + 1) * kNestedBlock);
-    out = nested.put(i, end, out);
+    out = nested.decode(i, end, out);
     i = end;
   }
 }

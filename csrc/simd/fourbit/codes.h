@@ -1,4 +1,4 @@
-// Tables of 16 entries in registers, looked up by nibbles; for one instruction set.
+// The code tables of 16 entries in registers, looked up by nibbles.
 #pragma once
 #include "simd/fourbit_kernels.h"
 #include "simd/vector.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Constant indices of a permutation: f(i) for the i-th place.
+// Constant indices of a permutation: f(i) in place i.
 template <class T, int N>
 struct Indices {
   template <class F>
@@ -18,7 +18,7 @@ struct Indices {
   alignas(64) T at[N];
 };
 
-// kLanes bytes, one to a lane. By intrinsics: GCC 12 takes __builtin_convertvector of bytes apart.
+// kLanes bytes, one for every lane. By intrinsics, as GCC 12 compiles __builtin_convertvector of bytes to scalar code.
 inline vu widen_bytes(const uint8_t* p) {
 #if FP_ISA >= 2
   return reinterpret_cast<vu>(_mm512_cvtepu8_epi32(load<__m128i>(p)));
@@ -29,11 +29,12 @@ inline vu widen_bytes(const uint8_t* p) {
 #endif
 }
 
-// kLanes nibbles to kLanes / 2 bytes, the first of a pair high.
-inline void put_nibbles(uint8_t* out, vu nibbles) {
+// kLanes nibbles to kLanes / 2 bytes, the first of two in the high half.
+inline void store_nibbles(uint8_t* out, vu nibbles) {
 #if FP_ISA >= 2
   const __m512i pairs = reinterpret_cast<__m512i>(nibbles);
-  const __m128i bytes = _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(pairs, 4), _mm512_srli_epi64(pairs, 32)));
+  const __m128i bytes =
+      _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(pairs, 4), _mm512_srli_epi64(pairs, 32)));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), bytes);
 #else
   for (int i = 0; i < kLanes; i += 2) out[i / 2] = static_cast<uint8_t>(nibbles[i] << 4 | nibbles[i + 1]);
@@ -47,13 +48,14 @@ constexpr float kTiny = 1e-38f;
 inline const float* code_of(FourBit type) { return type == FourBit::nf4 ? kNf4 : kFp4; }
 
 #if FP_ISA >= 3
-// The codes in bf16, for products whose sums are multiplied by absmax. They are `unit` times as large: the rounding errors of NF4's
-// own codes have a mean of 2e-4 over normally distributed weights, which adds up over x of one sign; of these it is below 4e-6 in
-// blocks of any size. FP4's, 192ths of no more than eight bits, are then exact.
+// The codes in bf16, for products whose sums are multiplied by absmax. They are multiplied by `unit` first. Without it
+// the rounding errors of NF4's codes have a mean of 2e-4 over normally distributed weights, which adds up over x of one
+// sign; with it the mean is below 4e-6 in blocks of any size. FP4's codes, 192ths of at most eight bits, become exact.
 struct PairCodes {
   explicit PairCodes(FourBit type) : unit(type == FourBit::nf4 ? 1.28695f : 1.5f) {
     const __m512 codes = _mm512_mul_ps(_mm512_load_ps(code_of(type)), _mm512_set1_ps(unit));
-    table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(codes, codes));  // twice, as bit 4 of an index is of another nibble
+    table = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(codes, codes));  // twice, as bit 4 of an index belongs to another nibble
   }
   float unit;
   __m512i table;
@@ -72,7 +74,7 @@ struct Table {
     std::memcpy(all, entries, sizeof(all));
 #endif
   }
-  // entry[index % 16] for each lane.
+  // entry[index % 16] for every lane.
   vu at(vu index) const {
 #if FP_ISA >= 2
     return reinterpret_cast<vu>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), all));

@@ -1,4 +1,5 @@
-// x wᵀ of bf16 rows with a 4-bit weight on tile registers: rows of W decoded by planes (planes.h) to left tiles, x in right tiles.
+// x wᵀ of bf16 rows with a 4-bit weight on tile registers: rows of W decoded by planes (planes.h) to left tiles, x in
+// right tiles.
 #pragma once
 #include "simd/amx.h"
 #include "simd/fourbit/planes.h"
@@ -29,7 +30,9 @@ inline void sums_store(float* to) {
 // Right tiles of rows of x, [tiles of 16 rows, chunks · planes, 16 pairs, columns].
 struct RightTiles {
   RightTiles(int64_t M, int64_t K)
-      : steps(whole_chunks(K) / kChunk * kPlanes), count(tiles_of(M)), columns(M < kTilePairs ? static_cast<int>(M) : kTilePairs) {}
+      : steps(whole_chunks(K) / kChunk * kPlanes),
+        count(tiles_of(M)),
+        columns(M < kTilePairs ? static_cast<int>(M) : kTilePairs) {}
   int64_t at(int64_t tile, int64_t step) const { return (tile * steps + step) * kTileRows * columns; }
   int64_t steps, count;
   int columns;
@@ -59,7 +62,13 @@ void amx_pack_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t 
 // Rows of W, a chunk at a time, to left tiles.
 struct LeftRows {
   LeftRows(const Packed& w, int64_t K, const float* absmax, int64_t n0, int64_t rows)
-      : w(w), K(K), row_blocks(K / w.block_size), n0(n0), rows(rows), absmax(absmax), two_blocks(w.block_size < kChunk),
+      : w(w),
+        K(K),
+        row_blocks(K / w.block_size),
+        n0(n0),
+        rows(rows),
+        absmax(absmax),
+        two_blocks(w.block_size < kChunk),
         decoder(w.type, two_blocks ? 0xffff0000u : 0u) {}
 
   // Rows [r0, r1) of a chunk to out[plane][row].
@@ -87,15 +96,16 @@ struct LeftRows {
 };
 
 // The sums of 16 rows of W and 16 of x, a tile, to y.
-inline void store_sums(const float* sums, int64_t m0, int64_t M, int64_t n, int64_t count, void* y, Type type, int64_t ldy) {
+inline void store_sums(const float* sums, int64_t m0, int64_t M, int64_t n, int64_t count, void* y, Type type,
+                       int64_t ldy) {
   __m512 v[16];
   for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(sums + i * kTilePairs);
   transpose(v);
   for (int64_t i = 0, m = m0; i < kTileRows && m < M; ++i, ++m) store_16(v[i], y, type, m * ldy + n, count);
 }
 
-// Left tiles of the rows of a task, `Depth` chunks at a time, decoded a few rows after every few products: tiles that have not
-// multiplied for half a microsecond take as long again to begin (measured on Emerald Rapids).
+// Left tiles of the rows of a task, `Depth` chunks at a time, decoded a few rows after every few products: tiles that
+// have not multiplied for half a microsecond take as long again to begin (measured on Emerald Rapids).
 template <int Rows, int Depth>
 struct LeftAhead {
   explicit LeftAhead(const LeftRows& w) : w(w) {
@@ -122,7 +132,8 @@ struct LeftAhead {
 };
 
 // Up to 16 rows of x: 64 rows of W, the i-th 16 in tile i. W goes through tile 4, x through 5.
-void amx_forward_16(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type, int64_t ldy) {
+void amx_forward_16(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type,
+                    int64_t ldy) {
   constexpr int kRows = 4 * kTileRows;
   alignas(64) float sums[4 * kTileFloats];
   LeftAhead<kRows, 1> left(w);
@@ -145,13 +156,15 @@ void amx_forward_16(const uint32_t* x, const RightTiles& right, int64_t M, const
       left.fill(kTileRows / kPlanes);
     }
   sums_store(sums);
-  for (int64_t a = 0; a < w.rows; a += kTileRows) store_sums(sums + a * kTilePairs, 0, M, w.n0 + a, w.rows - a, y, type, ldy);
+  for (int64_t a = 0; a < w.rows; a += kTileRows)
+    store_sums(sums + a * kTilePairs, 0, M, w.n0 + a, w.rows - a, y, type, ldy);
 }
 
 constexpr int64_t kAmxGroupRows = 128;
 
 // More rows: 32 rows of W by 32 of x, the halves a and b in tile 2 a + b. W goes through 4 and 5, x through 6 and 7.
-void amx_forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type, int64_t ldy) {
+void amx_forward_many(const uint32_t* x, const RightTiles& right, int64_t M, const LeftRows& w, void* y, Type type,
+                      int64_t ldy) {
   constexpr int kRows = 2 * kTileRows, kDepth = 2;
   alignas(64) float sums[kAmxGroupRows * kRows];
   LeftAhead<kRows, kDepth> left(w);
@@ -180,11 +193,12 @@ void amx_forward_many(const uint32_t* x, const RightTiles& right, int64_t M, con
   }
   for (int64_t t = 0; t < right.count; ++t)
     for (int64_t a = 0; a < w.rows; a += kTileRows)
-      store_sums(sums + (t / 2 * 4 + a / kTileRows * 2 + t % 2) * kTileFloats, t * kTileRows, M, w.n0 + a, w.rows - a, y, type, ldy);
+      store_sums(sums + (t / 2 * 4 + a / kTileRows * 2 + t % 2) * kTileFloats, t * kTileRows, M, w.n0 + a, w.rows - a,
+                 y, type, ldy);
 }
 
-void amx_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float*, void* y,
-                 Type type, int64_t ldy) {
+void amx_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1,
+                 float*, void* y, Type type, int64_t ldy) {
   const RightTiles right(M, K);
   const LeftRows left(w, K, absmax, n0, n1 - n0);
   TileShapes shapes = full_tiles();

@@ -1,4 +1,5 @@
-// dy w of bf16 rows with a 4-bit weight on tile registers: dy in left tiles, pairs of rows of W decoded by planes (planes.h) to right ones.
+// dy w of bf16 rows with a 4-bit weight on tile registers: dy in left tiles, pairs of rows of W decoded by planes
+// (planes.h) to right ones.
 #pragma once
 #include "simd/fourbit/gemm_amx.h"
 
@@ -26,7 +27,8 @@ struct RightAhead {
       __m512i planes[kPlanes];
       part.decode(pair, planes);
       const int64_t step = pair / kTileRows;
-      for (int p = 0; p < kPlanes; ++p) _mm512_store_si512(decoded[step / kDepth % 2][step % kDepth][p][pair % kTileRows], planes[p]);
+      for (int p = 0; p < kPlanes; ++p)
+        _mm512_store_si512(decoded[step / kDepth % 2][step % kDepth][p][pair % kTileRows], planes[p]);
     }
   }
   const StripPart part;
@@ -35,8 +37,8 @@ struct RightAhead {
 };
 
 // dx[:, a strip] = dy w, 64 columns at a time: a tile for each plane in 0 to 3. dy goes through 4, W through 5.
-void amx_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0, int64_t k1,
-                  float* scratch, void* dx, Type type, int64_t ldx) {
+void amx_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Packed& w, const float* absmax, int64_t k0,
+                  int64_t k1, float* scratch, void* dx, Type type, int64_t ldx) {
   constexpr int64_t kDepth = RightAhead::kDepth;
   const int64_t steps = (N + 31) / 32, count = tiles_of(M), pairs_per_step = kTileRows / count + 1;
   float* const sums = scratch + strip_floats(N);
@@ -72,9 +74,18 @@ void amx_backward(const uint32_t* dy, int64_t M, int64_t N, int64_t K, const Pac
 }
 
 // W is decoded again for every group of rows, so that with enough of them panels are faster.
-constexpr FourBitGemm kGemm = {kAmxGroupRows,  // group_rows
-                               64, 64,         // min_block, min_block_backward
-                               512, 256,       // max_rows, max_rows_backward
-                               amx_weight_rows, amx_scratch, amx_pack_forward, amx_forward, amx_pack_backward, amx_backward};
+constexpr FourBitGemm kGemm = {
+    /*group_rows=*/kAmxGroupRows,
+    /*min_block=*/64,
+    /*min_block_backward=*/64,
+    /*max_rows=*/512,
+    /*max_rows_backward=*/256,
+    amx_weight_rows,
+    amx_scratch,
+    amx_pack_forward,
+    amx_forward,
+    amx_pack_backward,
+    amx_backward,
+};
 
 }  // namespace

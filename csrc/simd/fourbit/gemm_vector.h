@@ -1,9 +1,10 @@
-// x wᵀ of bf16 rows with a 4-bit weight on vectors: W decoded 32 rows by 128 columns at a time into an L1 cache, for every row of x.
+// x wᵀ of bf16 rows with a 4-bit weight on vectors: W decoded 32 rows by 128 columns at a time into an L1 cache, for
+// every row of x.
 //
-// 16 rows of 64 packed bytes are transposed as they are, so that a lane holds 8 nibbles of its own row of W; nibbles p of the two
-// words of a lane are a pair of its columns, p and p + 4 of the eight. So a decoded vector is a step of two columns for 16 rows
-// of W, x is a broadcast, nothing is summed across lanes, and absmax is one multiplication for the whole sum of a block.
-// Compute-bound: 512 products of pairs against 16 sums to be scaled.
+// 16 rows of 64 packed bytes are transposed as they are, so that a lane holds 8 nibbles of its own row of W; nibbles p
+// of the two words of a lane are a pair of its columns, p and p + 4 of the eight. So a decoded vector is a step of two
+// columns for 16 rows of W, x is a broadcast, nothing is summed across lanes, and absmax is one multiplication for the
+// whole sum of a block. Compute-bound: 512 products of pairs against 16 sums to be scaled.
 #pragma once
 #include "simd/fourbit/gemv_nibbles.h"
 #include "simd/transpose.h"
@@ -30,9 +31,11 @@ inline void for_parts(int64_t M, F f) {
 // Of 32 neighbouring values, the pairs of 16 steps.
 constexpr Indices<uint16_t, 32> kPairsOfSteps([](int i) { return i / 8 * 8 + kPlaceOfPlane[i / 2 % 4] + i % 2 * 4; });
 
-// [chunks, parts of rows, steps, rows of a part], pairs of columns; zero past the end. `order` puts 32 columns in the order of their steps.
+// [chunks, parts of rows, steps, rows of a part], pairs of columns; zero past the end. `order` puts 32 columns in the
+// order of their steps.
 template <class Order>
-inline void pack_steps(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out, Order order) {
+inline void pack_steps(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out,
+                       Order order) {
   const int64_t M = m1 - m0;
   alignas(64) uint32_t steps[kTileRowsOfX][kChunkSteps];
   for (int64_t c = first; c < last; ++c)
@@ -53,7 +56,8 @@ inline void pack_steps(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t
 
 void vector_pack_forward(const Rows& x, int64_t m0, int64_t m1, int64_t K, int64_t first, int64_t last, uint32_t* out) {
   const __m512i places = _mm512_load_si512(kPairsOfSteps.at);
-  pack_steps(x, m0, m1, K, first, last, out, [places](__m512i& pairs) { pairs = _mm512_permutexvar_epi16(places, pairs); });
+  pack_steps(x, m0, m1, K, first, last, out,
+             [places](__m512i& pairs) { pairs = _mm512_permutexvar_epi16(places, pairs); });
 }
 
 // Rows of W, 32 at most, a chunk at a time.
@@ -110,14 +114,16 @@ inline void transpose_absmax(const float* absmax, int64_t row_blocks, int64_t ro
         v[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, absmax + r * row_blocks + b), _mm512_set1_ps(factor));
       }
       transpose(v);
-      for (int64_t i = 0; i < smaller(kLanes, row_blocks - b); ++i) store(out + (b + i) * kVectorWeightRows + g * kLanes, v[i]);
+      for (int64_t i = 0; i < smaller(kLanes, row_blocks - b); ++i)
+        store(out + (b + i) * kVectorWeightRows + g * kLanes, v[i]);
     }
 }
 
-// totals += x wᵀ for some rows of x and a chunk of W: `count` sums of `steps` each, multiplied by the absmax scales[i]. The first rows of x
-// decode W as they go: shifts and permutes issue on other ports than the products.
+// totals += x wᵀ for some rows of x and a chunk of W: `count` sums of `steps` each, multiplied by the absmax scales[i].
+// The first rows of x decode W as they go: shifts and permutes issue on other ports than the products.
 template <int Rows, bool Decode>
-inline void forward_tile(const uint32_t* x, TransposedRows& w, int64_t count, int64_t steps, const float* const* scales, float* totals) {
+inline void forward_tile(const uint32_t* x, TransposedRows& w, int64_t count, int64_t steps, const float* const* scales,
+                         float* totals) {
   vf all[kVectorGroups][Rows];
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
@@ -125,7 +131,7 @@ inline void forward_tile(const uint32_t* x, TransposedRows& w, int64_t count, in
   for (int64_t i = 0; i < count; ++i) {
     vf sum[kVectorGroups][Rows];
     clear(sum);
-    const auto step = [&](const __m512i (&weights)[kVectorGroups]) {
+    const auto step = [&](const __m512i(&weights)[kVectorGroups]) {
 #pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
         const vu pair = vu{} + x[m];
@@ -151,11 +157,11 @@ inline void forward_tile(const uint32_t* x, TransposedRows& w, int64_t count, in
 
 template <bool Decode>
 constexpr decltype(&forward_tile<1, Decode>) kForwardTiles[kTileRowsOfX] = {
-    forward_tile<1, Decode>, forward_tile<2, Decode>, forward_tile<3, Decode>, forward_tile<4, Decode>, forward_tile<5, Decode>,
-    forward_tile<6, Decode>};
+    forward_tile<1, Decode>, forward_tile<2, Decode>, forward_tile<3, Decode>,
+    forward_tile<4, Decode>, forward_tile<5, Decode>, forward_tile<6, Decode>};
 
-void vector_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* scratch,
-                    void* y, Type type, int64_t ldy) {
+void vector_forward(const uint32_t* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0,
+                    int64_t n1, float* scratch, void* y, Type type, int64_t ldy) {
   const int64_t row_blocks = K / w.block_size, sum = smaller(w.block_size, kLongestSum);
   float* const scales = scratch;
   float* const totals = scratch + row_blocks * kVectorWeightRows;

@@ -19,7 +19,8 @@ int64_t gemv_max_rows(Type x, int64_t block_size) {
 
 GemvFormat gemv_pack(const Rows& x, int64_t K, int64_t block_size, void* out) {
 #ifdef FP_TILES
-  if (x.type == Type::bf16 && block_size >= kRun && x.count <= kByteRows && pack_bytes(x, K, out)) return GemvFormat::bytes;
+  if (x.type == Type::bf16 && block_size >= kRun && x.count <= kByteRows && pack_bytes(x, K, out))
+    return GemvFormat::bytes;
 #endif
 #if FP_ISA >= 3
   if (x.type == Type::bf16) {
@@ -31,8 +32,8 @@ GemvFormat gemv_pack(const Rows& x, int64_t K, int64_t block_size, void* out) {
   return GemvFormat::floats;
 }
 
-void gemv_multiply(GemvFormat format, const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1,
-                   float* y, int64_t ldy) {
+void gemv_multiply(GemvFormat format, const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax,
+                   int64_t n0, int64_t n1, float* y, int64_t ldy) {
   switch (format) {
 #ifdef FP_TILES
     case GemvFormat::bytes: return multiply_bytes(x, M, K, w, absmax, n0, n1, y, ldy);

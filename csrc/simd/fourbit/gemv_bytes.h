@@ -1,31 +1,35 @@
 // x wᵀ of one to four bf16 rows with a 4-bit weight as it is stored, in products of bytes (AVX-512 VBMI and VNNI).
 //
-// With so few rows, decoding takes most of the time. Here a permutation looks up 64 nibbles at a time and ignores the bits above them,
-// and a product sums four bytes. A code and a value of x are integers of two bytes: the code in units of its table, x in a power of
-// two for every 64 values. Of the four products of their bytes low times low is left out, 2^-15 of the greatest product at most,
-// where rounding x or W to bf16 costs 2^-9. (Rounding to fp16 costs 2^-12, so rows of fp16 are not multiplied this way.) A chunk
-// of 128 weights takes 15 vector instructions for one row, 8 cycles on two ports, about the rate at which W is read; codes to AMX's
-// tiles take 14 cycles. Each further row takes 10 instructions more.
+// With so few rows, decoding takes most of the time. Here a permutation looks up 64 nibbles at a time and ignores the
+// bits above them, and a product sums four bytes. A code and a value of x are integers of two bytes: the code in units
+// of its table, x in a power of two for every 64 values. Of the four products of their bytes low times low is left out,
+// 2^-15 of the greatest product at most, where rounding x or W to bf16 costs 2^-9. (Rounding to fp16 costs 2^-12, so
+// rows of fp16 are not multiplied this way.) A chunk of 128 weights takes 15 vector instructions for one row, 8 cycles
+// on two ports, about the rate at which W is read; codes to AMX's tiles take 14 cycles. Each further row takes 10
+// instructions more.
 #pragma once
 #include "simd/convert.h"
 #include "simd/fourbit/codes.h"
 
 namespace {
 
-constexpr int64_t kByteRows = 4;        // the most that are served
-constexpr int64_t kRun = 64;            // values of x that share a scale
-constexpr int64_t kChunksAtOnce = 8;    // whose scales fill a vector
+constexpr int64_t kByteRows = 4;      // at most
+constexpr int64_t kRun = 64;          // values of x that share a scale
+constexpr int64_t kChunksAtOnce = 8;  // their scales fill a vector
 
 // A chunk of x: the bytes that stand against even weights, the high nibbles, and against odd ones.
 struct alignas(64) ByteChunk {
-  int32_t start[kLanes];  // initial value of the sum of high products: cancels the 128 that is added to each byte of a code
+  // The initial value of the sum of high products: cancels the 128 that is added to every byte of a code.
+  int32_t start[kLanes];
   int8_t high[2][kChunk / 2], low[2][kChunk / 2];
 };
 
 // Rows of x in chunks, followed by the scales of their runs.
 struct ByteRows {
-  ByteRows(void* data, int64_t M, int64_t K) : chunks((K + kChunk - 1) / kChunk), M(M), first(static_cast<ByteChunk*>(data)) {
-    static_assert(sizeof(ByteChunk) + 2 * sizeof(float) <= kChunk * sizeof(float), "fits where rows are packed in fp32");
+  ByteRows(void* data, int64_t M, int64_t K)
+      : chunks((K + kChunk - 1) / kChunk), M(M), first(static_cast<ByteChunk*>(data)) {
+    static_assert(sizeof(ByteChunk) + 2 * sizeof(float) <= kChunk * sizeof(float),
+                  "fits where rows are packed in fp32");
   }
   ByteChunk* row(int64_t m) const { return first + m * chunks; }
   float* scales(int64_t m) const { return reinterpret_cast<float*>(first + M * chunks) + m * 2 * chunks; }
@@ -35,7 +39,9 @@ struct ByteRows {
 
 // v = 256 · high + low for v from -127 · 256 to 127 · 256, both bytes from -128 to 127.
 inline __m128i low_bytes(__m512i v) { return _mm512_maskz_cvtepi32_epi8(0xffff, v); }
-inline __m128i high_bytes(__m512i v) { return low_bytes(_mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8)); }
+inline __m128i high_bytes(__m512i v) {
+  return low_bytes(_mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8));
+}
 
 // Of 64 bytes the even ones, then the odd.
 constexpr Indices<uint8_t, 64> kEvenOdd([](int i) { return i % 32 * 2 + i / 32; });
@@ -47,16 +53,18 @@ inline float power_of_two(int exponent) {  // a normal one
   return power;
 }
 
-// One run of x to its half of a chunk. False where integers cannot hold it: not finite, or (but for zeros) below 2^-100.
+// One run of x to its half of a chunk. False where integers cannot hold it: not finite, or (but for zeros) below
+// 2^-100.
 bool pack_run(const void* x, int64_t at, int64_t half, ByteChunk& chunk, float& scale) {
-  // The range of exponents, bounded above so that sums of integers times their unit are finite; and the bits of an integer
-  // without its sign.
+  // The range of exponents, bounded above so that sums of integers times their unit are finite; and the bits of an
+  // integer without its sign.
   constexpr int kMinExponent = -100, kMaxExponent = 90, kBits = 14;
   vf v[kRun / kLanes];
   __m512i magnitude = _mm512_setzero_si512();
   for (int i = 0; i < kRun / kLanes; ++i) {
     v[i] = load_as_float<Type::bf16>(x, at + i * kLanes);
-    magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(reinterpret_cast<__m512i>(v[i]), _mm512_set1_epi32(0x7fffffff)));
+    magnitude =
+        _mm512_max_epu32(magnitude, _mm512_and_si512(reinterpret_cast<__m512i>(v[i]), _mm512_set1_epi32(0x7fffffff)));
   }
   const uint32_t max = _mm512_reduce_max_epu32(magnitude);
   const int exponent = static_cast<int>(max >> 23) - 127;
@@ -81,7 +89,8 @@ bool pack_run(const void* x, int64_t at, int64_t half, ByteChunk& chunk, float& 
 
 // sum + Σ codes · bytes, codes without a sign.
 inline __m512i dot_bytes(__m512i sum, __m512i even, __m512i odd, const int8_t (&bytes)[2][kChunk / 2]) {
-  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, _mm512_load_si512(bytes[0])), odd, _mm512_load_si512(bytes[1]));
+  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, _mm512_load_si512(bytes[0])), odd,
+                             _mm512_load_si512(bytes[1]));
 }
 
 // False where integers cannot hold x; `data` is then anything.
@@ -101,7 +110,8 @@ bool pack_bytes(const Rows& x, int64_t K, void* data) {
       const vi high = reinterpret_cast<vi>(dot_bytes(zero, ones, ones, chunks[i].high));
       const vi both = high + reinterpret_cast<vi>(dot_bytes(zero, ones, ones, chunks[i].low));
       store(chunks[i].start, -128 * high - (both >> 1));
-      // The shift lost halves, counted here for all lanes of a run and given back; of an odd count every other run gets one more.
+      // The shift lost halves, counted here for all lanes of a run and given back; of an odd count every other run gets
+      // one more.
       const __mmask16 odd = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(both), _mm512_set1_epi32(1));
       chunks[i].start[0] -= __builtin_popcount(odd & 0xffu) / 2;
       chunks[i].start[kLanes / 2] -= (__builtin_popcount(odd >> 8) + 1) / 2;
@@ -110,8 +120,8 @@ bool pack_bytes(const Rows& x, int64_t K, void* data) {
   return true;
 }
 
-// The two bytes of each code, with 128 added so that they have no sign. The table stands four times in a vector, as a permutation of
-// bytes reads six bits of its index.
+// The two bytes of each code, with 128 added so that they have no sign. The table stands four times in a vector, as a
+// permutation of bytes reads six bits of its index.
 struct ByteTables {
   explicit ByteTables(FourBit type) : unit(type == FourBit::nf4 ? 127 * 256.0f : 169 * 192.0f) {  // FP4's are 192ths
     const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(code_of(type)), _mm512_set1_ps(unit)));
@@ -129,7 +139,8 @@ struct RunScales {
     while (kRun << shift < block_size) ++shift;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
   }
-  // From `run` on, which is the first of 16 or of 2: such a group starts inside a block only where it ends in it. 0 past the row.
+  // From `run` on, which is the first of 16 or of 2: such a group starts inside a block only where it ends in it. 0
+  // past the row.
   inline __m512 at(const float* row, int64_t run) const {
     const int64_t block = run >> shift, count = smaller(row_blocks - block, ((kLanes - 1) >> shift) + 1);
     const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_of_32(count)), row + block);
@@ -145,7 +156,8 @@ struct RunScales {
 
 template <int M>
 struct ByteProduct {
-  // Bytes between a load and its prefetch: the hardware's prefetcher alone takes 3.7 ns a chunk of 4096 x 4096, this 3.1.
+  // Bytes between a load and its prefetch: the hardware's prefetcher alone takes 3.7 ns a chunk of 4096 x 4096,
+  // this 3.1.
   static constexpr int64_t kAhead = 2048;
 
   ByteProduct(const void* x, int64_t K, FourBit type, int64_t block_size)
@@ -168,15 +180,19 @@ struct ByteProduct {
     const __mmask16 valid = static_cast<__mmask16>(first_of_32(2 * Count));
     const __m512 of_blocks = run_scales.at(absmax, 2 * first);
     __m512 scales[M];
-    for (int m = 0; m < M; ++m) scales[m] = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x.scales(m) + 2 * first), of_blocks);
+    for (int m = 0; m < M; ++m)
+      scales[m] = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x.scales(m) + 2 * first), of_blocks);
 #pragma GCC unroll 8
     for (int i = 0; i < Count; ++i) {
       const uint8_t* from = w + (first + i) * (kChunk / 2);
       __builtin_prefetch(from + kAhead);
       const bool half = Count == 1 && runs == 2 * first + 1;
-      const __m512i odd = half ? _mm512_maskz_loadu_epi64(0x0f, from) : _mm512_loadu_si512(from), even = _mm512_srli_epi16(odd, 4);
-      const __m512i high_even = _mm512_permutexvar_epi8(even, tables.high), high_odd = _mm512_permutexvar_epi8(odd, tables.high);
-      const __m512i low_even = _mm512_permutexvar_epi8(even, tables.low), low_odd = _mm512_permutexvar_epi8(odd, tables.low);
+      const __m512i odd = half ? _mm512_maskz_loadu_epi64(0x0f, from) : _mm512_loadu_si512(from),
+                    even = _mm512_srli_epi16(odd, 4);
+      const __m512i high_even = _mm512_permutexvar_epi8(even, tables.high),
+                    high_odd = _mm512_permutexvar_epi8(odd, tables.high);
+      const __m512i low_even = _mm512_permutexvar_epi8(even, tables.low),
+                    low_odd = _mm512_permutexvar_epi8(odd, tables.low);
       for (int m = 0; m < M; ++m) {
         const ByteChunk& bytes = x.row(m)[first + i];
         __m512i sum = _mm512_slli_epi32(dot_bytes(_mm512_load_si512(bytes.start), high_even, high_odd, bytes.high), 8);
@@ -194,14 +210,17 @@ struct ByteProduct {
 };
 
 template <int M>
-void multiply_bytes_of(const void* x, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y, int64_t ldy) {
+void multiply_bytes_of(const void* x, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y,
+                       int64_t ldy) {
   const ByteProduct<M> product(x, K, w.type, w.block_size);
-  for (int64_t n = n0; n < n1; ++n) product.row(w.data + n * (K / 2), absmax + (n - n0) * (K / w.block_size), y + n, ldy);
+  for (int64_t n = n0; n < n1; ++n)
+    product.row(w.data + n * (K / 2), absmax + (n - n0) * (K / w.block_size), y + n, ldy);
 }
 
-void multiply_bytes(const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1, float* y, int64_t ldy) {
-  static constexpr decltype(&multiply_bytes_of<1>) kOfRows[kByteRows] = {multiply_bytes_of<1>, multiply_bytes_of<2>, multiply_bytes_of<3>,
-                                                                         multiply_bytes_of<4>};
+void multiply_bytes(const void* x, int64_t M, int64_t K, const Packed& w, const float* absmax, int64_t n0, int64_t n1,
+                    float* y, int64_t ldy) {
+  static constexpr decltype(&multiply_bytes_of<1>) kOfRows[kByteRows] = {multiply_bytes_of<1>, multiply_bytes_of<2>,
+                                                                         multiply_bytes_of<3>, multiply_bytes_of<4>};
   kOfRows[M - 1](x, K, w, absmax, n0, n1, y, ldy);
 }
 

@@ -1,14 +1,15 @@
 // The products of bf16_reduce.h on the tile registers of AMX-BF16, 16 rows by 16 columns by 16 pairs at a time.
 //
-// The panels' pairs lie as a tile of the right factor wants them, and rows of x as one of the left. What has fewer than 16
-// rows is left to the vectors.
+// The pairs of a panel are already in the order of a right tile, and rows of x in that of a left one. Fewer than 16
+// rows are left to the vectors.
 #pragma once
 #include "simd/amx.h"
 #include "simd/lora/bf16_pack.h"
 
 namespace {
 
-// s[m, 16] += x panel for 16 Blocks rows: sums in tiles 0 to Blocks - 1, x through 6, the panel through 7.
+// s[m, 16] += x panel for 16 · Blocks rows: the sums are in tiles 0 to Blocks - 1, x goes through tile 6, the panel
+// through 7.
 template <int Blocks>
 struct TileReduce {
   const uint16_t* x;
@@ -50,9 +51,9 @@ struct TileReduce {
   }
 };
 
-// s[m, lds] += x[m, 32 steps] panel for whole groups of 16 rows. Returns how many rows these are.
-inline int64_t tile_reduce(const uint16_t* x, int64_t ldx, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp, float* s,
-                           int64_t lds) {
+// s[m, lds] += x[m, 32 · steps] panel for whole groups of 16 rows. Returns the number of these rows.
+inline int64_t tile_reduce(const uint16_t* x, int64_t ldx, int64_t rows, int64_t steps, const uint32_t* panel,
+                           int64_t ldp, float* s, int64_t lds) {
   constexpr int kBlocks = 6;
   for (int64_t r = 0; r < lds; r += kTileRows) {
     int64_t m = 0;
@@ -66,7 +67,7 @@ inline int64_t tile_reduce(const uint16_t* x, int64_t ldx, int64_t rows, int64_t
   return rows / kTileRows * kTileRows;
 }
 
-// The left factor of a weight gradient: of each rank, the pairs of rows, zero up to whole tiles.
+// The left factor of a weight gradient: the pairs of rows of every rank, padded with zeros to whole tiles.
 struct RankRows {
   static constexpr int64_t kPairs = kRows / 2;
   void fill(const uint32_t* pairs, int64_t ld, int64_t count, int64_t ranks) {
@@ -80,8 +81,9 @@ struct RankRows {
   alignas(64) uint32_t at[64 * kPairs];
 };
 
-// 32 columns of the rows of x as pairs of rows, for two tiles: in every 128 bits of 8 columns, the pairs of the first 4 go to one
-// and those of the others to the other. Within 128 bits, as whole vectors are permuted at a third of the speed.
+// 32 columns of the rows of x as pairs of rows, for two tiles: of every 8 columns (128 bits) the pairs of the first 4
+// go to one tile, those of the last 4 to the other. Shuffles within 128 bits are three times as fast as permutations of
+// whole vectors.
 inline void tile_strip(const uint16_t* x, int64_t ldx, int64_t rows, __mmask32 columns, uint32_t* strip) {
   for (int64_t m = 0; m < rows; m += 2, strip += 2 * kTilePairs) {
     const __m512i one = _mm512_maskz_loadu_epi16(columns, x + m * ldx);
@@ -91,7 +93,7 @@ inline void tile_strip(const uint16_t* x, int64_t ldx, int64_t rows, __mmask32 c
   }
 }
 
-// grad[r, n] += sum over pairs of rows for the n <= 32 columns of a strip.
+// grad[r, n] += the sum over pairs of rows, for the n <= 32 columns of a strip.
 inline void tile_grad(const RankRows& left, int64_t R, const uint32_t* strip, int64_t n, float* grad, int64_t ldg) {
   alignas(64) float sums[2][kTileRows][kTilePairs];
   alignas(64) static constexpr uint32_t kFirst[16] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
@@ -120,10 +122,11 @@ inline void tile_grad(const RankRows& left, int64_t R, const uint32_t* strip, in
 }
 
 // As pair_grads of bf16_reduce.h.
-inline void tile_grads(const RankRows& left, int64_t R, const uint16_t* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t ldg) {
+inline void tile_grads(const RankRows& left, int64_t R, const uint16_t* x, int64_t ldx, int64_t rows, int64_t n,
+                       float* grad, int64_t ldg) {
   alignas(64) uint32_t strip[kRows / 2 * 2 * kTilePairs];
-  const int64_t own = (rows + 1) / 2 * 2 * kTilePairs;
-  std::memset(strip + own, 0, static_cast<size_t>(left.steps * kTilePairs * 2 * kTilePairs - own) * 4);
+  const int64_t written = (rows + 1) / 2 * 2 * kTilePairs;
+  std::memset(strip + written, 0, static_cast<size_t>(left.steps * kTilePairs * 2 * kTilePairs - written) * 4);
   for (int64_t c = 0; c < n; c += 32) {
     tile_strip(x + c, ldx, rows, first_of_32(n - c), strip);
     tile_grad(left, R, strip, n - c, grad + c, ldg);

@@ -1,28 +1,30 @@
-// expand of simd/kernels.h on bf16, by AVX-512-BF16: pairs of ranks, and y written, or read and written, once.
+// expand of simd/kernels.h on bf16, by AVX-512-BF16: sums over pairs of ranks; y is written, or read and written, once.
 #pragma once
 #include "simd/lora/bf16_reduce.h"
 
 namespace {
 
-// A sum of 32 columns under the mask to a row of y, or added to it.
-inline void put_expanded(vf first, vf second, const uint8_t* bits, bool add, uint16_t* out, __mmask32 columns) {
+// Writes 32 masked sums to a row of y, or adds them.
+inline void store_expanded(vf first, vf second, const uint8_t* bits, bool add, uint16_t* out, __mmask32 columns) {
   const __mmask32 keep = kept(bits, 0);
   if (add) {
     const __m512i old = _mm512_maskz_loadu_epi16(columns, out);
     first = widen(_mm512_castsi512_si256(old)) + masked_by(first, static_cast<__mmask16>(keep));
     second = widen(_mm512_extracti64x4_epi64(old, 1)) + masked_by(second, static_cast<__mmask16>(keep >> 16));
   }
-  __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+  __m512i rounded =
+      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
   if (bits && !add) rounded = _mm512_maskz_mov_epi16(keep, rounded);
-  // A store under a mask of 16-bit elements is microcode on Zen 4.
+  // A masked store of 16-bit elements is microcode on Zen 4.
   if (columns == 0xffffffffu) _mm512_storeu_si512(out, rounded);
   else _mm512_mask_storeu_epi16(out, columns, rounded);
 }
 
-// y[MR rows, at most 32 columns] = mask(bias + s b), or += where ADD.
+// y[MR rows, at most 32 columns] = mask(bias + s b); with ADD, += the same.
 template <int MR, bool ONE>
 inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* panel, int64_t ldp, const float* bias,
-                             Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
+                             Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride,
+                             __mmask32 columns) {
   constexpr int NV = ONE ? 1 : 2;
   vf acc[MR][NV], start[NV] = {};
   clear(acc);
@@ -31,56 +33,58 @@ inline void pair_expand_tile(const uint32_t* s, int64_t steps, const uint32_t* p
     vu row[NV];
     for (int v = 0; v < NV; ++v) row[v] = load<vu>(panel + i * ldp + v * kLanes);
     for (int m = 0; m < MR; ++m) {
-      const vu pair = spread(s + i * kPairRows + m);
+      const vu pair = broadcast_pair(s + i * kPairRows + m);
       for (int v = 0; v < NV; ++v) acc[m][v] = dot(acc[m][v], row[v], pair);
     }
   }
   if (bias)
     for (int v = 0; v < NV; ++v) start[v] = load<vf>(bias + v * kLanes);
-#pragma GCC unroll 16  // or the sums would go through the stack, to be indexed
+#pragma GCC unroll 16  // a runtime index would put the sums on the stack
   for (int m = 0; m < MR; ++m) {
     vf second = vf{};
     if constexpr (!ONE) second = acc[m][1] + start[1];
-    put_expanded(acc[m][0] + start[0], second, mask.row(m0 + m, n0), add, y + m * stride, columns);
+    store_expanded(acc[m][0] + start[0], second, mask.row(m0 + m, n0), add, y + m * stride, columns);
   }
 }
 
 template <int MR, bool ONE>
-inline void pair_expand_rows(int64_t& m, const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp,
-                             const float* bias, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride,
-                             __mmask32 columns) {
+inline void pair_expand_rows(int64_t& m, const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel,
+                             int64_t ldp, const float* bias, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y,
+                             int64_t stride, __mmask32 columns) {
   for (; m + MR <= rows; m += MR)
     pair_expand_tile<MR, ONE>(s + m, steps, panel, ldp, bias, mask, m0 + m, n0, add, y + m * stride, stride, columns);
 }
 
 template <bool ONE>
-inline void pair_expand(const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp, const float* bias,
-                        Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride, __mmask32 columns) {
+inline void pair_expand(const uint32_t* s, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp,
+                        const float* bias, Bits mask, int64_t m0, int64_t n0, bool add, uint16_t* y, int64_t stride,
+                        __mmask32 columns) {
   int64_t m = 0;
   pair_expand_rows<kPairRows, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
   pair_expand_rows<4, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
   pair_expand_rows<1, ONE>(m, s, rows, steps, panel, ldp, bias, mask, m0, n0, add, y, stride, columns);
 }
 
-// The pairs of ranks of one row of scale · s.
+// One row of scale · s as pairs of ranks.
 inline void rank_pairs(const float* s, int64_t R, float scale, uint32_t* out) {
   for (int64_t r = 0; r < R; r += kLanes) {
-    // What stands past R is anything, and the last pair of an odd rank would multiply it: NaN by zero.
-    const __mmask16 own = static_cast<__mmask16>(first_of_32(R - r));
-    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(own, s + r), _mm512_set1_ps(scale));
+    // Past R there may be anything, and the last pair of an odd rank multiplies it by zero: a NaN would survive.
+    const __mmask16 valid = static_cast<__mmask16>(first_of_32(R - r));
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, s + r), _mm512_set1_ps(scale));
     store(out + r / 2, reinterpret_cast<vh>(_mm512_cvtneps_pbh(v)));
   }
 }
 
 #ifdef FP_TILES
-// The rows of a task from which on tiles expand them.
-constexpr int64_t kLeastTiledRows = 8;
+// With fewer rows in a task, vectors are faster than tiles.
+constexpr int64_t kMinTiledRows = 8;
 
-// Rows of y by 32 and columns by 32: sums in tiles 0 to 3, s through 4 and 5, the panel through 6 and 7.
-void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const uint32_t* panel, int64_t ldp, const float* bias, float scale,
-                  Bits mask, bool add, uint16_t* y, int64_t stride, int64_t width) {
+// 32 rows by 32 columns of y at a time: the sums are in tiles 0 to 3, s goes through 4 and 5, the panel through 6
+// and 7.
+void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const uint32_t* panel, int64_t ldp,
+                  const float* bias, float scale, Bits mask, bool add, uint16_t* y, int64_t stride, int64_t width) {
   constexpr int64_t kGroup = 2 * kTileRows;
-  alignas(64) uint32_t pairs[kGroup * kMostPairRank / 2];
+  alignas(64) uint32_t pairs[kGroup * kMaxPairRank / 2];
   alignas(64) float sums[kGroup][kGroup];
   const int64_t steps = tiled_pairs((R + 1) / 2), ldl = (steps + kLanes / 2 - 1) / (kLanes / 2) * (kLanes / 2);
   const int one = static_cast<int>(smaller(steps, kTilePairs));
@@ -116,10 +120,10 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
       tile_store<3>(sums[kTileRows] + kLanes, 4 * kGroup);
       const __mmask32 columns = first_of_32(width - n);
       uint16_t* out = y + m * stride + n;
-      if (add && !mask.data && !bias && columns == 0xffffffffu) {  // the usual one apart, so that nothing in its loop depends on these
+      if (add && !mask.data && !bias && columns == 0xffffffffu) {  // the usual case, without branches in its loop
         for (int64_t i = 0; i < count; ++i, out += stride) {
-          __builtin_prefetch(out + kGroup, 1);  // of the next block, not of the one after it: 4.7 against 5.8 ns a line
-          put_expanded(load<vf>(sums[i]), load<vf>(sums[i] + kLanes), nullptr, true, out, 0xffffffffu);
+          __builtin_prefetch(out + kGroup, 1);  // the next block; the one after it would cost 5.8 ns a line, this 4.7
+          store_expanded(load<vf>(sums[i]), load<vf>(sums[i] + kLanes), nullptr, true, out, 0xffffffffu);
         }
         continue;
       }
@@ -127,22 +131,23 @@ void expand_tiles(const float* s, int64_t lds, int64_t rows, int64_t R, const ui
       for (int v = 0; bias && v < 1 + both; ++v) start[v] = load<vf>(bias + n + v * kLanes);
       for (int64_t i = 0; i < count; ++i, out += stride) {
         __builtin_prefetch(out + kGroup, 1);
-        put_expanded(load<vf>(sums[i]) + start[0], load<vf>(sums[i] + kLanes) + start[1], mask.row(m + i, n), add, out, columns);
+        store_expanded(load<vf>(sums[i]) + start[0], load<vf>(sums[i] + kLanes) + start[1], mask.row(m + i, n), add,
+                       out, columns);
       }
     }
   }
 }
 #endif
 
-void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp, const float* bias,
-                  float scale, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
+void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
+                  const float* bias, float scale, Bits mask, bool add, void* y, int64_t stride, int64_t width) {
 #ifdef FP_TILES
-  if (R && m1 - m0 >= kLeastTiledRows)
+  if (R && m1 - m0 >= kMinTiledRows)
     return expand_tiles(s, lds, m1 - m0, R, reinterpret_cast<const uint32_t*>(panel), ldp, bias, scale, mask, add,
                         static_cast<uint16_t*>(y) + m0 * stride, stride, width);
 #endif
-  alignas(64) uint32_t pairs[kMostPairRank / 2 * kPairRows];  // of ranks, [R / 2, rows]
-  alignas(64) uint32_t line[kMostPairRank / 2];
+  alignas(64) uint32_t pairs[kMaxPairRank / 2 * kPairRows];  // [R / 2, rows]
+  alignas(64) uint32_t line[kMaxPairRank / 2];
   const int64_t steps = (R + 1) / 2;
   for (int64_t m = m0; m < m1; m += kPairRows) {
     const int64_t rows = smaller(kPairRows, m1 - m);
@@ -153,8 +158,8 @@ void expand_pairs(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R
     uint16_t* out = static_cast<uint16_t*>(y) + m * stride;
     for (int64_t n = 0; n < width; n += 32) {
       const auto tile = width - n > kLanes ? pair_expand<false> : pair_expand<true>;
-      tile(pairs, rows, steps, reinterpret_cast<const uint32_t*>(panel) + n, ldp, bias ? bias + n : nullptr, mask, m - m0, n, add,
-           out + n, stride, first_of_32(width - n));
+      tile(pairs, rows, steps, reinterpret_cast<const uint32_t*>(panel) + n, ldp, bias ? bias + n : nullptr, mask,
+           m - m0, n, add, out + n, stride, first_of_32(width - n));
     }
   }
 }

@@ -1,8 +1,8 @@
-// reduce of simd/kernels.h on bf16 as it lies in memory, by AVX-512-BF16: two multiplications a lane, fp32 sums.
+// reduce of simd/kernels.h on bf16 read in place, by AVX-512-BF16: two multiplications a lane, sums in fp32.
 //
-// What is summed comes in pairs of neighbours, one 32-bit lane each: the long dimension in reduce, the rows in grad, the
-// rank in expand. The thin operand is packed so (`pack_pairs`), its bf16 rounding the one that a product of bf16 tensors
-// has anyway; x, dy and y are read and written in place, with no copy in fp32.
+// Sums run over pairs of neighbours, a 32-bit lane for every pair: along the long dimension in reduce, the rows in
+// grad, the rank in expand. The thin operand is packed in pairs (`pack_pairs`) and rounded to bf16, as in any product
+// of bf16 tensors. x, dy and y are read and written in place, without a copy in fp32.
 #pragma once
 #include "simd/lora/bf16_pack.h"
 #include "simd/lora/dropout.h"
@@ -13,23 +13,25 @@
 namespace {
 
 constexpr int kPairRows = 12, kPairGradRows = 8;
-// Whether a block asks for the lines of the next one. Where tiles are, that is slower than the hardware's prefetcher alone: 16 requests at
-// a time wait for an L3 there, while its own go past them (3.7 against 3.1 ns a line of 2048 x 768).
+// Whether a block prefetches the next one. On processors with tiles the hardware's prefetcher alone is faster (3.1
+// against 3.7 ns a line of 2048 x 768): there 16 software requests at a time wait for an L3, and the hardware's
+// overtake them.
 #ifdef FP_TILES
 constexpr bool kAsksAhead = false;
 #else
 constexpr bool kAsksAhead = true;
 #endif
-// The row stride of a block's copy, in bf16: an odd number of cache lines.
+// The row stride of the copy of a block, in bf16: an odd number of cache lines.
 constexpr int64_t kPairLead = kCols + 32;
 
-// s[m, 16 lanes a vector] += the block's share, MR rows at a time. While a cache line of each row is multiplied, the one
-// `ahead` of it comes: in a burst before the block, the lines would queue for the few that a core can have under way.
+// s += the block's share for MR rows and NV vectors of ranks. While a cache line of every row is multiplied, the line
+// `ahead` of it is prefetched. Requested in one burst, the lines would queue, as a core can wait for only a few at a
+// time.
 template <int MR, int NV, bool FOLD>
-inline void pair_tile(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t steps, const uint32_t* panel, int64_t ldp, float* s,
-                      int64_t lds) {
+inline void pair_tile(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t steps, const uint32_t* panel, int64_t ldp,
+                      float* s, int64_t lds) {
   constexpr int64_t line = FOLD ? 8 : 16, step = FOLD ? 4 : 2;
-  // One pointer to three rows, the reach of an address with a scaled index: twelve would not stay in registers.
+  // One pointer for three rows, as far as scaled indices reach: twelve pointers would not stay in registers.
   const uint16_t* three[(MR + 2) / 3];
   for (int m = 0; m < MR; m += 3) three[m / 3] = x + m * ldx;
   vf acc[MR][NV];
@@ -42,7 +44,7 @@ inline void pair_tile(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t ste
       for (int v = 0; v < NV; ++v) row[v] = load<vu>(panel + i * ldp + v * kLanes);
       for (int m = 0; m < MR; ++m) {
         const uint16_t* at = three[m / 3] + m % 3 * ldx;
-        const vu pair = FOLD ? spread2(at) : spread(at);
+        const vu pair = FOLD ? broadcast_two_pairs(at) : broadcast_pair(at);
         for (int v = 0; v < NV; ++v) acc[m][v] = dot(acc[m][v], row[v], pair);
       }
       for (int m = 0; m < MR; m += 3) three[m / 3] += step;
@@ -56,8 +58,8 @@ inline void pair_tile(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t ste
 }
 
 template <int NV, bool FOLD>
-inline void pair_reduce(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, int64_t steps, const uint32_t* panel, int64_t ldp,
-                        float* s, int64_t lds) {
+inline void pair_reduce(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, int64_t steps,
+                        const uint32_t* panel, int64_t ldp, float* s, int64_t lds) {
   int64_t m = 0;
   for (; m + kPairRows <= rows; m += kPairRows)
     pair_tile<kPairRows, NV, FOLD>(x + m * ldx, ldx, ahead, steps, panel, ldp, s + m * lds, lds);
@@ -65,8 +67,9 @@ inline void pair_reduce(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t r
   for (; m < rows; ++m) pair_tile<1, NV, FOLD>(x + m * ldx, ldx, ahead, steps, panel, ldp, s + m * lds, lds);
 }
 
-// 32 columns of the rows of x as pairs of rows, [rows / 2, 32].
-inline void pair_strip(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, __mmask32 columns, uint32_t* strip) {
+// 32 columns of x as pairs of rows, [rows / 2, 32].
+inline void pair_strip(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, __mmask32 columns,
+                       uint32_t* strip) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -82,16 +85,17 @@ inline void pair_strip(const uint16_t* x, int64_t ldx, int64_t ahead, int64_t ro
   }
 }
 
-// grad[r, n columns] += sum over pairs of rows; left holds the pairs [pairs, ldl].
+// grad[r, columns] += the sum over pairs of rows; left holds pairs [pairs, ldl].
 template <int MR, int NV>
-inline void pair_grad_tile(const uint32_t* left, int64_t ldl, const uint32_t* strip, int64_t pairs, float* grad, int64_t ldg) {
+inline void pair_grad_tile(const uint32_t* left, int64_t ldl, const uint32_t* strip, int64_t pairs, float* grad,
+                           int64_t ldg) {
   vf acc[MR][NV];
   clear(acc);
   for (int64_t i = 0; i < pairs; ++i) {
     vu row[NV];
     for (int v = 0; v < NV; ++v) row[v] = load<vu>(strip + i * 32 + v * kLanes);
     for (int r = 0; r < MR; ++r) {
-      const vu pair = spread(left + i * ldl + r);
+      const vu pair = broadcast_pair(left + i * ldl + r);
       for (int v = 0; v < NV; ++v) acc[r][v] = dot(acc[r][v], row[v], pair);
     }
   }
@@ -103,15 +107,17 @@ inline void pair_grad_tile(const uint32_t* left, int64_t ldl, const uint32_t* st
 }
 
 template <int NV>
-inline void pair_grad(const uint32_t* left, int64_t ldl, int64_t R, const uint32_t* strip, int64_t pairs, float* grad, int64_t ldg) {
+inline void pair_grad(const uint32_t* left, int64_t ldl, int64_t R, const uint32_t* strip, int64_t pairs, float* grad,
+                      int64_t ldg) {
   int64_t r = 0;
-  for (; r + kPairGradRows <= R; r += kPairGradRows) pair_grad_tile<kPairGradRows, NV>(left + r, ldl, strip, pairs, grad + r * ldg, ldg);
+  for (; r + kPairGradRows <= R; r += kPairGradRows)
+    pair_grad_tile<kPairGradRows, NV>(left + r, ldl, strip, pairs, grad + r * ldg, ldg);
   for (; r + 2 <= R; r += 2) pair_grad_tile<2, NV>(left + r, ldl, strip, pairs, grad + r * ldg, ldg);
   for (; r < R; ++r) pair_grad_tile<1, NV>(left + r, ldl, strip, pairs, grad + r * ldg, ldg);
 }
 
-inline void pair_grads(const uint32_t* left, int64_t ldl, int64_t R, const uint16_t* x, int64_t ldx, int64_t ahead, int64_t rows, int64_t n,
-                       float* grad, int64_t ldg) {
+inline void pair_grads(const uint32_t* left, int64_t ldl, int64_t R, const uint16_t* x, int64_t ldx, int64_t ahead,
+                       int64_t rows, int64_t n, float* grad, int64_t ldg) {
   alignas(64) uint32_t strip[kRows / 2 * 32];
   for (int64_t c = 0; c < n; c += 32) {
     pair_strip(x + c, ldx, ahead, rows, first_of_32(n - c), strip);
@@ -120,8 +126,9 @@ inline void pair_grads(const uint32_t* left, int64_t ldl, int64_t R, const uint1
   }
 }
 
-void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
-                  float scale, float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
+void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp,
+                  int64_t R, float scale, float* s, const float* left, int64_t ldl, float* grad, int64_t ldg,
+                  float* sums) {
   const int64_t rows = m1 - m0, lds = padded(R);
   const bool fold = R <= kFoldRank;
   alignas(64) uint16_t copy[kRows * kPairLead];
@@ -138,10 +145,10 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
     const int64_t n = smaller(kCols, width - k0);
     const uint16_t* in = static_cast<const uint16_t*>(x.data) + m0 * x.stride + k0;
     int64_t ldx = x.stride;
-    // What is read next: these rows' next block, or the first block of the rows after them.
+    // The distance to what is read next: the next block of these rows, or the first block of the rows after them.
     const int64_t ahead = kAsksAhead ? (k0 + kCols < width ? kCols : m1 < x.count ? rows * ldx - k0 : 0) : 0;
     int64_t s_ahead = ahead;
-    [[maybe_unused]] int64_t grad_ahead = s ? 0 : ahead;  // of vectors; tiles ask for none
+    [[maybe_unused]] int64_t grad_ahead = s ? 0 : ahead;  // for vectors; tiles prefetch nothing
     if (mask.data || n % 32) {
       for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < n; c += 32) {
@@ -159,7 +166,8 @@ void reduce_pairs(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mas
       const uint32_t* part = down + k0 / 2 * ldp;
       int64_t m = 0, r = 0;
 #ifdef FP_TILES
-      if (width >= 2 * kTilePairs) m = tile_reduce(in, ldx, rows, (n + 2 * kTilePairs - 1) / (2 * kTilePairs), part, ldp, s, lds);
+      if (width >= 2 * kTilePairs)
+        m = tile_reduce(in, ldx, rows, (n + 2 * kTilePairs - 1) / (2 * kTilePairs), part, ldp, s, lds);
 #endif
       in += m * ldx;
       for (; r + 2 * kLanes <= lds && m < rows; r += 2 * kLanes)

@@ -1,4 +1,4 @@
-// The keep masks of dropout as bits, drawn and applied by vectors.
+// Keep masks of dropout as bits: drawn, and applied to vectors.
 #pragma once
 #include "shared/dropout.h"
 #include "simd/convert.h"
@@ -7,7 +7,8 @@ namespace {
 
 // Counters of Philox.
 #if FP_ISA >= 2
-// Those of even and odd lanes apart, each in the low half of 64 bits, where a product has both its halves; above it is anything.
+// Counters of even and odd lanes are kept apart, in the low halves of 64 bits, as a product yields both its halves
+// there. The upper halves may hold anything.
 struct Counter {
   Counter() = default;
   Counter(__m512i even, __m512i odd) : even(even), odd(odd) {}
@@ -31,7 +32,7 @@ struct Counter {
   vu value() const { return v; }
   Counter operator^(Counter o) const { return Counter(v ^ o.v); }
   static void mul(Counter a, uint32_t m, Counter& hi, Counter& lo) {
-#if FP_ISA == 1  // with 16 registers, not apart as above
+#if FP_ISA == 1  // 16 registers are too few to keep them apart
     const __m256i x = reinterpret_cast<__m256i>(a.v), k = _mm256_set1_epi32(static_cast<int>(m));
     const __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
     lo.v = reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
@@ -47,28 +48,31 @@ struct Counter {
 };
 #endif
 
-// Two vectors of counters at a time: one chain of seven rounds alone waits on the latency of its products.
+// Two vectors of counters at a time: a single chain of seven rounds would wait for the latency of its products.
 constexpr int kChains = 2;
 
-// The bits of the 16-bit samples that are `threshold` at least: of word j of lane l of chain i, the low one is that of column
-// 64 j + c + kLanes i + l, and the high one of the 32nd after it.
+// Stores the keep bits, which are 1 for 16-bit samples of at least `threshold`. In word j of lane l of chain i the low
+// sample belongs to column 64 j + c + kLanes i + l, the high one to the column 32 further on.
 #if FP_ISA >= 2
-inline void put_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
+inline void store_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
   static_assert(kChains == 2);
-  const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  const __m512i bound = _mm512_set1_epi16(static_cast<int16_t>(threshold));
   for (int j = 0; j < 4; ++j) {
-    const uint64_t first = _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[0][j].value()), least);
-    const uint64_t both = first | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[1][j].value()), least)) << 32;
+    const uint64_t first = _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[0][j].value()), bound);
+    const uint64_t both =
+        first | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[1][j].value()), bound))
+                    << 32;
     const uint64_t bits = _pext_u64(both, 0x5555555555555555u) | _pext_u64(both, 0xaaaaaaaaaaaaaaaau) << 32;
     std::memcpy(out + 8 * j + c / 8, &bits, 8);
   }
 }
 #else
-inline void put_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
+inline void store_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
   for (int i = 0; i < kChains; ++i)
     for (int j = 0; j < 8; ++j) {
       const vu value = word[i][j / 2].value();
-      const vi kept = reinterpret_cast<vi>(j % 2 ? value >> 16 : value & 0xffffu) > vi{} + (static_cast<int32_t>(threshold) - 1);
+      const vi kept =
+          reinterpret_cast<vi>(j % 2 ? value >> 16 : value & 0xffffu) > vi{} + (static_cast<int32_t>(threshold) - 1);
       const int64_t column = 32 * j + c + i * kLanes;
 #if FP_ISA == 1
       out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(kept)));
@@ -82,7 +86,7 @@ inline void put_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4],
 }
 #endif
 
-inline vu get_bits(const uint8_t* bits, int64_t column) {
+inline vu load_bits(const uint8_t* bits, int64_t column) {
 #if FP_ISA >= 2
   __mmask16 m;
   std::memcpy(&m, bits + column / 8, 2);
@@ -95,9 +99,10 @@ inline vu get_bits(const uint8_t* bits, int64_t column) {
 #endif
 }
 
-// What the first three rounds make of kLanes counters' columns alone: only one product of theirs meets a row.
+// The part of the first three rounds that depends on the columns of kLanes counters alone: only one product involves
+// the row.
 struct ColumnWords {
-  // For rows whose high half is `high`.
+  // For row numbers whose upper 32 bits are `high`.
   void of(uint32_t first, uint32_t high, uint32_t k0, uint32_t k1) {
     vu lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
@@ -111,7 +116,7 @@ struct ColumnWords {
     three = lo;
     after_two = hi ^ Counter(k1 + 2 * kPhiloxW1);
   }
-  // The words after those rounds. `product`: of the first word that the row makes, and kPhiloxM0.
+  // The words after these rounds. `product`: kPhiloxM0 times the first word, which depends on the row.
   void meet(uint64_t product, Counter (&word)[4]) const {
     Counter::mul(two ^ Counter(static_cast<uint32_t>(product >> 32)), kPhiloxM1, word[0], word[1]);
     word[0] = word[0] ^ zero;
@@ -129,7 +134,8 @@ void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, in
       ColumnWords columns[kChains];
       const auto begin = [&](int64_t row) {
         for (int i = 0; i < kChains; ++i)
-          columns[i].of(static_cast<uint32_t>(group * 32 + c + i * kLanes), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), k0, k1);
+          columns[i].of(static_cast<uint32_t>(group * 32 + c + i * kLanes),
+                        static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), k0, k1);
       };
       begin(m0);
       uint8_t* out = bits + group * (kCols / 8);
@@ -143,13 +149,13 @@ void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, in
         uint32_t r0 = k0 + kKnown * kPhiloxW0, r1 = k1 + kKnown * kPhiloxW1;
         for (int round = kKnown; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
           for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
-        put_bits(out, c, w, drop.threshold);
+        store_bits(out, c, w, drop.threshold);
       }
     }
 }
 
 #if FP_ISA >= 2
-// The keep bits of 32 columns from `column` of a mask's row on; of no mask, all.
+// The keep bits of 32 columns of a mask's row, from `column` on; all ones without a mask.
 inline __mmask32 kept(const uint8_t* bits, int64_t column) {
   __mmask32 word = 0xffffffffu;
   if (bits) std::memcpy(&word, bits + column / 8, 4);
@@ -160,13 +166,14 @@ inline __mmask32 kept(const uint8_t* bits, int64_t column) {
 inline vf masked(vf x, vu mask) { return reinterpret_cast<vf>(reinterpret_cast<vu>(x) & mask); }
 
 template <Type T>
-void drop_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out, int64_t stride) {
+void drop_as(const Rows& x, int64_t m0, int64_t m1, int64_t width, Bits mask, float scale, bool add, void* out,
+             int64_t stride) {
   for (int64_t m = m0; m < m1; ++m)
     for (int64_t column = 0; column < width; column += kLanes) {
       const int64_t n = width - column, to = (m - m0) * stride + column;
       const uint8_t* bits = mask.row(m - m0, 0);
       vf value = scale * load_some<T>(x.data, m * x.stride + column, n);
-      if (bits) value = masked(value, get_bits(bits, column));
+      if (bits) value = masked(value, load_bits(bits, column));
       if (add) value += load_some<T>(out, to, n);
       store_some<T>(out, to, value, n);
     }

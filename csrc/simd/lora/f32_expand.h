@@ -1,15 +1,15 @@
-// expand of simd/kernels.h by sums in fp32, for y of any type.
+// expand of simd/kernels.h in fp32, for y of any type.
 #pragma once
 #include "simd/lora/dropout.h"
 #include "simd/lora/microkernel.h"
 
 namespace {
 
-constexpr int kExpandRows = 6, kExpandVectors = FP_ISA >= 2 ? 4 : 2;  // in 32 registers, or 16
+constexpr int kExpandRows = 6, kExpandVectors = FP_ISA >= 2 ? 4 : 2;  // for 32 registers, or 16
 
 // out [rows, n] = bias + scale * s b.
-inline void expand_block(const float* s, int64_t lds, int64_t rows, const float* panel, int64_t ldp, int64_t R, const float* bias,
-                         float scale, float* out, int64_t ldo, int64_t n) {
+inline void expand_block(const float* s, int64_t lds, int64_t rows, const float* panel, int64_t ldp, int64_t R,
+                         const float* bias, float scale, float* out, int64_t ldo, int64_t n) {
   const int64_t all = vectors(n);
   for (int64_t r = 0; r == 0 || r < R; r += kShortSum) {
     const auto wide = r ? rows_of<kExpandRows, kExpandVectors, true> : rows_of<kExpandRows, kExpandVectors, false>;
@@ -25,8 +25,8 @@ inline void expand_block(const float* s, int64_t lds, int64_t rows, const float*
   }
 }
 
-// The panel of a block of columns, in floats: where fp32 is written in place, blocks as wide as a cache allows, so that
-// memory sees whole rows in the order of their addresses.
+// The floats of a panel for a block of columns. If fp32 is written in place, blocks are as wide as a cache allows, so
+// that whole rows are written in the order of their addresses.
 constexpr int64_t kPanelFloats = 1 << 14;
 
 template <Type T>
@@ -48,7 +48,7 @@ void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, c
         const uint8_t* bits = mask.row(m + i - m0, n0);
         for (int64_t column = 0; column < n; column += kLanes) {
           vf value = load<vf>(row + column);
-          if (bits) value = masked(value, get_bits(bits, column));
+          if (bits) value = masked(value, load_bits(bits, column));
           if (add) value += load_some<T>(y, base + column, n - column);
           store_some<T>(y, base + column, value, n - column);
         }
@@ -57,9 +57,12 @@ void expand_as(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, c
   }
 }
 
-void expand_f32(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp, const float* bias,
-                float scale, Bits mask, bool add, void* y, Type type, int64_t stride, int64_t width) {
-  auto as = type == Type::f32 ? expand_as<Type::f32> : type == Type::bf16 ? expand_as<Type::bf16> : expand_as<Type::f16>;
+void expand_f32(const float* s, int64_t lds, int64_t m0, int64_t m1, int64_t R, const float* panel, int64_t ldp,
+                const float* bias, float scale, Bits mask, bool add, void* y, Type type, int64_t stride,
+                int64_t width) {
+  auto as = type == Type::f32    ? expand_as<Type::f32>
+            : type == Type::bf16 ? expand_as<Type::bf16>
+                                 : expand_as<Type::f16>;
   as(s, lds, m0, m1, R, panel, ldp, bias, scale, mask, add, y, stride, width);
 }
 

@@ -1,15 +1,15 @@
-// The micro-kernel of the LoRA products in fp32: C[MR][NV vectors] += A · B, with A broadcast from thin or strided storage and
-// B read as whole vectors of contiguous rows; for one instruction set.
+// The micro-kernel of the LoRA products in fp32: C[MR][NV vectors] += A · B, with A broadcast from thin or strided
+// storage and B read as whole vectors of contiguous rows.
 #pragma once
 #include "simd/vector.h"
 
 namespace {
 
-// Loops over a tile's sums are unrolled by word: where one is not, its index puts all sums on the stack.
+// Loops over the sums of a tile are unrolled by pragma: a runtime index would put all sums on the stack.
 
 template <int MR, int NV>
 inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, vf (&acc)[MR][NV]) {
-  // One pointer to three rows, the reach of an address with a scaled index: twelve would not stay in registers.
+  // One pointer for three rows, as far as scaled indices reach: twelve pointers would not stay in registers.
   const float* three[(MR + 2) / 3];
   for (int m = 0; m < MR; m += 3) three[m / 3] = a + m * am;
   for (int64_t i = 0; i < k; ++i) {
@@ -26,11 +26,11 @@ inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t
   }
 }
 
-// The terms that one sum runs over before it is added to the whole.
+// The number of terms that are summed before the sum is added to the total.
 constexpr int64_t kShortSum = 32;
 
-// c[m, n] = start[n] + scale * sum_k a[m, k] b[k, n] for MR rows and NV vectors; ADD: c += scale * the sum, so that a long
-// sum is one of short sums: the rounding error of 32 terms and not of thousands.
+// c[m, n] = start[n] + scale * sum_k a[m, k] b[k, n] for MR rows and NV vectors; with ADD, c += scale * the sum. A long
+// sum is made of short ones, so that it has the rounding error of 32 terms, not of thousands.
 template <int MR, int NV, bool ADD>
 inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_t bk, int64_t k, const float* start,
                   float scale, float* c, int64_t ldc) {
@@ -49,7 +49,7 @@ inline void block(const float* a, int64_t am, int64_t ak, const float* b, int64_
     }
 }
 
-// All rows at one width: the full row group, then groups of 4, 2 and 1.
+// All rows: groups of MR, then of 4, 2 and 1.
 template <int MR, int NV, bool ADD>
 inline void rows_of(const float* a, int64_t am, int64_t ak, int64_t rows, const float* b, int64_t bk, int64_t k,
                     const float* start, float scale, float* c, int64_t ldc) {

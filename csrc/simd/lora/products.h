@@ -1,4 +1,5 @@
-// reduce, expand and pack of simd/kernels.h: by pairs of bf16 where the instruction set has such products, else in fp32.
+// reduce, expand and pack of simd/kernels.h: in pairs of bf16 if the instruction set multiplies them, otherwise in
+// fp32.
 #pragma once
 #include "simd/lora/f32_expand.h"
 #include "simd/lora/f32_pack.h"
@@ -11,11 +12,12 @@
 
 namespace {
 
-void reduce(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R, float scale,
-            float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
+void reduce(Rows x, int64_t m0, int64_t m1, int64_t width, Bits mask, const float* panel, int64_t ldp, int64_t R,
+            float scale, float* s, const float* left, int64_t ldl, float* grad, int64_t ldg, float* sums) {
   if (s) std::memset(s, 0, static_cast<size_t>((m1 - m0) * ldp) * sizeof(float));
 #if FP_ISA >= 3
-  if (in_pairs(x.type, R)) return reduce_pairs(x, m0, m1, width, mask, panel, ldp, R, scale, s, left, ldl, grad, ldg, sums);
+  if (in_pairs(x.type, R))
+    return reduce_pairs(x, m0, m1, width, mask, panel, ldp, R, scale, s, left, ldl, grad, ldg, sums);
 #endif
   reduce_f32(x, m0, m1, width, mask, panel, ldp, R, scale, s, left, ldl, grad, ldg, sums);
 }
@@ -39,7 +41,9 @@ void pack_as(const Strided& src, int64_t rows, int64_t cols, Use use, Type type,
 }
 
 void pack(Strided src, int64_t rows, int64_t cols, Use use, Type type, float* out, int64_t ld) {
-  auto as = src.type == Type::f32 ? pack_as<Type::f32> : src.type == Type::bf16 ? pack_as<Type::bf16> : pack_as<Type::f16>;
+  auto as = src.type == Type::f32    ? pack_as<Type::f32>
+            : src.type == Type::bf16 ? pack_as<Type::bf16>
+                                     : pack_as<Type::f16>;
   as(src, rows, cols, use, type, out, ld);
 }
 

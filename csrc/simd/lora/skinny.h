@@ -1,13 +1,15 @@
-// Products of the rows of a thin parameter, as they lie, with a few rows of x: where packing it first would cost more.
+// dots of simd/kernels.h: products of a thin parameter, read in place, with a few rows of x. Packing it first would
+// cost more.
 #pragma once
 #include "simd/convert.h"
 
 namespace {
 
-// The vectors that one sum runs over before it is added to the whole: a lane's rounding error is that of 32 terms.
+// The number of vectors that are summed before the sum is added to the total: a lane has the rounding error of 32
+// terms.
 constexpr int64_t kShortDot = 32;
 
-// NR rows of a, 1 or 4, by one of x.
+// NR rows of a (1 or 4) by one row of x.
 template <Type T, int NR>
 inline void dot_rows(const void* a, int64_t base, int64_t stride, int64_t width, const float* x, float* out) {
   vf sum[NR][1];
@@ -17,9 +19,9 @@ inline void dot_rows(const void* a, int64_t base, int64_t stride, int64_t width,
     vf part[NR][1];
     clear(part);
     for (int64_t k = k0; k < end; k += kLanes) {
-      const vf own = load<vf>(x + k);
+      const vf of_x = load<vf>(x + k);
 #pragma GCC unroll 4
-      for (int i = 0; i < NR; ++i) part[i][0] += load_some<T>(a, base + i * stride + k, width - k) * own;
+      for (int i = 0; i < NR; ++i) part[i][0] += load_some<T>(a, base + i * stride + k, width - k) * of_x;
     }
 #pragma GCC unroll 4
     for (int i = 0; i < NR; ++i) sum[i][0] += part[i][0];
@@ -30,11 +32,13 @@ inline void dot_rows(const void* a, int64_t base, int64_t stride, int64_t width,
 
 template <Type T>
 void dots_as(const Rows& a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo) {
-  int64_t i = 0;  // rows of a outside: they are read from memory once
+  int64_t i = 0;  // the outer loop runs over rows of a, which are read from memory once
   for (; i + 4 <= a.count; i += 4)
-    for (int64_t m = 0; m < M; ++m) dot_rows<T, 4>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
+    for (int64_t m = 0; m < M; ++m)
+      dot_rows<T, 4>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
   for (; i < a.count; ++i)
-    for (int64_t m = 0; m < M; ++m) dot_rows<T, 1>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
+    for (int64_t m = 0; m < M; ++m)
+      dot_rows<T, 1>(a.data, i * a.stride, a.stride, width, x + m * ldx, out + m * ldo + i);
 }
 
 void dots(Rows a, int64_t width, const float* x, int64_t ldx, int64_t M, float* out, int64_t ldo) {
