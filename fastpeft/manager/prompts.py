@@ -9,6 +9,7 @@ from torch import nn
 from fastpeft.nn.config import one_of
 from fastpeft.nn.prompts import PrefixTuning, Prompt, PromptEmbedding, PTuningEmbedding, insert_prefix, insert_prompt
 from fastpeft.nn.prompts.insertion import prefix_sizes
+from fastpeft.nn.prompts.prompt_embedding import text_ids
 from fastpeft.nn.prompts.virtual import SPELLINGS
 from fastpeft.ops import _checks
 
@@ -37,6 +38,7 @@ def made(op: str, method: str, model: nn.Module, options: dict[str, Any]) -> tup
     Raises     ValueError: a size that is not given and that the model does not tell.
     """
     rest = dict(options)
+    start = {name: rest.pop(name, None) for name in ("init", "text", "tokenizer")} if method == "prefix_tuning" else {}
     P = _spelled(op, rest, "num_virtual_tokens")
     given: dict[str, Any] = {"num_virtual_tokens": _LENGTH if P is None else P}
     if method == "prefix_tuning":
@@ -58,9 +60,23 @@ def made(op: str, method: str, model: nn.Module, options: dict[str, Any]) -> tup
     if place is not None:
         rest.setdefault("device", place.device)
     module = _CLASSES[method](**given, **rest)
+    if start:
+        _start(op, model, module, **start)
     # Loaded values take the place of what the text gave.
     first = {"init", "text", "tokenizer", "word_embeddings", "device"}
     return module, given | {name: value for name, value in rest.items() if name not in first}
+
+
+def _start(op: str, model: Any, prefix: Any, init: Any, text: Any, tokenizer: Any) -> None:
+    """Give a prefix the keys and values of a text's tokens, repeated or trimmed to its length, where asked for."""
+    _checks.one_of(op, "init", init, (None, "random", "text"))
+    if init != "text":
+        return
+    _checks.require(is_transformers(model), op, "init", "be 'random' for a model that is not transformers'", init)
+    for name, value in (("text", text), ("tokenizer", tokenizer)):
+        _checks.require(value is not None, op, name, "be given for init='text'", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prefix.copy_from_tokens(model, text_ids(op, text, tokenizer, prefix.num_virtual_tokens, vocabulary))
 
 
 def put_in(op: str, model: nn.Module, module: nn.Module) -> str:

@@ -172,7 +172,11 @@ class Words(Saving):
         dropout_probability: float | None = None,
         **options: Any,
     ) -> _Self:
-        """Prefix tuning: a `PrefixTuning` of 20 tokens, in ``.prefix_tuning``; as ``apply_ptuning``."""
+        """Prefix tuning: a `PrefixTuning` of 20 tokens, in ``.prefix_tuning``; as ``apply_ptuning``.
+
+        ``init="text", text=…, tokenizer=…`` starts from the keys and values that a model of transformers has for a
+        text's tokens; a prefix drawn at random, the default, disturbs a trained model badly.
+        """
         given = _given(num_layers=num_layers, num_heads=num_heads, head_dimension=head_dimension)
         given |= _given(prefix_length=prefix_length, dropout_probability=dropout_probability)
         return self._prompt("prefix_tuning", given | options)

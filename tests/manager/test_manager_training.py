@@ -129,6 +129,26 @@ def test_compile_without_a_graph_break():
     assert all(p.grad is not None for p in manager.get_trainable_parameters())
 
 
+def test_a_prefix_starts_from_text(tmp_path):
+    """The tokens before others act as themselves; the file holds the values, so that the options need no tokenizer."""
+    prompt_cases = pytest.importorskip("prompt_cases")
+    base = prompt_cases.model("llama")
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    options = {"prefix_length": 2, "init": "text", "text": "a b", "tokenizer": lambda text: [3, 4]}
+    manager = EfficientFineTuningManager(copy.deepcopy(base)).apply_prefix_tuning(**options)
+    with torch.no_grad():
+        y = manager.model(ids[:, 2:]).logits
+        torch.testing.assert_close(y, base(ids).logits[:, 2:], rtol=1e-4, atol=1e-4)
+        manager.save_efficient_weights(tmp_path / "a.pt")
+        other = EfficientFineTuningManager(copy.deepcopy(base))
+        other.load_efficient_weights(tmp_path / "a.pt")
+        assert torch.equal(other.model(ids[:, 2:]).logits, y)
+    with pytest.raises(ValueError, match="text must be given for init='text'"):
+        EfficientFineTuningManager(copy.deepcopy(base)).apply_prefix_tuning(init="text")
+    with pytest.raises(ValueError, match="init must be 'random' for a model that is not transformers'"):
+        EfficientFineTuningManager(encoder()).apply_prefix_tuning(**options)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
 @pytest.mark.parametrize("method", ["ptuning", "prompt_tuning", "prefix_tuning"])
 def test_prompts_of_transformers(name, method, tmp_path):

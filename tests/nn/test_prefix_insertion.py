@@ -288,6 +288,29 @@ def test_starting_from_real_tokens():
     torch.testing.assert_close(ours(ids[:, P:]).logits, base(ids).logits[:, P:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("inserted", [False, True])
+def test_copied_from_tokens(name, inserted):
+    """What the model caches for P tokens, before or after the insertion; the prefix takes no part in it."""
+    base, module = model(name).train(), prefix(name)
+    ids = batch(name, T=P, B=1)[0]
+    reads = base.get_decoder() if name == "t5" else base.base_model
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        reads.eval()(ids, **{"cache" if "cache" in inspect.signature(reads.forward).parameters else "past_key_values": cache})
+    base.train()
+    if inserted:
+        insert_prefix(base, module)
+    module.copy_from_tokens(base, ids[0])
+    for layer, pair in zip(cache.layers, module.states(), strict=True):
+        assert torch.equal(layer.keys, pair[0]) and torch.equal(layer.values, pair[1])
+    assert base.training and module.enabled
+    with pytest.raises(ValueError, match=f"input_ids must have {P} tokens"):
+        module.copy_from_tokens(base, ids[:, 1:])
+    with pytest.raises(ValueError, match="prefix must be parameters alone"):
+        prefix(name, "projected").copy_from_tokens(base, ids)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
 def test_as_many_tokens_as_positions(name):
     """A table of 48 positions, of which RoBERTa leaves two out, takes P tokens less."""

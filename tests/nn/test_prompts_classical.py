@@ -77,6 +77,10 @@ def test_causal_language_model(side):
     last = (4, 6) if side == "right" else (6, 6)
     gold = torch.stack([logits[i, t][torch.tensor(pet.token_ids)].mean(-1) for i, t in enumerate(last)])
     torch.testing.assert_close(pet.scores(logits, inputs), gold)
+    assert pet.positions(inputs).tolist() == list(last)
+    torch.testing.assert_close(pet.scores(logits[torch.arange(2), pet.positions(inputs)], inputs), gold)
+    with pytest.raises(ValueError, match=r"logits must be \[2, T, V\] or \[2, V\], got \[3, "):
+        pet.scores(logits.new_zeros(3, logits.shape[-1]), inputs)
 
 
 def test_fields_and_functions():

@@ -101,27 +101,39 @@ class PatternVerbalizer:
         options = {"padding": True, "return_tensors": "pt", **options}
         return self.tokenizer([self.text(example) for example in examples], **options)
 
-    def scores(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """s [B, labels] of the model's ``logits`` [B, T, V] for ``inputs``, differentiable.
+    def positions(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Where each example is answered [B]: at its mask token, or at its last token for a causal model.
 
-        Logits may have more rows than ``inputs`` tokens, before them: those of an inserted prompt.
         Raises     ValueError: an example without its mask, or with two
         """
-        op = "PatternVerbalizer"
         ids = inputs["input_ids"]
-        more = logits.shape[1] - ids.shape[1]
-        _checks.require(more >= 0, op, "logits", f"have at least {ids.shape[1]} rows, one a token", logits.shape[1])
         if self.mask_token is not None:
             there = ids == self.tokenizer.mask_token_id
             counts = there.sum(-1)
-            once = bool((counts == 1).all())
-            _checks.require(once, op, "input_ids", "have the mask token once in every example", counts.tolist())
-            position = there.int().argmax(-1)
+            once, rule = bool((counts == 1).all()), "have the mask token once in every example"
+            _checks.require(once, "PatternVerbalizer", "input_ids", rule, counts.tolist())
+            return there.int().argmax(-1)
+        mask = inputs.get("attention_mask")
+        steps = torch.arange(ids.shape[1], device=ids.device)
+        return (steps * (torch.ones_like(ids) if mask is None else mask)).argmax(-1)
+
+    def scores(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """s [B, labels] of the model's ``logits`` [B, T, V] for ``inputs``, differentiable.
+
+        Logits may have more rows than ``inputs`` tokens, before them: those of an inserted prompt. Or they are [B, V],
+        of ``positions`` alone: T times less of a large vocabulary's product.
+        Raises     ValueError: an example without its mask, or with two
+        """
+        op, ids = "PatternVerbalizer", inputs["input_ids"]
+        rows = logits
+        if logits.dim() == 3:
+            more = logits.shape[1] - ids.shape[1]
+            _checks.require(more >= 0, op, "logits", f"have at least {ids.shape[1]} rows, one a token", logits.shape[1])
+            position = self.positions(inputs).to(logits.device) + more
+            rows = logits[torch.arange(ids.shape[0], device=logits.device), position]
         else:
-            mask = inputs.get("attention_mask")
-            steps = torch.arange(ids.shape[1], device=ids.device)
-            position = (steps * (torch.ones_like(ids) if mask is None else mask)).argmax(-1)
-        rows = logits[torch.arange(ids.shape[0], device=logits.device), position.to(logits.device) + more]
+            fits = logits.dim() == 2 and logits.shape[0] == ids.shape[0]
+            _checks.require(fits, op, "logits", f"be [{ids.shape[0]}, T, V] or [{ids.shape[0]}, V]", list(logits.shape))
         return torch.stack([rows[:, ids].mean(-1) for ids in self.token_ids], dim=-1)
 
     def loss(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

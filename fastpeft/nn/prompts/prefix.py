@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastpeft.nn.config import adapter_dtype, flag, size
+from fastpeft.nn.prompts.checkpointing import CACHE_NAMES
 from fastpeft.nn.prompts.virtual import VirtualTokens, spelled
 from fastpeft.ops import _checks
 
@@ -87,6 +89,35 @@ class Prefix(VirtualTokens):
                 _checks.require(got == list(shape), self._op, "cache", rule, got)
         table = torch.stack([torch.stack(pair) for pair in layers]).squeeze(2)  # [L, 2, heads, P, head_dim]
         self._store(table.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, self.width))
+
+    @torch.no_grad()
+    def copy_from_tokens(self, model: Any, input_ids: torch.Tensor) -> None:
+        """Start from what ``model`` caches for P real tokens, which it reads alone, in eval mode and once.
+
+        model      a transformers model that this prefix fits, before or after the insertion
+        input_ids  [P] or [1, P], any integer dtype
+        Raises     ValueError: another number of tokens, a model without such a cache, a prefix that a network computes
+        """
+        from transformers import DynamicCache
+
+        P = self.num_virtual_tokens
+        ids = torch.as_tensor(input_ids).reshape(1, -1).to(model.get_input_embeddings().weight.device)
+        _checks.require(self._plain(), self._op, "prefix", "be parameters alone", "one that a projection computes")
+        _checks.require(ids.shape[1] == P, self._op, "input_ids", f"have {P} tokens", list(ids.shape))
+        # An encoder returns no cache, but its attentions fill the one that they are given.
+        reads = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+        known = inspect.signature(type(reads).forward).parameters
+        name = next((each for each in CACHE_NAMES[:2] if each in known), None)
+        _checks.require(name is not None, self._op, "model", "take cached keys and values", type(model).__name__)
+        cache, mode, enabled = DynamicCache(), model.training, self._enabled
+        try:
+            model.eval()
+            self._enabled = False
+            reads(ids, **{name: cache})
+        finally:
+            self._enabled = enabled
+            model.train(mode)
+        self.copy_past_key_values(cache)
 
     def _plain(self) -> bool:
         return True

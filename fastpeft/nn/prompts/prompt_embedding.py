@@ -63,7 +63,7 @@ class PromptEmbedding(Prompt):
         if init == "vocab":
             ids = torch.randint(0, _vocabulary(op, word_embeddings, d), (P,))
         elif init == "text":
-            ids = _text_ids(op, text, tokenizer, P, _vocabulary(op, word_embeddings, d))
+            ids = text_ids(op, text, tokenizer, P, _vocabulary(op, word_embeddings, d))
         super().__init__(P, d, dropout)
         if ids is None:
             self.embedding = nn.Embedding(P, d, device=device, dtype=adapter_dtype(op, dtype))
@@ -100,7 +100,7 @@ def _embedded(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
     return rows.detach()
 
 
-def _text_ids(op: str, text: object, tokenizer: Any, P: int, V: int) -> torch.Tensor:
+def text_ids(op: str, text: object, tokenizer: Any, P: int, V: int) -> torch.Tensor:
     """The token ids of ``text``, special tokens included, repeated or trimmed to P."""
     _checks.require_dtype(isinstance(text, str), op, "text", "be a string", type(text).__name__)
     _checks.require_dtype(callable(tokenizer), op, "tokenizer", "be callable", type(tokenizer).__name__)
