@@ -1,0 +1,117 @@
+"""Each experiment's --quick: frozen weights keep every bit, disabling gives back what was, counts are true, files load."""
+
+import json
+
+import pytest
+import torch
+
+for needed in ("rich", "matplotlib", "sklearn", "transformers", "tokenizers"):
+    pytest.importorskip(needed)
+
+import _experiment
+import digits
+import images
+import sentiment
+import speech
+from fastpeft.cli import assets
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing may be fetched, and one thread is enough."""
+
+    def fetch(package, cache=None):
+        raise AssertionError(f"{package.name} must not be fetched")
+
+    monkeypatch.setattr(assets, "fetch", fetch)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def result(experiment, folder, *arguments):
+    """The experiment's result.json; the plot lies beside it."""
+    command = ["--quick", "--threads", "1", "--output", str(folder), *arguments]
+    assert _experiment.run(experiment, command) == 0
+    where = folder / experiment.__name__
+    assert (where / "result.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((where / "result.json").read_text())
+
+
+def test_digits(tmp_path):
+    got = result(digits.digits, tmp_path)
+    assert got["identity_at_init"] and got["disabled_logits_bit_equal"]
+    assert got["errors"]["off"] == got["errors"]["before"] != got["errors"]["on"]
+    assert got["worst_digit"] == max(range(10), key=got["errors"]["before"].__getitem__)
+    assert got["errors"]["on"][got["worst_digit"]] < got["errors"]["before"][got["worst_digit"]]
+    plain = 64 * 64 + 64 + 64 * 128 + 128 + 128 * 10 + 10
+    added = (64 + 64) + (64 + 128) + (128 + 10)
+    assert (got["trainable"], got["parameters"], got["frozen_values_bit_equal"]) == (added, plain + added, plain)
+    assert got["merged_errors_equal"]
+
+
+def test_sentiment(tmp_path):
+    """Every method; those of the manager are saved and loaded into a fresh model."""
+    rows = result(sentiment.sentiment, tmp_path, "--method", "all")["methods"]
+    assert rows.keys() == {*sentiment.METHODS, "pattern"}
+    head, hidden, layers = 2 * 32 + 2, 32, 2
+    trained = {
+        "head": head,
+        "lora": head + layers * 2 * 8 * 2 * hidden,
+        "prompt": head + 20 * hidden,
+        "prefix": head + 20 * layers * 2 * hidden,
+        "adapter": head + layers * 2 * (2 * 24 * hidden + 24 + hidden),
+        "pruned": head + layers * 2 * 16 * 2 * hidden,
+    }
+    for name, count in trained.items():
+        assert rows[name]["trainable"] == count, name
+    assert rows["pruned"]["trainable_after"] == head + layers * 2 * 8 * 2 * hidden
+    assert rows["adalora"]["trainable_after"] < rows["adalora"]["trainable"]
+    body = rows["head"]["frozen_values_bit_equal"]
+    for name, row in rows.items():
+        assert row.get("loaded_again_bit_equal", True), name
+        assert row["frozen_values_bit_equal"] == body or name == "pattern", name
+        assert len(row["losses"]) == (16 if name == "pattern" else 4)
+
+
+def test_sentiment_keeps_what_was_run_before(tmp_path):
+    result(sentiment.sentiment, tmp_path, "--method", "head")
+    assert result(sentiment.sentiment, tmp_path, "--method", "prompt")["methods"].keys() == {"head", "prompt"}
+
+
+def test_images(tmp_path):
+    rows = result(images.images, tmp_path, "--methods", "head", "lora", "depthwise")["methods"]
+    assert rows["head"]["trainable"] == 64 * 10 + 10
+    assert rows["head"]["trainable"] < rows["lora"]["trainable"] < rows["depthwise"]["trainable"]
+    for name in ("lora", "depthwise"):
+        assert rows[name]["disabled_logits_bit_equal"]
+        assert rows[name]["merged_largest_relative_difference"] < 1e-4
+        # Beside the body, frozen, its averages are held.
+        assert rows[name]["frozen_values_bit_equal"] > rows[name]["parameters"] - rows[name]["trainable"]
+
+
+def test_speech(tmp_path):
+    rows = result(speech.speech, tmp_path)["methods"]
+    hidden, head = 16, 9 * 16 + 9
+    assert rows["head"]["trainable"] == head
+    assert rows["lora"]["trainable"] == head + 4 * (12 + 4 * hidden) + 4 * (hidden + 4 * hidden)
+    assert rows["lora"]["frozen_values_bit_equal"] == 4 * hidden * (12 + hidden + 2)
+    assert rows["lora"]["disabled_logits_bit_equal"] and rows["lora"]["merged_largest_difference"] < 1e-5
+
+
+def test_frozen_tells_of_a_change():
+    layer = torch.nn.Linear(2, 2).requires_grad_(False)
+    frozen = _experiment.Frozen(layer)
+    assert frozen.check() == 6
+    with torch.no_grad():
+        layer.weight[0, 0] += 1e-6
+    with pytest.raises(RuntimeError, match=r"must keep every bit, got others in \['weight'\]"):
+        frozen.check()
+
+
+def test_what_cannot_be_fetched_is_a_message(capsys):
+    def experiment(arguments):
+        raise assets.AssetError("fetch: a thing must be downloadable")
+
+    assert _experiment.run(experiment) == 1
+    assert capsys.readouterr().err == "fetch: a thing must be downloadable\n"
