@@ -297,7 +297,9 @@ def test_copied_from_tokens(name, inserted):
     reads = base.get_decoder() if name == "t5" else base.base_model
     cache = transformers.DynamicCache()
     with torch.no_grad():
-        reads.eval()(ids, **{"cache" if "cache" in inspect.signature(reads.forward).parameters else "past_key_values": cache})
+        reads.eval()(
+            ids, **{"cache" if "cache" in inspect.signature(reads.forward).parameters else "past_key_values": cache}
+        )
     base.train()
     if inserted:
         insert_prefix(base, module)
