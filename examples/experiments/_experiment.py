@@ -87,6 +87,16 @@ class Experiment:
                 bars.update(bar, advance=1, extra=f"loss {sum(losses[-25:]) / len(losses[-25:]):.3f}")
         return {"losses": losses, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
+    def keep(self, name: str, row: dict[str, Any]) -> None:
+        """Leaves a method's result in the folder, so that methods may be run one by one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"method-{name}.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+    def kept(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The results that are there, of this run and of earlier ones."""
+        found = {name: self.folder / f"method-{name}.json" for name in names}
+        return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
+
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Prints a table: the first column to the left, figures to the right."""
         table = Table(title=title)
@@ -99,7 +109,7 @@ class Experiment:
     def say(self, line: str) -> None:
         self.out.print("- " + line, markup=False, soft_wrap=True)
 
-    def finish(self, results: dict[str, Any], draw: Callable[[Any], None], file: str = "result", **size: Any) -> None:
+    def finish(self, results: dict[str, Any], draw: Callable[[Any], None], **size: Any) -> None:
         """Writes the results as JSON, the plot beside them, and says where.
 
         draw     gets ``plt.subplots``'s figure
@@ -114,14 +124,14 @@ class Experiment:
             "cpu_seconds": time.process_time() - self.began_cpu,
             **results,
         }
-        (self.folder / f"{file}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        (self.folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         figure = plt.figure(layout="constrained", **size)
         draw(figure)
-        figure.savefig(self.folder / f"{file}.png", dpi=100)
+        figure.savefig(self.folder / "result.png", dpi=100)
         plt.close(figure)
         self.say(
             f"{whole['seconds']:.0f} s in all, {whole['cpu_seconds']:.0f} s of the CPU. "
-            f"Written to {self.folder}: {file}.json, {file}.png"
+            f"Written to {self.folder}: result.json, result.png"
         )
 
 

@@ -101,7 +101,9 @@ def tune(
 ) -> dict[str, Any]:
     """Adapts, trains in eval mode, so that batch normalisation keeps its averages, and tests."""
     what, targets = METHODS[name]
-    before = accuracy(model, *test, side)
+    probe, before = prepared(test[0][:50], side), accuracy(model, *test, side)
+    with torch.no_grad():
+        start = {name: value.clone() for name, value in model.fc.state_dict().items()}, model(probe)
     if targets:
         manager = EfficientFineTuningManager(model)
         manager.apply_lora(targets, rank=8, alpha=16, dropout_probability=0.0, modules_to_save=["fc"])
@@ -111,9 +113,6 @@ def tune(
         manager, adapted = None, 0
     model.eval()
     (trained, total), frozen, (pictures, labels) = counts(model), Frozen(model, buffers=True), data
-    probe = prepared(test[0][:50], side)
-    with torch.no_grad():
-        start = {name: value.clone() for name, value in model.fc.state_dict().items()}, model(probe)
     args = this.args
     drawn = drawn_batches(len(labels), args.batch_size, args.epochs * len(labels) // args.batch_size, args.seed)
 

@@ -10,7 +10,6 @@ asks SmolLM2, a language model, since MiniLM has no head that fills in words (se
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -211,13 +210,9 @@ def sentiment(arguments: Sequence[str] | None = None) -> None:
     args: argparse.Namespace = parser.parse_args(arguments)
     this, names = Experiment("sentiment", args), [*METHODS, "pattern"] if args.method == "all" else [args.method]
     task = reviews(args)
-    this.folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        row = _pattern.tune(this, task) if name == "pattern" else tune(this, task, name)
-        (this.folder / f"method-{name}.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    found = {name: this.folder / f"method-{name}.json" for name in [*METHODS, "pattern"]}
-    rows = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
-    show(this, rows)
+        this.keep(name, _pattern.tune(this, task) if name == "pattern" else tune(this, task, name))
+    show(this, this.kept([*METHODS, "pattern"]))
 
 
 def show(this: Experiment, rows: dict[str, dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ for needed in ("rich", "matplotlib", "sklearn", "transformers", "tokenizers"):
 import _experiment
 import digits
 import images
+import language_model
 import sentiment
 import speech
 from fastpeft.cli import assets
@@ -77,6 +78,21 @@ def test_sentiment(tmp_path):
 def test_sentiment_keeps_what_was_run_before(tmp_path):
     result(sentiment.sentiment, tmp_path, "--method", "head")
     assert result(sentiment.sentiment, tmp_path, "--method", "prompt")["methods"].keys() == {"head", "prompt"}
+
+
+def test_language_model(tmp_path):
+    rows = result(language_model.language_model, tmp_path, "--method", "all")["methods"]
+    assert rows.keys() == language_model.METHODS.keys()
+    hidden, layers, keys, tokens = 32, 2, 2 * 8, language_model.P
+    assert rows["prompt"]["trainable"] == tokens * hidden
+    assert rows["prefix"]["trainable"] == rows["p-tuning-v2"]["trainable"] == tokens * layers * 2 * keys
+    for name, row in rows.items():
+        assert row["disabled_logits_bit_equal"], name
+        assert row["frozen_values_bit_equal"] == row["parameters"] - row["trainable"], name
+    for name in ("p-tuning-mlp", "p-tuning-lstm"):
+        assert rows[name]["trainable_after"] == tokens * hidden < rows[name]["trainable"]
+        assert rows[name]["baked_largest_difference"] < 1e-5
+    assert rows["lora"]["loss_start"] == pytest.approx(rows["lora"]["loss_frozen"], abs=1e-6)
 
 
 def test_images(tmp_path):
