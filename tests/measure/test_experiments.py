@@ -10,6 +10,7 @@ for needed in ("rich", "matplotlib", "sklearn", "transformers", "tokenizers"):
 
 import _experiment
 import digits
+import fusion
 import images
 import language_model
 import sentiment
@@ -93,6 +94,23 @@ def test_language_model(tmp_path):
         assert rows[name]["trainable_after"] == tokens * hidden < rows[name]["trainable"]
         assert rows[name]["baked_largest_difference"] < 1e-5
     assert rows["lora"]["loss_start"] == pytest.approx(rows["lora"]["loss_frozen"], abs=1e-6)
+
+
+def test_fusion(tmp_path):
+    got = result(fusion.fusion, tmp_path)
+    head, hidden, layers, bottleneck = 2 * 32 + 2, 32, 2, fusion.BOTTLENECK
+    adapter = layers * (2 * bottleneck * hidden + bottleneck + hidden)
+    trained = {
+        "movies": head + adapter,
+        "head": head,
+        "adapter": head + adapter,
+        "fusion": head + layers * 3 * hidden**2,
+    }
+    assert {name: got["methods"][name]["trainable"] for name in trained} == trained
+    assert got["adapters_bit_equal_in_stage_two"]
+    body = got["methods"]["head"]["frozen_values_bit_equal"]
+    assert got["methods"]["fusion"]["frozen_values_bit_equal"] == body + 3 * adapter
+    assert [sum(place) for place in got["listened"]] == pytest.approx([1] * layers)
 
 
 def test_images(tmp_path):
