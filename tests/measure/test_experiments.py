@@ -13,8 +13,10 @@ import digits
 import fusion
 import images
 import language_model
+import run_all
 import sentiment
 import speech
+import workflow
 from fastpeft.cli import assets
 
 
@@ -131,6 +133,57 @@ def test_speech(tmp_path):
     assert rows["lora"]["trainable"] == head + 4 * (12 + 4 * hidden) + 4 * (hidden + 4 * hidden)
     assert rows["lora"]["frozen_values_bit_equal"] == 4 * hidden * (12 + hidden + 2)
     assert rows["lora"]["disabled_logits_bit_equal"] and rows["lora"]["merged_largest_difference"] < 1e-5
+
+
+def test_workflow(tmp_path):
+    got = result(workflow.workflow, tmp_path)
+    saved, mixed, shared, whole = (got[name] for name in ("checkpointing", "mixed_precision", "sharing", "together"))
+    assert saved["kept_bytes_checkpointed"] < saved["kept_bytes"] / 2 and saved["gradient_difference"] < 1e-5
+    assert 0 < mixed["gradient_difference_bf16"] < 0.05 and 0 < mixed["gradient_difference_fp16"] < 0.01
+    assert mixed["adapters_stay_fp32"]
+    head, one = 2 * 32 + 2, 8 * 2 * 32
+    assert (shared["trainable"], shared["trainable_shared"], shared["tied"]) == (head + 4 * one, head + one, True)
+    assert whole["loaded_again_bit_equal"] and whole["shared_after_load"] and whole["trainable"] == head + one
+    assert whole["frozen_values_bit_equal"] == got["together"]["frozen_values_bit_equal"] > 0
+    assert [(row["rank"], row["trainable"]) for row in got["sweep"]] == [
+        (r, head + 4 * r * 64) for r in (2, 8) for _ in "abc"
+    ]
+
+
+def test_the_table_of_all(tmp_path, monkeypatch):
+    """A command that has run is in the table with its time; --missing leaves it; the README keeps what is around."""
+    calls = []
+
+    def here(command, arguments):
+        calls.append(command.name)
+        experiment = {"digits.py": digits.digits, "speech.py": speech.speech}[command.script]
+        assert _experiment.run(experiment, [*command.arguments, *arguments]) == 0
+        return {"seconds": 12.3, "cpu_seconds": 20.4}
+
+    monkeypatch.setattr(run_all, "timed", here)
+    out = tmp_path / "out"
+    ours = ["--output", str(out), "--", "--quick", "--threads", "1"]
+    assert run_all.main(["--only", "digits", *ours]) == 0
+    assert run_all.main(["--only", "digits", "speech", "--missing", *ours]) == 0
+    assert calls == ["digits", "speech"]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{run_all.BEGIN}\nold\n{run_all.END}\nafter\n")
+    run_all.write(out, readme, tmp_path / "plots")
+    text = readme.read_text()
+    assert text.startswith(f"before\n{run_all.BEGIN}\n|") and text.endswith(f"|\n{run_all.END}\nafter\n")
+    assert "| `digits.py` | digit" in text and "12 s, 20 s" in text and "old" not in text
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == ["digits.png", "speech.png"]
+    readme.write_text("no marks\n")
+    with pytest.raises(ValueError, match="must hold the line"):
+        run_all.write(out, readme, tmp_path / "plots")
+
+
+def test_every_command_is_one_of_its_script():
+    """What run_all starts, the scripts take."""
+    for command in run_all.COMMANDS:
+        methods = {"sentiment.py": [*sentiment.METHODS, "pattern"], "language_model.py": list(language_model.METHODS)}
+        assert command.arguments == () or command.arguments[1] in methods[command.script]
+    assert len({command.name for command in run_all.COMMANDS}) == len(run_all.COMMANDS) == 5 + 11 + 7
 
 
 def test_frozen_tells_of_a_change():

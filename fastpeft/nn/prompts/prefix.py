@@ -109,6 +109,7 @@ class Prefix(VirtualTokens):
         known = inspect.signature(type(reads).forward).parameters
         name = next((each for each in CACHE_NAMES[:2] if each in known), None)
         _checks.require(name is not None, self._op, "model", "take cached keys and values", type(model).__name__)
+        assert name is not None
         cache, mode, enabled = DynamicCache(), model.training, self._enabled
         try:
             model.eval()
