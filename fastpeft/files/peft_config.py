@@ -36,6 +36,7 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
+_MOST = 1e30  # and no NaN, infinity or integer that no float can hold
 _EPSILON = 1e-5  # PEFT's AdaLoRA divides by its rank and that
 
 
@@ -69,8 +70,8 @@ def names(op: str, where: str, config: dict[str, Any], name: str) -> list[str]:
 def number_in(op: str, where: str, config: dict[str, Any], name: str, default: float) -> float:
     value = config.get(name, default)
     value = default if value is None else value
-    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    _checks.require(sound, op, f"{name} in {where}", "be a finite number", repr(value)[:80])
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and -_MOST < value < _MOST
+    _checks.require(sound, op, f"{name} in {where}", f"be a number below {_MOST:g}", repr(value)[:80])
     return value
 
 

@@ -19,7 +19,11 @@ from fastpeft.nn.config import flag, number, refuse_unknown
 from fastpeft.ops import _checks
 
 FORMATS = ("peft", "kohya", "loralib")
-_SAVE = {"peft": ("base_model", "task_type"), "kohya": ("prefix", "tucker"), "loralib": ("alpha",)}
+_SAVE = {
+    "peft": ("base_model", "task_type", "modules_to_save"),
+    "kohya": ("prefix", "tucker"),
+    "loralib": ("alpha", "modules_to_save"),
+}
 _LOAD = {"peft": (), "kohya": ("prefix",), "loralib": ("alpha", "enable_lora")}
 
 
@@ -44,7 +48,8 @@ def save_adapter(
                fastpeft reads, and PEFT does not
     options    "peft": base_model (a name or folder), task_type; both from the model where not given · "kohya": prefix
                ("lycoris"; sd-scripts goes by lora_unet, lora_te1, …), tucker (False; True writes lora_mid) ·
-               "loralib": alpha, the lora_alpha of the layers that will read it
+               "loralib": alpha, the lora_alpha of the layers that will read it · "peft" and "loralib": modules_to_save,
+               names of modules that are written whole beside those that the manager has as such
     A merged adapter is written as it is unmerged; masks and gains of sparse, pruned and AdaLoRA forms but "svd" are
     written into A.
     Nothing is written before all of it is checked, and a crash at any moment leaves the old file, or folder, whole.
@@ -59,7 +64,8 @@ def save_adapter(
         most is None or format == "peft", op, "max_shard_size", "be None for a format of one file", max_shard_size
     )
     manager = manager_of(op, source)
-    bundle = bundle_of(op, manager, adapter)
+    whole = manager._named_modules(op, options.get("modules_to_save")) | manager.saved_modules
+    bundle = bundle_of(op, manager, adapter, whole)
     bundle.cast(op, dtype)
     if format == "peft":
         model = targets.walk(manager.model)

@@ -32,23 +32,26 @@ def put(
     said = sorted(_SAID & options.keys())
     _checks.require(not said, op, said[0] if said else "", "be left out: the file says it", "given")
     saved = _whole(op, manager, bundle)
-    if name in manager.methods:
-        _checks.require(
-            method is None and not options,
-            op,
-            "options",
-            "be left out for an adapter that is there",
-            sorted(options) or method,
-        )
+    fresh = name not in manager.methods
+    if not fresh:
+        given = sorted(options) or method
+        _checks.require(not given, op, "options", "be left out for an adapter that is there", given)
         entries = _fitting(op, manager, bundle, name)
-        for entry in entries:
-            entry.forget_packed()
-        manager._unmerge(entries)
     elif bundle.kind in PROMPTS:
         _checks.require(method is None, op, "method", f"be left out for {bundle.kind}", repr(method))
         entries = _insert(op, manager, bundle, name, options)
     else:
         entries = _place(op, manager, bundle, name, method, options, saved)
+    try:
+        for entry in entries:
+            _check_range(op, entry.module, bundle, bundle.parts.get(entry.path))
+    except ValueError:
+        if fresh:
+            manager.delete(name)
+        raise
+    for entry in entries:
+        entry.forget_packed()
+    manager._unmerge(entries)
     manager._save_whole(saved)
     with torch.no_grad():
         for entry in entries:
@@ -140,6 +143,7 @@ def _whole(op: str, manager: EfficientFineTuningManager, bundle: Bundle) -> dict
         )
         same = value.is_floating_point() == like.is_floating_point()
         _checks.require_dtype(same, op, bundle.named(key), f"have a dtype like {like.dtype}", value.dtype)
+        _check_finite(op, bundle.named(key), value, like.dtype)
         found[path] = modules[path]
     for path, module in found.items():
         inside = [
@@ -187,10 +191,7 @@ def _place(
     _checks.one_of(op, "method", method, allowed)
     how = {"dropout": bundle.dropout, **options} | ({"form": "svd"} if bundle.kind == "adalora" else {})
     kind = method or bundle.kind
-    entries = manager._place(op, manager._free_name(op, kind, name), kind, list(each), how, each, saved)
-    for entry in entries:
-        entry.forget_packed()
-    return entries
+    return manager._place(op, manager._free_name(op, kind, name), kind, list(each), how, each, saved)
 
 
 def _of_alpha(part: Part) -> float:
@@ -219,6 +220,21 @@ def _insert(
     }
     manager._prompt(bundle.kind, how | options | {"adapter_name": name})
     return manager._of(name)
+
+
+def _check_range(op: str, module: Any, bundle: Bundle, part: Part | None) -> None:
+    """That no value overflows in the dtype of the adapter."""
+    if part is None:
+        assert bundle.table is not None
+        _check_finite(op, bundle.named("table"), bundle.table, next(module.parameters()).dtype)
+        return
+    for name, value in part.tensors().items():
+        _check_finite(op, part.named(name), value, module.lora_A.dtype)
+
+
+def _check_finite(op: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    finite = not dtype.is_floating_point or bool(value.to(dtype).isfinite().all())
+    _checks.require(finite, op, name, f"be finite in {dtype}, as the model has it", "inf or nan")
 
 
 def _fill(module: Any, bundle: Bundle, part: Part | None) -> None:

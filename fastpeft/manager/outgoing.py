@@ -32,6 +32,9 @@ def manager_of(op: str, source: Any) -> EfficientFineTuningManager:
     """
     if isinstance(source, EfficientFineTuningManager):
         return source
+    # What torch.compile or DDP has put around a model is no part of its names.
+    while hasattr(source, "_orig_mod") or isinstance(source, nn.parallel.DistributedDataParallel):
+        source = getattr(source, "_orig_mod", None) or source.module
     _checks.require_dtype(
         isinstance(source, nn.Module), op, "source", "be a manager or an nn.Module", type(source).__name__
     )
@@ -73,8 +76,8 @@ def own_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(key for key in layer.state_dict() if key not in ("weight", "bias") and not key.startswith("weight."))
 
 
-def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None) -> Bundle:
-    """The adapter of that name, or the only one, with what ``modules_to_save`` named.
+def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None, saved: dict[str, nn.Module]) -> Bundle:
+    """The adapter of that name, or the only one, with the modules ``saved`` whole.
 
     Raises     ValueError: none, several without a name, or one that no format of others can hold.
     """
@@ -83,7 +86,7 @@ def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None)
     _checks.require(adapter is not None or len(known) == 1, op, "adapter", f"be one of {known}", None)
     entries = manager._of(known[0] if adapter is None else adapter)
     hosts = {id(m.out_proj) for m in manager.model.modules() if isinstance(m, LoRAMultiheadAttention)}
-    whole = {f"{path}.{key}": value.detach() for path, module in manager.saved_modules.items()
+    whole = {f"{path}.{key}": value.detach() for path, module in saved.items()
              for key, value in module.state_dict().items()}  # fmt: skip
     table = next((entry for entry in entries if isinstance(entry.module, VirtualTokens)), None)
     if table is not None:
@@ -94,7 +97,7 @@ def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None)
         kind = "adalora" if common(op, "the method", gains) else "lora"
         drops = (entry.module.dropout_probability for entry in entries)
         bundle = Bundle(kind, parts, common(op, "dropout", drops))
-    bundle.whole, bundle.modules = whole, list(manager.saved_modules)
+    bundle.whole, bundle.modules = whole, list(saved)
     for name, value in _tensors(bundle):
         plain = not hasattr(value, "full_tensor") and not value.is_meta
         _checks.require(plain, op, name, "be a whole tensor", type(value).__name__)

@@ -50,8 +50,10 @@ CONFIGS = {
     "pattern": ({"rank_pattern": {"a": 5}}, "lora_A.weight in .* must have 5 rows"),
     "no pattern": ({"alpha_pattern": [1]}, "alpha_pattern in .* must be an object, got list"),
     "expression": ({"alpha_pattern": {"(": 1}}, "alpha_pattern in .* must hold regular expressions, got '\\('"),
-    "alpha": ({"lora_alpha": "16"}, "lora_alpha in .* must be a finite number, got '16'"),
-    "infinite": ({"lora_alpha": float("inf")}, "lora_alpha in .* must be a finite number, got inf"),
+    "alpha": ({"lora_alpha": "16"}, "lora_alpha in .* must be a number below 1e.30, got '16'"),
+    "infinite": ({"lora_alpha": float("inf")}, "lora_alpha in .* must be a number below 1e.30, got inf"),
+    "huge": ({"lora_alpha": 10**400}, "lora_alpha in .* must be a number below 1e.30, got 1000"),
+    "nan": ({"lora_alpha": float("nan")}, "lora_alpha in .* must be a number below 1e.30, got nan"),
     "whole": ({"modules_to_save": "head"}, "modules_to_save in .* must be null or a list of names"),
     "adalora": ({"peft_type": "ADALORA"}, "must hold tensors base_model.model.<module>.lora_A, got none"),
     "prompt": ({"peft_type": "PROMPT_TUNING"}, "must hold a tensor prompt_embeddings"),
@@ -99,6 +101,29 @@ TENSORS = {
     "head nan": (lambda t: t | {"base_model.model.head.bias": torch.full((3,), torch.inf)}, "head.bias in .* must be finite"),
     "around": (lambda t: t | {"base_model.model.body.a.weight": torch.ones(8, 8), "base_model.model.body.a.bias": torch.ones(8)}, "the file's 'body.a' must be a module without adapters"),
 }  # fmt: skip
+
+
+def test_values_that_overflow(folder):
+    """In the dtype that the adapter, or the head, has in the model: 16 bits that somebody asked for."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file) | {A: torch.full((2, 8), 1e5)}, file)
+    for options in ({"adapter_dtype": torch.float16}, {"adapter_dtype": torch.float16, "method": "qlora"}):
+        model = Small()
+        before = picture(model)
+        with pytest.raises(
+            ValueError, match=r"body\.a\.lora_A.weight in .* must be finite in torch.float16, as the model"
+        ):
+            load_adapter(model, folder, **options)
+        assert_same(before, picture(model))
+    manager = EfficientFineTuningManager(Small()).apply_lora("a", rank=2, adapter_dtype=torch.float16)
+    before = picture(manager.model)
+    with pytest.raises(ValueError, match=r"must be finite in torch\.float16"):
+        load_adapter(manager, folder)
+    model = Small(torch.float16)
+    save_file(load_file(file) | {"base_model.model.head.bias": torch.full((3,), 1e5)}, file)
+    with pytest.raises(ValueError, match=r"head\.bias in .* must be finite in torch.float16"):
+        load_adapter(model, folder)
+    assert_same(before, picture(manager.model))
 
 
 @pytest.mark.parametrize("what", TENSORS)

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft import EfficientFineTuningManager, LoRALayer, LoRALinear, SparseLoRALinear, load_adapter, save_adapter
+from fastpeft import (
+    EfficientFineTuningManager,
+    LoRALinear,
+    PrefixEncoder,
+    PrefixTuning,
+    PromptEmbedding,
+    PromptEncoder,
+    SparseLoRALinear,
+    insert_prefix,
+    insert_prompt,
+    load_adapter,
+    save_adapter,
+)
 from files_cases import build, output
 from manager_cases import train
 
@@ -48,10 +60,19 @@ def compacted():
     return manager
 
 
+def nested():
+    """Ranks and scalings by expressions, and a target that only one can name."""
+    model = build("nested").requires_grad_(False)
+    model.a = LoRALinear.from_linear(model.a, rank=2, alpha=3, dropout=0.0)
+    model.x["b+"] = LoRALinear.from_linear(model.x["b+"], rank=3, alpha=1, dropout=0.0)
+    return train(EfficientFineTuningManager(model)).model
+
+
 # name -> (model, what is saved, options of the save, options of the load)
 CASES = {
     "head": ("small", lambda: manager_of("small").apply_lora(rank=2, alpha=3, use_rslora=True, modules_to_save="head"), {}, {}),
     "patterns": ("small", patterns, {}, {}),
+    "nested": ("nested", nested, {}, {}),
     "second": ("small", second, {"adapter": "two"}, {}),
     "convolutions": ("convolutions", lambda: manager_of("convolutions").apply_lora(["one", "two", "point", "three", "head"], rank=2, bias=True), {}, {}),
     "gpt2": ("gpt2", lambda: manager_of("gpt2").apply_lora("c_attn", rank=2), {}, {}),
@@ -81,7 +102,7 @@ def round_trip(tmp_path_factory):
         torch.manual_seed(len(case))
         source = make()
         manager = source if isinstance(source, EfficientFineTuningManager) else EfficientFineTuningManager(source)
-        sources[case] = (train(manager) if case not in ("patterns", "compacted") else manager).model
+        sources[case] = (train(manager) if case not in ("patterns", "nested", "compacted") else manager).model
         (root / case).mkdir()
         (root / case / "case.json").write_text(json.dumps({"model": model}))
         save_adapter(source, root / case / "adapter", **options)
@@ -125,6 +146,68 @@ def test_four_bits_from_a_file(round_trip):
     assert torch.equal(output(twin.model, "llama64"), output(source, "llama64"))
 
 
+@torch.no_grad()
+def theirs(name, config, steps=0):
+    """A PEFT model with values in everything that it trains."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(name), config).eval()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "ranknum" not in key:
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def _configs():
+    import peft as p
+
+    target = {"target_modules": ["q_proj", "v_proj"]}
+    return {
+        "lora": ("llama", p.LoraConfig(r=4, lora_alpha=6, use_rslora=True, lora_bias=True, rank_pattern={"layers.0.self_attn.q_proj": 2},
+                                       alpha_pattern={"v_proj": 9}, task_type="CAUSAL_LM", **target)),
+        "expression": ("llama", p.LoraConfig(r=4, target_modules=r".*\.1\..*_proj", layers_to_transform=None)),
+        "head": ("bert", p.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")),
+        "adalora": ("llama", p.AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=5, **target)),
+        "text": ("llama", p.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+        "both halves": ("t5", p.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),
+        "mlp": ("llama", p.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM")),
+        "lstm": ("gpt2", p.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM")),
+        "projected": ("llama", p.PrefixTuningConfig(num_virtual_tokens=3, encoder_hidden_size=8, prefix_projection=True, task_type="CAUSAL_LM")),
+        "head of a prompt": ("bert", p.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _configs())
+def test_what_peft_trained(case, tmp_path):
+    name, config = _configs()[case]
+    model = theirs(name, config)
+    if case == "adalora":  # as its allocator leaves it
+        for i, layer in enumerate(m for m in model.modules() if hasattr(m, "ranknum")):
+            layer.lora_E["default"].data[i % 3] = 0.0
+        keys = [key.replace(".default", "") for key, _ in model.base_model.model.named_parameters() if "lora_E" in key]
+        config = model.peft_config["default"]
+        config.rank_pattern = {key: [j != i % 3 for j in range(4)] for i, key in enumerate(keys)}
+    want = output(model, name)
+    model.save_pretrained(tmp_path / "a")
+    twin = load_adapter(build(name), tmp_path / "a")
+    got = output(twin.model.eval(), name)
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    assert all(p.requires_grad for entry in twin.entries for p in entry.parameters())
+
+
+def test_half_precision_bases(tmp_path):
+    """A file of 16 bits over a base of 16 bits: the adapter is in fp32, as PEFT has it, and the file as it was."""
+    manager = train(manager_of("llama", dtype=torch.bfloat16).apply_lora("q_proj", rank=2))
+    save_adapter(manager, tmp_path / "a", dtype=torch.bfloat16)
+    for base, kind in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        twin = load_adapter(build("llama", base), tmp_path / "a")
+        assert twin.entries[0].module.lora_A.dtype == kind
+        save_adapter(twin, tmp_path / "b", dtype=torch.bfloat16)
+        one, other = (load_file(tmp_path / each / "adapter_model.safetensors") for each in "ab")
+        assert all(torch.equal(one[key], other[key]) and one[key].dtype == torch.bfloat16 for key in one)
+    narrow = load_adapter(build("llama", torch.bfloat16), tmp_path / "a", adapter_dtype=torch.bfloat16)
+    assert narrow.entries[0].module.lora_A.dtype == torch.bfloat16
+
+
 def saved(tmp_path, make, **options):
     save_adapter(make, tmp_path / "a", **options)
     return json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -138,9 +221,8 @@ def test_config_says_what_is_meant(tmp_path):
     config = saved(tmp_path, manager_of("llama").apply_lora(r".*layers\.0.*q_proj", rank=2), base_model="me/llama")
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj"]
     assert (config["base_model_name_or_path"], config["task_type"]) == ("me/llama", "CAUSAL_LM")
-    nested = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "x": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})})
-    nested["a"] = LoRALinear.from_linear(nested["a"], rank=1)
-    assert saved(tmp_path, nested)["target_modules"] == "(?:a)"  # the end of x.a is a, too
+    config = saved(tmp_path, nested())
+    assert config["target_modules"] == r"(?:a|x\.b\+)"  # the end of x.a is a, too
 
 
 def test_scaling_is_exact(tmp_path):
@@ -211,6 +293,55 @@ def test_into_adapters_that_are_there(tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_heads_of_models_without_a_manager(tmp_path):
+    """Hand-made modules, and a head that was trained beside them."""
+    model = build("small")
+    model.body["a"] = LoRALinear.from_linear(model.body["a"], rank=2)
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)
+    save_adapter(model, tmp_path / "a", modules_to_save="head")
+    twin = load_adapter(build("small"), tmp_path / "a")
+    assert list(twin.saved_modules) == ["head"] and twin.model.head.bias.tolist() == [3.0] * 3
+    assert twin.model.head.bias.requires_grad and not twin.model.body["b"].weight.requires_grad
+
+
+def test_wrapped_models(tmp_path):
+    """Names are those of the model that torch.compile is around."""
+    manager = train(manager_of("small").apply_lora("a", rank=2))
+    save_adapter(torch.compile(manager.model), tmp_path / "a")
+    assert set(load_file(tmp_path / "a" / "adapter_model.safetensors")) == {
+        f"base_model.model.body.a.lora_{x}.weight" for x in "AB"
+    }
+    twin = load_adapter(torch.compile(build("small")), tmp_path / "a")
+    assert torch.equal(output(twin.model.eval(), "small"), output(manager.model.eval(), "small"))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "projected"])
+def test_virtual_tokens_without_a_manager(kind, tmp_path):
+    """What insert_prompt and insert_prefix put in; a file has the table that the encoder makes."""
+    model = build("llama")
+    if kind == "encoder":
+        insert_prompt(model, PromptEncoder(3, 16, encoder="lstm", hidden_size=8))
+    else:
+        insert_prefix(model, PrefixEncoder(3, 2, 2, 4, projection_dim=8))
+    want = output(model.eval(), "llama")
+    config = saved(tmp_path, model)
+    assert config["peft_type"] == ("P_TUNING" if kind == "encoder" else "PREFIX_TUNING")
+    twin = load_adapter(build("llama"), tmp_path / "a")
+    torch.testing.assert_close(output(twin.model.eval(), "llama"), want)
+    again = load_adapter(model, tmp_path / "a")  # into its own encoder, in whose place the table is then
+    torch.testing.assert_close(output(again.model.eval(), "llama"), want)
+    other = build("llama")
+    insert_prompt(other, PromptEmbedding(3, 16)) if kind == "projected" else insert_prefix(
+        other, PrefixTuning(2, 2, 4, 3)
+    )
+    with pytest.raises(ValueError, match=r"prompt_embeddings in .* must be of the method of adapter 'default'"):
+        load_adapter(other, tmp_path / "a")
+    if kind == "projected":
+        with pytest.raises(ValueError, match=r"prompt_embeddings in .* must be of the model's"):
+            load_adapter(build("gpt2"), tmp_path / "a")
+
+
 def test_torch_archives_are_read(tmp_path):
     manager = train(manager_of("small").apply_lora("a", rank=2))
     save_adapter(manager, tmp_path / "a")
@@ -250,9 +381,6 @@ def test_what_has_no_place_in_the_format(what, tmp_path):
 
 
 def test_values_that_are_not_finite_are_not_written(tmp_path):
-    layer = LoRALayer(4, 4, rank=1, scaling=1.0)
-    with torch.no_grad():
-        layer.lora_A[0, 0] = 1e20
     model = torch.nn.ModuleDict({"a": LoRALinear.from_linear(torch.nn.Linear(4, 4), rank=1)})
     with torch.no_grad():
         model["a"].lora_A[0, 0] = 1e20

@@ -29,6 +29,17 @@ class Convolutions(nn.Module):
         return self.head(x.flatten(2).mean(-1))
 
 
+class Nested(nn.Module):
+    """A layer whose name is also the end of another one's, with characters that expressions know."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.x = nn.Linear(8, 8), nn.ModuleDict({"a": nn.Linear(8, 8), "b+": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.x["b+"](torch.relu(self.x["a"](torch.relu(self.a(x)))))
+
+
 def _transformers(name):
     import transformers as t
 
@@ -49,7 +60,7 @@ def _transformers(name):
 def build(name, dtype=torch.float32):
     """The same weights in every process."""
     torch.manual_seed(7)
-    made = {"small": Small, "convolutions": Convolutions}
+    made = {"small": Small, "convolutions": Convolutions, "nested": Nested}
     model = (made[name]() if name in made else _transformers(name)).to(dtype).eval()
     if name == "llama4bit":
         import bitsandbytes as bnb
@@ -70,7 +81,7 @@ def build(name, dtype=torch.float32):
 
 def inputs(name):
     generator = torch.Generator().manual_seed(3)
-    if name == "small":
+    if name in ("small", "nested"):
         return {"x": torch.randn(4, 8, generator=generator)}
     if name == "convolutions":
         return {"x": torch.randn(2, 3, 64, generator=generator)}
