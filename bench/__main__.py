@@ -17,6 +17,7 @@ WORDS = {
     "kernels": "compile.kernels",
     "cuda": "compile.cuda",
     "kills": "checks.kill_saves",
+    "sanitized": "checks.sanitized",
     "roof": "common.roofline",
     "report": "common.report",
 }

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from checks import fourbit, primitives, twins
+from checks import compiled, fourbit, primitives, twins
 from fastpeft import dispatch
 from fastpeft.testing import EPS, error
 
@@ -153,49 +153,6 @@ def check_autograd(ctx: Ctx) -> str:
     return "forward and gradients agree with the reference backend on one seed"
 
 
-def check_graph(ctx: Ctx) -> str:
-    """A replayed CUDA graph draws a fresh mask each time (the seed is read on the device)."""
-    if ctx.device != "cuda":
-        return "left out: needs CUDA graphs"
-    from fastpeft.ops import lora_linear
-
-    t = _operands(ctx, 256, 512, 256, 16, torch.bfloat16)
-    args = (t["x"], t["w"], t["a"], t["b"])
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(2):
-            lora_linear(*args, scale=SCALE, dropout=0.5)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        y = lora_linear(*args, scale=SCALE, dropout=0.5)
-    replays = []
-    for _ in range(3):
-        graph.replay()
-        replays.append(y.clone())
-    assert not torch.equal(replays[0], replays[1]) and not torch.equal(replays[1], replays[2]), "replays share a mask"
-    return "three replays, three masks"
-
-
-def check_compile(ctx: Ctx) -> str:
-    if ctx.device != "cuda":
-        return "left out: the compiler's CPU code takes too long for a dry run"
-    from fastpeft.ops import lora_linear
-
-    t = _operands(ctx, 128, 256, 192, 8, torch.bfloat16)
-    leaves = [t[n].clone().requires_grad_() for n in ("x", "a", "b")]
-
-    def step(x, a, b):
-        return lora_linear(x, t["w"], a, b, scale=SCALE).float().square().sum()
-
-    eager = torch.autograd.grad(step(*leaves), leaves)
-    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True)(*leaves), leaves)
-    for want, got in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()))
-    return "fullgraph, forward and backward"
-
-
 def check_peft(ctx: Ctx) -> str:
     """A small Llama with PEFT adapters: accelerated, its loss and gradients stay; restored, it is PEFT's again."""
     try:
@@ -242,11 +199,10 @@ CHECKS: dict[str, Callable[[Ctx], str]] = {
     "ranks 100-256": partial(check_ranks, ranks=(100, 128, 256)),
     "ranks 1-8": partial(check_ranks, ranks=(1, 2, 3, 8)),
     "PEFT": check_peft,
-    "torch.compile": check_compile,
+    **compiled.CHECKS,
     "dropout bits": check_dropout_bits,
     "autograd": check_autograd,
     "deterministic": check_deterministic,
-    "CUDA graph": check_graph,
     **primitives.CHECKS,
     **twins.CHECKS,
 }
@@ -283,9 +239,11 @@ def run_checks(ctx: Ctx, budget_s: float) -> Iterator[tuple[str, bool, str]]:
     # A process for each check: one that takes the CUDA context with it fails alone.
     with context.Pool(workers, _share_cores, (max(1, cores // workers),), maxtasksperchild=1) as pool:
         pending = {name: pool.apply_async(run_check, (ctx, name)) for name in CHECKS}
-        for name, result in pending.items():
-            try:
-                passed, detail = result.get(timeout=max(0.1, deadline - time.monotonic()))
-            except multiprocessing.TimeoutError:
-                passed, detail = False, "crashed or out of time; compiled kernels are cached: another run gets further"
-            yield name, passed, detail
+        while pending and time.monotonic() < deadline:
+            ready = [name for name, result in pending.items() if result.ready()]
+            for name in ready:
+                yield name, *pending.pop(name).get()
+            if not ready:
+                time.sleep(0.1)
+        for name in pending:
+            yield name, False, "crashed or out of time; compiled kernels are cached: another run gets further"

@@ -120,6 +120,10 @@ class Race:
             gc.enable()
 
     def run(self, budget_s: float = 20.0, min_rounds: int = 3, max_rounds: int = 50) -> "Race":
+        """Warm-up and the rounds that fit; max_rounds=1, which only tries a benchmark, goes without a warm-up."""
+        if max_rounds == 1:
+            self.round()
+            return self
         for _ in range(self.warm_up(budget_s, min_rounds, max_rounds)):
             self.round()
         return self
@@ -133,6 +137,41 @@ class Race:
             out[name] = {"median_s": median, "q1_s": q1, "q3_s": q3, "rounds": len(values),
                          "ratio": ratio, "ratio_q1": r1, "ratio_q3": r3}  # fmt: skip
         return out
+
+
+class Sustained(Race):
+    """Callables that run for `seconds` each without a pause, in turn: the clocks and the heat of a training run.
+
+    A sample is the mean over its calls, caches as the calls before left them. At least three calls.
+    """
+
+    def __init__(self, peers: dict[str, Callable[[], object]], device: str = "cpu", seconds: float = 0.5):
+        super().__init__(peers, device)
+        self.seconds = seconds
+
+    def time_one(self, name: str) -> float:
+        peer = self.peers[name]
+        peer()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        ends, started = 3, time.perf_counter()
+        for _ in range(ends):
+            peer()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        calls = max(ends, int(self.seconds / max(1e-9, (time.perf_counter() - started) / ends)))
+        started = time.perf_counter()
+        for _ in range(calls):
+            peer()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / calls
+
+    def run(self, rounds: int = 2) -> "Sustained":
+        """No warm-up: what is timed here has been timed by a Race before."""
+        for _ in range(rounds):
+            self.round()
+        return self
 
 
 def peak_bytes(peer: Callable[[], object]) -> int:

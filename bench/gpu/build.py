@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common import tree
@@ -38,8 +40,8 @@ def _stale(library: Path) -> bool:
     return library.exists() and library.stat().st_mtime < max(path.stat().st_mtime for path in sources)
 
 
-def build(capability: tuple[int, int], limit_s: float = LIMIT) -> str | None:
-    """Builds where that is needed and possible, and prints what it does; what is still lacking for the CUDA kernels."""
+def build(capability: tuple[int, int], limit_s: float = LIMIT, say: Callable[[str], None] = print) -> str | None:
+    """Builds where that is needed and possible, and says what it does; what is still lacking for the CUDA kernels."""
     library = tree.ROOT / "fastpeft" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     missing = lacking()
     if missing is None and not _stale(library):
@@ -47,11 +49,12 @@ def build(capability: tuple[int, int], limit_s: float = LIMIT) -> str | None:
     why = missing or f"{library.name} is older than csrc/"
     home = os.environ.get("CUDA_HOME")
     if shutil.which("nvcc", path=f"{home}/bin" if home else None) is None:
-        print(f"== build: none, as there is no nvcc; {why}", flush=True)
+        say(f"== build: none, as there is no nvcc; {why}")
         return missing
     major, minor = capability
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST") or f"{major}.{minor}{'a' if major == 9 else ''}"
-    print(f"== build: {library.name} with CUDA kernels for {arch}, at most {limit_s:.0f} s; {why}", flush=True)
+    say(f"== build: {library.name} with CUDA kernels for {arch}, at most {limit_s:.0f} s; {why}")
+    started = time.monotonic()
     env = os.environ | {"FASTPEFT_CPP": "1", "FASTPEFT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
     process = subprocess.Popen(COMMAND, cwd=tree.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True)  # fmt: skip
@@ -64,6 +67,7 @@ def build(capability: tuple[int, int], limit_s: float = LIMIT) -> str | None:
     if process.returncode:
         lines = text.strip().splitlines() or ["it said nothing"]
         said = [line for line in lines if re.search(r"\berror\b|fastpeft: ", line)] or lines[-5:]
-        print("\n".join(line[:300] for line in said[:20]), flush=True)
+        say("\n".join(line[:300] for line in said[:20]))
         return f"a build that succeeds ({lines[-1][:160]})"
+    say(f"== build: done in {time.monotonic() - started:.0f} s")
     return lacking()

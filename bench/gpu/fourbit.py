@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from common import tree
-from common.roofline import measure
+from common.roofline import copy_bandwidth
 from common.timing import Race
 from fastpeft import dispatch, ops
 from gpu.aims import LORA_16
+from gpu.stage import Stage
 
 OP = "linear4bit"
 SCALE, RANK = 2.0, 16
@@ -37,6 +38,12 @@ class Case:
     def name(self) -> str:
         return f"{self.kind} {self.M}x{self.K}->{self.N}" if self.M else f"{self.kind} {self.N}x{self.K}"
 
+    def least_seconds(self, itemsize: int, rates: dict[str, float]) -> float:
+        """Its bytes at the copy rate, or its FLOP at the GEMM rate where that is longer and was measured."""
+        flop = {"dequantize": 0, "forward": 2, "lora": 4}[self.kind] * self.M * self.N * self.K
+        return max(self.least_bytes(itemsize) / rates["copy_bytes_per_s"],
+                   flop / rates.get("gemm_bf16_flop_per_s", float("inf")))  # fmt: skip
+
     def least_bytes(self, itemsize: int) -> int:
         packed = self.N * self.K // 2 + self.N * self.K // 64
         if self.kind == "dequantize":
@@ -46,12 +53,12 @@ class Case:
 
 
 def cases(tiny: bool) -> list[Case]:
+    """A QLoRA layer's step first: what users pay. Around 64 rows the packed bytes stop paying."""
     if tiny:
-        return [Case("dequantize", 0, 64, 128), Case("forward", 4, 64, 128), Case("lora", 70, 64, 128)]
-    out = [Case("dequantize", 0, n, k) for n, k in ((14336, 4096), (4096, 4096))]
-    # Around 64 rows: where the packed bytes stop paying.
-    out += [Case("forward", m, n, k) for m in (1, 16, 64, 256, 2048) for n, k in ((14336, 4096), (4096, 14336))]
-    return out + [Case("lora", m, 14336, 4096) for m in (2048, 8192)] + [Case("lora", 2048, 4096, 4096)]
+        return [Case("lora", 70, 64, 128), Case("dequantize", 0, 64, 128), Case("forward", 4, 64, 128)]
+    out = [Case("lora", m, 14336, 4096) for m in (2048, 8192)] + [Case("lora", 2048, 4096, 4096)]
+    out += [Case("dequantize", 0, n, k) for n, k in ((14336, 4096), (4096, 4096))]
+    return out + [Case("forward", m, n, k) for m in (1, 16, 64, 256, 2048) for n, k in ((14336, 4096), (4096, 14336))]
 
 
 def _able(device: str, dtype: torch.dtype) -> list[str]:
@@ -121,38 +128,41 @@ def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def run(device: str, tiny: bool, budget_s: float, progress: Callable[[str], None] = print, fresh: bool = False) -> dict:
-    """Every case not done yet (fresh: every case), until the budget is spent; the results, written after each case."""
-    import time
-
-    deadline = time.monotonic() + budget_s
+def run(stage: Stage) -> dict:
+    """Every case not done yet (fresh: every case), until the time is spent; each on disk before the next."""
+    device, tiny = stage.device, stage.tiny
     path = tree.RESULTS / f"{OP}_{device}{'_tiny' if tiny else ''}.json"
     environment, stamp = tree.environment(device), tree.stamp(device)
     data = {"op": OP, "stamp": stamp, "environment": environment, "cases": {}, "left_out": []}
-    if path.exists() and not fresh:
+    if path.exists() and not stage.fresh:
         loaded = json.loads(path.read_text())
         data["cases"] = loaded["cases"] if loaded.get("stamp") == stamp else {}
-    data["roof"] = measure(device, tiny)
+    roof = stage.rows().get(("roof", "roof")) or {"copy_bytes_per_s": copy_bandwidth(device, tiny)}
+    data["roof"] = roof
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for case in cases(tiny):
-        left = deadline - time.monotonic()
         if case.name in data["cases"]:
             continue
-        if left <= 0:
+        if stage.left() <= 2:
             data["left_out"].append(f"{case.name}: out of time")
             continue
         try:
             calls, absent = peers(case, device, dtype)
-            race = Race(calls, device).run(min(2.0, left / 4), min_rounds=1 if tiny else 5, max_rounds=30)
+            least, most = (1, 1) if tiny else (5, 30)
+            race = Race(calls, device).run(min(2.0, stage.left() / 4), least, most)
         except Exception as error:  # one case that fails does not cost the others
             data["left_out"].append(f"{case.name}: {type(error).__name__}: {str(error)[:160]}")
             continue
         rows = race.summary(case.base)
-        least = case.least_bytes(dtype.itemsize) / data["roof"]["copy_bytes_per_s"]
+        least = case.least_seconds(dtype.itemsize, roof)
         for row in rows.values():
             row["roof_share"] = least / row["median_s"]
         data["cases"][case.name] = {**asdict(case), "peers": rows, "absent": absent}
         tree.save_json(path.stem, data)
-        progress(f"{case.name}: " + ", ".join(f"{n} {row['median_s'] * 1e6:.0f} us" for n, row in rows.items()))
+        us = {name: row["median_s"] * 1e6 for name, row in rows.items()}
+        stage.row("fourbit", case.name, us=us, floor_us=1e6 * least, absent=absent)
+        stage.say(
+            f"{case.name}: " + ", ".join(f"{n} {each:.0f} us" for n, each in us.items()) + f"; floor {1e6 * least:.0f}"
+        )
     tree.save_json(path.stem, data)
-    return data
+    return {"ok": not data["left_out"], "errors": data["left_out"]}

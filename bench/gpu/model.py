@@ -56,11 +56,9 @@ PARTS = [
 # s bT by torch.mm, which has stood for lora_expand: the Triton kernel was never timed. Printed, held to nothing.
 BY_TORCH = [("expand", SQUARE, 16, 0, 32), ("expand", UP, 16, 0, 93)]
 
-# The passes of a strategy's step, forward and backward.
-PASSES = {
-    "accumulate": ("shrink", "expand", "grad_b", "grad_a_dx"),
-    "fused": ("shrink", "grad_b", "grad_a"),
-}
+# The passes of a strategy, forward and backward.
+FORWARD = {"accumulate": ("shrink", "expand"), "fused": ("shrink",)}
+BACKWARD = {"accumulate": ("grad_b", "grad_a_dx"), "fused": ("grad_b", "grad_a")}
 
 
 def shape_name(shape: tuple[int, int]) -> str:
@@ -68,11 +66,22 @@ def shape_name(shape: tuple[int, int]) -> str:
     return f"{k}^2" if n == k else f"{k}->{n}"
 
 
-def floor_ratio(rows: int, shape: tuple[int, int], r: int, strategy: str, arch: _cost.Arch) -> float:
+def floor_ratio(
+    rows: int, shape: tuple[int, int], r: int, strategy: str, arch: _cost.Arch, backward: str | None = None
+) -> float:
     """What a strategy cannot go below, over the frozen layer: the vendor's GEMMs, and its passes' bytes at the copy
-    rate; no launch, no random number."""
-    moved = sum(_cost.pass_bytes(name, rows, *shape, r, 2) for name in PASSES[strategy])
+    rate; no launch, no random number. backward: that pass's strategy, where it is another."""
+    passes = FORWARD[strategy] + BACKWARD[backward or strategy]
+    moved = sum(_cost.pass_bytes(name, rows, *shape, r, 2) for name in passes)
     return 1 + moved / arch.copy_bw / _cost.predict(rows, *shape, r, arch=arch)["frozen"]
+
+
+def ratio(
+    rows: int, shape: tuple[int, int], r: int, p: float, strategy: str, arch: _cost.Arch, backward: str | None = None
+) -> float:
+    """The model's, of a training step over the frozen layer's."""
+    first, second = (_cost.predict(rows, *shape, r, p, arch=arch, strategy=s) for s in (strategy, backward or strategy))
+    return (first["fwd"] + second["bwd"]) / first["frozen"]
 
 
 def rows() -> list[tuple[str, float, float, str, bool]]:
@@ -118,8 +127,8 @@ def predictions(names: tuple[str, ...] = ("h100", "h200")) -> list[str]:
         lines += ["| K → N | p | frozen, us | accumulate: model | floor | fused: model | floor |", "|---" * 7 + "|"]
         for shape in SHAPES:
             for p in (0.0, 0.1):
-                said = {s: _cost.predict(M, *shape, 16, p, arch=arch, strategy=s) for s in PASSES}
-                cells = (f"{said[s]['ratio']:.3f} | {floor_ratio(M, shape, 16, s, arch):.3f}" for s in PASSES)
+                said = {s: _cost.predict(M, *shape, 16, p, arch=arch, strategy=s) for s in _cost.STRATEGIES}
+                cells = (f"{said[s]['ratio']:.3f} | {floor_ratio(M, shape, 16, s, arch):.3f}" for s in _cost.STRATEGIES)
                 frozen = 1e6 * said["fused"]["frozen"]
                 lines.append(f"| {shape_name(shape)} | {p:g} | {frozen:.0f} | " + " | ".join(cells) + " |")
         lines += ["", f"{arch.name}: each pass in us, model (floor)", "",

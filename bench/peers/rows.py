@@ -39,10 +39,11 @@ def left_out(case: Case, device: str) -> dict[str, str]:
     return {}
 
 
-def new_results(device: str, tiny: bool = False) -> dict:
+def new_results(device: str, tiny: bool = False, roof: dict | None = None) -> dict:
+    """roof: measured before, or None to measure it here."""
     if device == "cpu":
         steady_cpu()
-    data = {"op": OP, "environment": tree.environment(device), "roof": measure(device, tiny)}
+    data = {"op": OP, "environment": tree.environment(device), "roof": roof or measure(device, tiny)}
     data |= {"notes": [], "cases": [], "left_out": []}
     if device == "cpu" and not tree.mkldnn_bf16():
         data["notes"].append("torch has no native bf16 GEMM on this CPU (no AVX-512): its bf16 frozen linear runs a "

@@ -14,7 +14,12 @@ from types import ModuleType
 import torch
 
 from common.timing import Race
-from tune.tiles import MARGIN, SCALE, Tuner, _one_line, replace_section
+from compile.kernels import meta, packed_weight
+from compile.pool import captured
+from fastpeft.kernels import _launch
+from fastpeft.kernels._gpu import as_gpu, table_keys
+from tune.jobs import SCALE
+from tune.tiles import MARGIN, Tuner, one_line
 
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))  # N, K
 RANK = 16
@@ -51,6 +56,23 @@ def limit(rows: tuple[int, ...], wins: Callable[[int], bool]) -> int:
             break
         last = row
     return last
+
+
+def compile_fourbit(op: str, mode: str, rows: int, tile: dict) -> None:
+    """A task of the pool: as tune.jobs.compile_tile, of a kernel that reads the packed weight."""
+    gpu, (N, K), half = as_gpu(_launch.arch_of(torch.empty(0, device="cuda"))), SHAPES[0], torch.bfloat16
+    module = importlib.import_module(f"fastpeft.kernels.{op}")
+    packed = (*packed_weight(64, True, N * K), "nf4", 64)
+    with captured(gpu) as found:
+        if mode == "plain":
+            module.dequantize_4bit(*packed, meta((N, K), half), tile=tile)
+        elif mode == "fwd":
+            s, b = meta((rows, RANK), half), meta((N, RANK), torch.float32)
+            module.linear4bit_small(meta((rows, K), half), *packed, N, s, b, None, None, SCALE, tile=tile)
+        else:
+            module.linear4bit_small_dx(meta((rows, N), half), *packed, K, None, tile=tile)
+    for each in found.values():
+        each.compile()
 
 
 class FourBit:
@@ -114,7 +136,7 @@ class FourBit:
 
         for n, (op, mode, rows) in enumerate(TILES):
             share = self.tuner.left() / (len(TILES) - n)
-            self.tuner.tune_tiles(op, mode, rows, dtype, share, partial(prepare, mode, rows))
+            self.tuner.tune_tiles(op, mode, rows, dtype, share, partial(prepare, mode, rows), compile_fourbit)
 
     def wins(self, table: str, N: int, K: int, dtype: torch.dtype, M: int) -> bool:
         packed = self.weight(N, K, dtype)
@@ -130,7 +152,6 @@ class FourBit:
 
     def run(self, dtype: torch.dtype) -> None:
         from fastpeft.kernels._cost import dtype_name, padded_rank
-        from fastpeft.kernels._gpu import table_keys
 
         done = self.tuner.state.setdefault("fourbit", {})
         for N, K in ((64, 128),) if self.tuner.tiny else SHAPES:
@@ -146,11 +167,11 @@ class FourBit:
                     done[name] = limit(rows[-1:] if self.tuner.tiny else rows, wins)
                 except Exception as error:  # the prediction goes on to serve, and the summary says why
                     self.tuner.still_alive()
-                    self.tuner.state["errors"].append(f"{name}: {_one_line(error)}")
+                    self.tuner.state["errors"].append(f"{name}: {one_line(error)}")
                     continue
                 getattr(self.cost, table)[key] = done[name]
                 tables = {each: getattr(self.cost, each) for each in ROWS}
-                replace_section(self.tuner.root / "_fourbit_cost.py", "tuned", format_tables(tables))
+                self.tuner.tables.write("_fourbit_cost", "tuned", format_tables(tables))
                 self.tuner.save()
                 self.tuner.log(f"tune: {name}: {done[name]} rows")
         for choose in (self.cost.choose_small, self.cost.choose_mid, self.cost.choose_augmented):

@@ -14,10 +14,11 @@ BELOW = {
     "common": set(),
     "peers": {"common"},
     "compile": {"common"},
-    "tune": {"common"},
+    "tune": {"common", "compile"},
+    "experiments": {"common"},
     "checks": {"common"},
-    "gpu": {"common", "peers", "compile", "tune", "checks"},
-    "": {"common", "peers", "compile", "tune", "checks", "gpu"},
+    "gpu": {"common", "peers", "compile", "tune", "checks", "experiments"},
+    "": {"common", "peers", "compile", "tune", "checks", "experiments", "gpu"},
 }
 FILES = sorted(path for path in BENCH.rglob("*.py"))
 
