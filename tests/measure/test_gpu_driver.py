@@ -196,12 +196,12 @@ def test_fourbit_limits_are_written(tmp_path):
     text = (ROOT / "kernels" / path.name).read_text()
     path.write_text(text)
     key = ("sm90", "bf16", 64, 128)
-    tables = {"LARGEST_SMALL": {key: 32}, "LARGEST_MID": {}, "LEAST_AUGMENTED": {(*key, 16): 0}}
-    tables.replace_section(path, "tuned", tune_fourbit.format_tables(tables))
+    limits = {"LARGEST_SMALL": {key: 32}, "LARGEST_MID": {}, "LEAST_AUGMENTED": {(*key, 16): 0}}
+    tables.replace_section(path, "tuned", tune_fourbit.format_tables(limits))
     read = {}
     exec(path.read_text().split("# tuned: begin")[1].split("# tuned: end")[0], read)
-    assert {name: read[name] for name in tables} == tables
-    tables.replace_section(path, "tuned", tune_fourbit.format_tables({name: {} for name in tables}))
+    assert {name: read[name] for name in limits} == limits
+    tables.replace_section(path, "tuned", tune_fourbit.format_tables({name: {} for name in limits}))
     assert path.read_text() == text
     assert tune_fourbit.limit((1, 4, 8), lambda row: row != 8) == 4
     assert tune_fourbit.limit((1, 4, 8), lambda row: row > 1) == 0
