@@ -36,8 +36,8 @@ class Specialisation(NamedTuple):
     def key(self) -> str:
         """What the JIT tells apart."""
         constants = {name: value for name, value in self.tile.items() if name not in ("num_warps", "num_stages")}
-        signature = signature(self.kernel, self.args, constants)
-        return repr((self.kernel.__name__, signature, sorted(self.tile.items())))
+        told_apart = signature(self.kernel, self.args, constants)
+        return repr((self.kernel.__name__, told_apart, sorted(self.tile.items())))
 
     @property
     def like(self) -> tuple[str, bool]:

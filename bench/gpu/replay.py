@@ -8,9 +8,9 @@ from checks import fourbit as fourbit_checks
 from checks import lora as checks
 from compile.kernels import meta, packed_weight
 from compile.pool import Specialisation, captured
-from fastpeft.kernels._launch import arch_of
 from fastpeft.kernels._cost import fused_serves
 from fastpeft.kernels._gpu import Gpu, as_gpu
+from fastpeft.kernels._launch import arch_of
 from gpu import parts
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -160,7 +160,8 @@ def test_a_summary_fits_its_lines(name):
     environment = {"gpu": name, "torch": "2", "triton": "3", "peft": "0", "commit": "c", "date": "d"}
     rows, of_name = {}, {each.name: each for each in rows_of_peers.cases("cuda")}
     for case in (case for case in aims.AIMS["NVIDIA H100 80GB HBM3"] if case.startswith("bf16")):
-                beside = headline.verdict(of_name[case], Gpu(90, name), 0.1, ("accumulate", "fused"), _cost.arch_of(Gpu(90, name)))
+        gpu = Gpu(90, name)
+        beside = headline.verdict(of_name[case], gpu, 0.1, ("accumulate", "fused"), _cost.arch_of(gpu))
         peers = {"frozen": {"ratio": 1.0}, "PEFT p=0.1": {"ratio": 3.0}, "ours p=0.1": {"ratio": 1.07} | beside}
         rows["headline", f"{case} p=0.1 burst"] = {"case": case, "p": 0.1, "peers": peers, "absent": {"u p=0": "why"}}
     host = {f"{peer} {way}": 1e-5 for peer in ("nn.Linear", "PEFT p=0") for way in ("fwd", "fwd+bwd")}
@@ -175,7 +176,7 @@ def test_a_summary_fits_its_lines(name):
     lines = summary({"environment": environment, "stages": stages}, rows)
     text = "\n".join(lines)
     aimed = name != "NVIDIA H200"
-    assert len(lines) <= LINES and "PEFT 3.00, ours 1.07 (model 1." in text and "floor 1.1" in text
+    assert len(lines) <= LINES and "PEFT 3.00, ours 1.07 (model 1." in text and "floor 1." in text
     assert ("aim 1.08" in text) == aimed and ("ours cuda 10, 16-bit LoRA 9 (floor 5, aim 15)" in text) == aimed
     assert "1 of 1 checks" in text and "fused in 1 of 1 sizes" in text and lines[-1] == "absent u: why"
     stages["correctness"]["checks"] |= {f"bad {i}": {"ok": False, "detail": "why"} for i in range(50)}
