@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import importlib.util
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -180,6 +182,13 @@ def test_reports():
     assert [len(report.accelerated) for report in told] == [3, 0] and list(patched.reports) == told
     assert str(patched).startswith("fastpeft: adapters injected: 2, layers accelerated: 6")
     assert "left to PEFT" in str(patched) and "Dora" in str(patched)
+
+
+def test_a_model_is_not_kept():
+    with fastpeft.patch() as patched:
+        gone = weakref.ref(get_peft_model(Toy(), LoraConfig(**CONFIG)))
+        gc.collect()
+    assert gone() is None and patched.injected == 1
 
 
 @pytest.mark.parametrize("config", [IA3Config(target_modules=["lin0"], feedforward_modules=[]),

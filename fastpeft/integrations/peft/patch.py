@@ -174,7 +174,8 @@ class _Awaited:
         if name != _MODULE:
             return None
         for finder in list(sys.meta_path):
-            spec: Any = None if finder is self else finder.find_spec(name, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)  # Python 3.11 takes some without
+            spec: Any = None if find is None else find(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _Loader(spec.loader)
