@@ -181,7 +181,8 @@ def test_reports():
         get_peft_model(Toy(), LoraConfig(**CONFIG, use_dora=True))
     assert [len(report.accelerated) for report in told] == [3, 0] and list(patched.reports) == told
     assert str(patched).startswith("fastpeft: adapters injected: 2, layers accelerated: 6")
-    assert "left to PEFT" in str(patched) and "Dora" in str(patched)
+    (why,) = patched.left
+    assert patched.left[why] == 3 and f"      3  left to PEFT: {why}" in str(patched) and "Dora" in why
 
 
 def test_a_model_is_not_kept():

@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +43,8 @@ class Patch:
         """Adapters that have been injected."""
         self.changed = 0
         """Layers whose class has been changed."""
+        self.left: Counter[str] = Counter()
+        """Why layers were left to PEFT, for now or for good -> how many; one for each injection that found it."""
 
     @property
     def active(self) -> bool:
@@ -57,13 +59,13 @@ class Patch:
         _end(self)
 
     def __str__(self) -> str:
-        text = f"fastpeft: adapters injected: {self.injected}, layers accelerated: {self.changed}"
-        left = dict.fromkeys(line for report in self.reports for line in str(report).splitlines()[1:] if "left" in line)
-        return "\n".join([text, *left])
+        lines = [f"fastpeft: adapters injected: {self.injected}, layers accelerated: {self.changed}"]
+        return "\n".join([*lines, *(f"  {count:5d}  left to PEFT: {why}" for why, count in self.left.most_common())])
 
     def _take(self, report: Report) -> None:
         self.injected += 1
         self.changed += report.changed
+        self.left.update(report.skipped.values())
         self.reports.append(report)
         if self._report is not None:
             self._report(report)
