@@ -100,5 +100,5 @@ def test_without_transformers(monkeypatch):
     class Other(fastpeft.AccelerateCallback):
         """None that has been made before."""
 
-    with pytest.raises(ImportError, match="^Other: transformers must be installed, got "):
+    with pytest.raises(ImportError, match=r"^Other: transformers must be installed, got "):
         Other()
