@@ -4,6 +4,7 @@ from fastpeft import models, ops
 from fastpeft._info import explain, info, release_workspace
 from fastpeft._installed import warn_of_hidden as _warn_of_hidden
 from fastpeft._version import __version__
+from fastpeft._warmup import Warmup, warmup
 from fastpeft.integrations import (
     AccelerateCallback,
     Patch,
@@ -129,6 +130,7 @@ __all__ = [
     "SparseLoRALayer",
     "SparseLoRALinear",
     "Status",
+    "Warmup",
     "__version__",
     "accelerate",
     "add_parametrization",
@@ -168,4 +170,5 @@ __all__ = [
     "status",
     "task",
     "unpatch",
+    "warmup",
 ]

@@ -130,6 +130,11 @@ def sm_count(device):
     return (_gpu(device) if device.type == "cuda" else _meta_gpu)[1]
 
 
+def current_gpu():
+    """What `captured` takes for the current CUDA device; without one, for what meta tensors stand for."""
+    return _gpu(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else _meta_gpu
+
+
 def aligned(*tensors):
     """Whether 16 divides the address of each; one on the meta device counts as aligned."""
     low = 0

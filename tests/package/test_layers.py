@@ -28,6 +28,7 @@ ALLOWED = {
     "fastpeft._cuda_gpus": {"fastpeft._extension", "fastpeft._installed"},
     "fastpeft._cuda": {"fastpeft._cuda_gpus", "fastpeft.kernels"},
     "fastpeft._version": set(),
+    "fastpeft._warmup": {"fastpeft.dispatch", "fastpeft.integrations", "fastpeft.nn", "fastpeft.ops"},
     "fastpeft._info": {"fastpeft._installed", "fastpeft.dispatch", "fastpeft.ops", "fastpeft._version"},
     "fastpeft.cli": {
         "fastpeft",
@@ -47,10 +48,11 @@ ALLOWED = {
         "fastpeft._info",
         "fastpeft._installed",
         "fastpeft._version",
+        "fastpeft._warmup",
     },
 }
 OUTSIDE = {"fastpeft.kernels": {"torch", "triton", "__future__"}, "fastpeft.reference": {"torch", "__future__"}}
-STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "itertools", "os", "pathlib", "struct"}  # fmt: skip
+STDLIB_FOR_KERNELS = {"contextlib", "dataclasses", "functools", "math", "threading", "types", "collections", "typing", "importlib", "itertools", "json", "os", "pathlib", "struct", "sys"}  # fmt: skip
 
 
 def modules():

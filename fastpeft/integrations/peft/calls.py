@@ -10,6 +10,8 @@ import itertools
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -61,6 +63,21 @@ def open_record(layer: Any, name: str = "", told: set[str] | None = None) -> Cal
             told |= record.told
             record.name, record.told = name, told
     return record
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Calls inside do not count."""
+    with _lock:
+        before = [(record, record.served, record.left) for record in RECORDS.values()]
+        for record, _, _ in before:
+            record.served, record.left = Counter(), {}
+    try:
+        yield
+    finally:
+        with _lock:
+            for record, served, left in before:
+                record.served, record.left = served, left
 
 
 def copied(layer: Any, twin: Any) -> None:
