@@ -143,7 +143,7 @@ def needed(
     return list(asked.values()), {} if inputs is not None else left
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Layers with operators of ours; of one inside another the outer."""
     inside = None
     for name, module in model.named_modules():
@@ -156,7 +156,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _rows(layer: Any, counts: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
     """What a layer may be called with."""
-    base = layer.base_layer if isinstance(layer, Accelerated) else layer
+    base: Any = getattr(layer, "base_layer", layer)  # PEFT's layers have their base inside
     width, weight = getattr(layer, "in_features", None), getattr(base, "weight", None)
     if not isinstance(width, int) or isinstance(base, nn.Embedding):
         raise TypeError(f"{type(layer).__name__} takes no rows of features: warmup(model, inputs=...) knows it")
@@ -186,8 +186,7 @@ def _step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     with torch.set_grad_enabled(module.training):
         given = module(*args, **kwargs)
     out = [each for each in _tensors(given) if each.requires_grad]
-    leaves = [p for p in module.parameters() if p.requires_grad]
-    leaves += [each for each in _tensors((args, kwargs)) if each.requires_grad]
+    leaves = [each for each in (*module.parameters(), *_tensors((args, kwargs))) if each.requires_grad]
     if out and leaves:
         torch.autograd.grad(out, leaves, [torch.zeros_like(each) for each in out], allow_unused=True)
 

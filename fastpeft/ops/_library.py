@@ -142,7 +142,7 @@ def answered(answer: Callable[[str, str, tuple[Any, ...]], Any]) -> Iterator[Non
     """Inside, in every thread, ``answer`` (operator, backend, arguments) stands for every launcher."""
     global _modes, _dispatched
     before = _modes, _dispatched
-    _modes, _dispatched = (lambda: 1), answer
+    _modes, _dispatched = (lambda: 1), answer  # type: ignore[assignment]
     try:
         yield
     finally:
