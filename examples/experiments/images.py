@@ -5,8 +5,8 @@
 
 ImageNet's weights, frozen, on pictures of clothes of 64 x 64: trained are a new head alone (head), LoRA of rank 8 on
 all convolutions of 1 x 1 and the head (lora), or LoRA on every convolution, those that go channel by channel included
-(depthwise). 6,000 images twice, 1,000 to test. Batch normalisation keeps its averages. Where there is no apt-get,
---data names a folder with Fashion-MNIST's four idx.gz files.
+(depthwise). The first 6,000 images to train on, twice, the first 1,000 to test on. Batch normalisation keeps its
+averages. Where there is no apt-get, --data names a folder with Fashion-MNIST's four idx.gz files.
 """
 
 import gzip
@@ -33,13 +33,12 @@ METHODS = {
 }
 
 
-def fashion(folder: Path, part: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` images [count, 28, 28] in 0 to 1, drawn from a part, "train" or "t10k", and their classes."""
+def fashion(folder: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images [count, 28, 28] in 0 to 1 of a part, "train" or "t10k", and their classes."""
     pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
     labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
-    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
-    images = torch.from_numpy(pixels.reshape(-1, 28, 28)[drawn.numpy()])
-    return images.float() / 255, torch.from_numpy(labels[drawn.numpy()]).long()
+    images = torch.tensor(pixels[: count * 28 * 28]).view(count, 28, 28)
+    return images.float() / 255, torch.tensor(labels[:count]).long()
 
 
 def small_digits() -> tuple[Tensor, Tensor]:
@@ -87,7 +86,7 @@ def images(arguments: Sequence[str] | None = None) -> None:
         data, test, side = (drawn[:192], digits[:192]), (drawn[192:292], digits[192:292]), 16
     else:
         folder = args.data or assets.fetch(assets.FASHION_MNIST, args.cache)
-        data, test, side = fashion(folder, "train", 6000, args.seed), fashion(folder, "t10k", 1000, args.seed), 64
+        data, test, side = fashion(folder, "train", 6000), fashion(folder, "t10k", 1000), 64
     rows = {}
     for name in args.methods:
         torch.manual_seed(args.seed)
