@@ -38,9 +38,10 @@ class Command:
 
 
 def digits(got: dict[str, Any]) -> str:
-    worst, errors = got["worst_digit"], got["errors"]
+    worst, errors, total = got["worst_digit"], got["errors"], got["total"]
     return (
-        f"digit {worst}: {errors['before'][worst]} -> {errors['on'][worst]} errors of {got['images_of_it']}; "
+        f"digit {worst}: {errors['before'][worst]} -> {errors['on'][worst]} errors of {got['images_of_it']}, all "
+        f"digits {total['before']} -> {total['on']}; mixed {errors['mixed'][worst]} and {total['mixed']}; "
         f"disabled: bits {'equal' if got['disabled_logits_bit_equal'] else 'DIFFER'}"
     )
 
@@ -93,7 +94,7 @@ LANGUAGE = {
     "lora": "4.068 -> 3.654",
 }
 COMMANDS = [
-    Command("digits", "digits.py", (), "digits/result.json", digits, "digit 6: 22 -> 0 of 113"),
+    Command("digits", "digits.py", (), "digits/result.json", digits, "digit 6: 22 -> 0 of 113, all 81 -> 74"),
     *(
         Command(f"sentiment-{m}", "sentiment.py", ("--method", m), f"sentiment/method-{m}.json", accuracy, peer)
         for m, peer in SENTIMENT.items()
@@ -148,11 +149,14 @@ def write(output: Path, readme: Path, plots: Path) -> None:
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     if not rest:
         raise ValueError(f"--write: {readme} must hold the line {BEGIN}")
-    readme.write_text(f"{before}{BEGIN}\n{table(output)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     plots.mkdir(exist_ok=True)
-    for name in sorted({command.result.split("/")[0] for command in COMMANDS}):
-        if (output / name / "result.png").is_file():
-            shutil.copyfile(output / name / "result.png", plots / f"{name}.png")
+    names = list(dict.fromkeys(command.result.split("/")[0] for command in COMMANDS))
+    for name in (drawn := [name for name in names if (output / name / "result.png").is_file()]):
+        shutil.copyfile(output / name / "result.png", plots / f"{name}.png")
+    where = plots.relative_to(readme.parent).as_posix()
+    pictures = "\n".join(f"![{name}]({where}/{name}.png)" for name in drawn)
+    block = f"{BEGIN}\n{table(output)}\n\n{pictures}\n{END}"
+    readme.write_text(before + block + rest.partition(END)[2], encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

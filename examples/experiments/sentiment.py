@@ -245,6 +245,7 @@ def show(this: Experiment, rows: dict[str, dict[str, Any]]) -> None:
             axis.annotate(name, (row["trainable_after"], 100 * row["accuracy"]), (5, 4), textcoords="offset points")
         first = next(iter(rows.values()))["accuracy_before"]
         axis.axhline(100 * first, color=BEFORE, linestyle="--", label="untrained head")
+        axis.margins(x=0.15)
         axis.set(xscale="log", xlabel="parameters added, head included", ylabel="accuracy [%]")
         axis.legend()
 

@@ -47,7 +47,9 @@ def test_digits(tmp_path):
     assert got["identity_at_init"] and got["disabled_logits_bit_equal"]
     assert got["errors"]["off"] == got["errors"]["before"] != got["errors"]["on"]
     assert got["worst_digit"] == max(range(10), key=got["errors"]["before"].__getitem__)
-    assert got["errors"]["on"][got["worst_digit"]] < got["errors"]["before"][got["worst_digit"]]
+    for name in ("on", "mixed"):
+        assert got["errors"][name][got["worst_digit"]] < got["errors"]["before"][got["worst_digit"]]
+    assert got["total"]["mixed"] < got["total"]["on"]
     plain = 64 * 64 + 64 + 64 * 128 + 128 + 128 * 10 + 10
     added = (64 + 64) + (64 + 128) + (128 + 10)
     assert (got["trainable"], got["parameters"], got["frozen_values_bit_equal"]) == (added, plain + added, plain)
@@ -170,7 +172,9 @@ def test_the_table_of_all(tmp_path, monkeypatch):
     readme.write_text(f"before\n{run_all.BEGIN}\nold\n{run_all.END}\nafter\n")
     run_all.write(out, readme, tmp_path / "plots")
     text = readme.read_text()
-    assert text.startswith(f"before\n{run_all.BEGIN}\n|") and text.endswith(f"|\n{run_all.END}\nafter\n")
+    assert text.startswith(f"before\n{run_all.BEGIN}\n|") and text.endswith(
+        f"![speech](plots/speech.png)\n{run_all.END}\nafter\n"
+    )
     assert "| `digits.py` | digit" in text and "12 s, 20 s" in text and "old" not in text
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == ["digits.png", "speech.png"]
     readme.write_text("no marks\n")
