@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, nextafter
 from typing import Any
 
@@ -73,6 +73,14 @@ class Bundle:
 
     def named(self, key: str) -> str:
         return self.names.get(key, key)
+
+    def as_lora(self) -> Bundle:
+        """The same with AdaLoRA's gains in A."""
+        if self.kind != "adalora":
+            return self
+        parts = {path: replace(part, a=part.a if part.gain is None else part.a * part.gain, gain=None)
+                 for path, part in self.parts.items()}  # fmt: skip
+        return replace(self, kind="lora", parts=parts)
 
     def check(self, op: str) -> None:
         """Whether every tensor is a finite float tensor, and those of a part fit one another.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastpeft.files import tensors
-from fastpeft.files.bundle import Bundle, Part, alpha_of
+from fastpeft.files.bundle import Bundle, Part, alpha_of, check_float
 from fastpeft.ops import _checks
 
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lora_prior", "lycoris")
@@ -44,6 +44,7 @@ def write(op: str, file: Path, bundle: Bundle, prefix: str, tucker: bool) -> Non
     tucker     write convolutions of a kernel larger than 1 with a lora_mid
     Raises     ValueError: what the format has no place for.
     """
+    bundle = bundle.as_lora()
     _checks.require(bundle.kind == "lora", op, "method", "be LoRA for kohya's format", bundle.kind)
     _checks.require(not bundle.whole, op, "modules_to_save", "be empty for kohya's format", bundle.modules)
     found: dict[str, torch.Tensor] = {}
@@ -161,8 +162,10 @@ def _part(op: str, held: dict[str, tuple[str, torch.Tensor]], module: Any) -> Pa
         rule = f"come with {suffix}"
         _checks.require(needed in held, op, labels.get(other, next(iter(labels.values()))), rule, "no such tensor")
     down, up = held["a"][1], held["b"][1]
-    pointwise = up.dim() >= 2 and all(size == 1 for size in up.shape[2:])
+    pointwise = up.dim() >= 2 and up.shape[1] > 0 and all(size == 1 for size in up.shape[2:])
     _checks.require(pointwise, op, labels["b"], "have shape [out, r] or [out, r, 1, …]", list(up.shape))
+    for name in held.keys() - {"alpha"}:
+        check_float(op, *held[name])
     _checks.require(down.dim() >= 2, op, labels["a"], "have two dimensions or more", list(down.shape))
     r = up.shape[1]
     if "mid" in held:

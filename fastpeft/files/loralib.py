@@ -27,6 +27,7 @@ def write(op: str, file: Path, bundle: Bundle, alpha: float | None) -> None:
     alpha      lora_alpha of those layers, by which lora_B is scaled; None: as the layers here have it, one for all
     Raises     ValueError: what loralib has no layer for.
     """
+    bundle = bundle.as_lora()
     _checks.require(bundle.kind == "lora", op, "method", "be LoRA for loralib's format", bundle.kind)
     own = {alpha_of(part.scaling, part.rank) for part in bundle.parts.values()}
     rule = "be given where the layers' own differ: loralib's file has none"

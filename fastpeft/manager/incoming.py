@@ -11,6 +11,7 @@ from torch import nn
 from fastpeft.files.bundle import PROMPTS, Bundle, Part
 from fastpeft.manager import methods, prompts, targets
 from fastpeft.manager.manager import EfficientFineTuningManager
+from fastpeft.manager.outgoing import check_untied
 from fastpeft.manager.placing import Entry
 from fastpeft.nn.factors import Adaptive, LoRAModule
 from fastpeft.nn.layers.lora_conv import _LoRAConv
@@ -154,6 +155,7 @@ def _whole(op: str, manager: EfficientFineTuningManager, bundle: Bundle) -> dict
         _checks.require(not inside, op, f"the file's {path!r}", "be a module without adapters", inside[:3])
         missing = sorted(key for key in module.state_dict() if f"{path}.{key}" not in bundle.whole)
         _checks.require(not missing, op, f"the file's {path!r}", "hold all tensors of the module", f"no {missing[:3]}")
+    check_untied(op, manager.model, bundle)
     others = {path for path in manager.saved_modules if path in found}
     for key, value in bundle.whole.items():
         if key.rpartition(".")[0] in others and len(manager.methods) > 1:

@@ -98,12 +98,29 @@ def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None,
         drops = (entry.module.dropout_probability for entry in entries)
         bundle = Bundle(kind, parts, common(op, "dropout", drops))
     bundle.whole, bundle.modules = whole, list(saved)
+    check_untied(op, manager.model, bundle)
     for name, value in _tensors(bundle):
         plain = not hasattr(value, "full_tensor") and not value.is_meta
         _checks.require(plain, op, name, "be a whole tensor", type(value).__name__)
         finite = not value.is_floating_point() or bool(value.isfinite().all())
         _checks.require(finite, op, name, "be finite", "inf or nan")
     return bundle
+
+
+def check_untied(op: str, model: nn.Module, bundle: Bundle) -> None:
+    """That a whole module's Parameters are its own: of a tied one PEFT makes a copy, and the other stays as it was.
+
+    Raises     ValueError: a tied one, unless the adapter has it under each of its names.
+    """
+    held: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(name)
+    for group in held.values():
+        inside = [name for name in group if name in bundle.whole]
+        outside = [name for name in group if name not in bundle.whole]
+        outside += [name for name in inside if not torch.equal(bundle.whole[name], bundle.whole[inside[0]])]
+        rule = "be untied, or come under all of its names, where its module is trained whole"
+        _checks.require(not inside or not outside, op, bundle.named(inside[0]) if inside else "", rule, outside[:3])
 
 
 def _tensors(bundle: Bundle) -> list[tuple[str, torch.Tensor]]:
@@ -118,10 +135,10 @@ def _part(op: str, entry: Entry, hosts: set[int]) -> Part:
     module: Any = entry.module
     what = f"adapter {entry.adapter!r} on {entry.path!r}"
     rule = "be LoRA on a linear layer or a convolution for the formats of others (save_efficient_weights takes any)"
-    layered = isinstance(module, (LoRALayer, Mergeable)) and id(module) not in hosts
-    layered = layered and (
-        isinstance(module, LoRALayer) or hasattr(module, "kernel_size") or methods.sizes(module) is not None
-    )
+    # A LoRALayer that a model calls itself stands beside no layer that a file could name.
+    beside = isinstance(module, LoRALayer) and entry.place == "stack"
+    over = isinstance(module, Mergeable) and (hasattr(module, "kernel_size") or methods.sizes(module) is not None)
+    layered = (beside or over) and id(module) not in hosts
     _checks.require(layered, op, what, rule, type(module).__name__)
     changed = needs_weight(module.init)
     rule = "leave the base weights as they were: its init took a part out of them; merge() and save the whole model"

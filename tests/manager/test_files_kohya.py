@@ -100,6 +100,21 @@ def test_round_trip(dtype, tmp_path):
     assert all(torch.equal(found[key], again[key]) for key in found)
 
 
+@pytest.mark.parametrize("form", ["svd", "scores"])
+def test_gains_are_in_the_factors(form, tmp_path):
+    manager = train(EfficientFineTuningManager(Small()).apply_adalora(["a", "b"], rank=3, form=form))
+    save_adapter(manager, tmp_path / "a.safetensors", "kohya")
+    save_adapter(manager, tmp_path / "a.pt", "loralib")
+    x = torch.randn(4, 8)
+    for file, options in (("a.safetensors", {}), ("a.pt", {"alpha": 16})):
+        model = Small()
+        model.load_state_dict(
+            {key: value for key, value in manager.model.state_dict().items() if key in model.state_dict()}
+        )
+        twin = load_adapter(model, tmp_path / file, **options)
+        torch.testing.assert_close(twin.model.eval()(x), manager.model.eval()(x))
+
+
 def test_files_of_several_models(tmp_path):
     file, manager = tmp_path / "a.safetensors", ours()
     save_adapter(manager, file, "kohya", prefix="lora_te1")
@@ -150,6 +165,8 @@ WRONG = {
     "nan": (lambda t: t | {"lycoris_body_a.alpha": torch.tensor(torch.nan)}, "alpha in .* must be one finite number"),
     "inf": (lambda t: t | {D: torch.full((2, 8), torch.inf)}, "lora_down.weight in .* must be finite"),
     "mid": (lambda t: t | {M: torch.ones(2, 3, 3)}, "lora_mid.weight in .* must have shape .2, 2, .kernel., got"),
+    "no rank": (lambda t: t | {D: torch.ones(0, 8), U: torch.ones(8, 0)}, r"lora_up.weight in .* must have shape \[out, r\]"),
+    "mid dtype": (lambda t: t | {M: torch.ones(2, 2, 3, dtype=torch.int32)}, "lora_mid.weight in .* must be float32"),
     "strange": (lambda t: t | {"what.weight": torch.ones(1)}, "what.weight in .* must be one of lora_down.weight"),
     "prefix": (lambda t: t | {"what.alpha": torch.ones(1)}, "prefix must be given for a file with modules of several models"),
 }  # fmt: skip
@@ -163,7 +180,7 @@ def test_refused(what, tmp_path):
     save_file(change(load_file(file)), file)
     model = Small()
     before = picture(model)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         load_adapter(model, file, format="kohya")
     assert_same(before, picture(model))
 
@@ -175,9 +192,9 @@ def test_what_has_no_place_in_the_format(tmp_path):
         (ours(bias=True), {}, "bias of 'body.a' must be None for kohya's format"),
         (ours(modules_to_save="head"), {}, "modules_to_save must be empty for kohya's format"),
         (
-            EfficientFineTuningManager(Small()).apply_adalora("a", rank=2, form="svd"),
+            EfficientFineTuningManager(Small()).apply_prompt_tuning(2, token_dim=8),
             {},
-            "method must be LoRA for kohya's format, got adalora",
+            "method must be LoRA for kohya's format, got prompt_tuning",
         ),
         (EfficientFineTuningManager(alike).apply_lora(rank=1), {}, "must be written otherwise than"),
         (

@@ -151,8 +151,8 @@ def test_what_has_no_place_in_the_format(tmp_path):
         ),
         (conv, "module 'c' must be a linear layer for loralib's format"),
         (
-            EfficientFineTuningManager(Small()).apply_adalora("a", form="svd"),
-            "method must be LoRA for loralib's format, got adalora",
+            EfficientFineTuningManager(Small()).apply_prompt_tuning(2, token_dim=8),
+            "method must be LoRA for loralib's format, got prompt_tuning",
         ),
     ):
         with pytest.raises(ValueError, match=text):

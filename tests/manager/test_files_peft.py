@@ -12,6 +12,7 @@ import torch
 
 from fastpeft import (
     EfficientFineTuningManager,
+    LoRALayer,
     LoRALinear,
     PrefixEncoder,
     PrefixTuning,
@@ -24,10 +25,10 @@ from fastpeft import (
     save_adapter,
 )
 from files_cases import build, output
-from manager_cases import train
+from manager_cases import assert_same, picture, train
 
 pytest.importorskip("peft", reason="the folders are PEFT's")
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -342,6 +343,31 @@ def test_virtual_tokens_without_a_manager(kind, tmp_path):
             load_adapter(build("gpt2"), tmp_path / "a")
 
 
+def test_tied_modules(tmp_path):
+    """PEFT trains a copy of a tied head, and leaves the embedding: no file may mean two things."""
+    manager = manager_of("gpt2").apply_lora("c_attn", rank=2, modules_to_save="lm_head")
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight|lm_head.weight must be untied, or come under all"):
+        save_adapter(manager, tmp_path / "a")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"])
+    theirs("gpt2", config).save_pretrained(tmp_path / "a")
+    model = build("gpt2")
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"lm_head.weight in .* must be untied, .*got \['transformer.wte.weight'\]"):
+        load_adapter(model, tmp_path / "a")
+    assert_same(before, picture(model))
+    # under both names it is one value
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.transformer.wte.weight"] = tensors["base_model.model.lm_head.weight"].clone()
+    save_file(tensors, file)
+    twin = load_adapter(model, tmp_path / "a")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head.weight, tensors["base_model.model.lm_head.weight"])
+    save_adapter(twin, tmp_path / "b")
+    assert load_file(tmp_path / "b" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
 def test_torch_archives_are_read(tmp_path):
     manager = train(manager_of("small").apply_lora("a", rank=2))
     save_adapter(manager, tmp_path / "a")
@@ -367,6 +393,7 @@ NO_PLACE = {
     "prefix_t5": (lambda: manager_of("t5").apply_prefix_tuning(prefix_length=2), "must be a causal language model for a prefix"),
     "held": (lambda: EfficientFineTuningManager(attention()).apply_prompt_tuning(2), "must be a transformers model for virtual tokens"),
     "adalora bias": (lambda: manager_of("small").apply_adalora("a", rank=2, form="svd", bias=True), "bias must be False: PEFT's AdaLoRA"),
+    "alone": (lambda: torch.nn.ModuleDict({"lora": LoRALayer(4, 4)}), "must be LoRA on a linear layer or a convolution"),
     "none": (lambda: manager_of("small"), "source must have adapters, got none"),
 }  # fmt: skip
 
