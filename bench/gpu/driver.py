@@ -85,12 +85,21 @@ def run_stage(name: str, device: str, dry_run: bool, until: float, key: str, fre
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, str(tree.ROOT / "bench"), "gpu", "--stage", name, "--out", str(out), "--key", key]
-        command += ["--device", device, "--until", str(until), *["--dry-run"] * dry_run, *["--fresh"] * fresh]
+        command += [
+            "--device",
+            device,
+            "--until",
+            str(until),
+            "--parent",
+            str(os.getpid()),
+            *["--dry-run"] * dry_run,
+            *["--fresh"] * fresh,
+        ]
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
         if device == "cpu":
             env["TRITON_INTERPRET"] = str(int(name in INTERPRETED))  # read when triton is imported
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True, preexec_fn=die_with_parent)  # fmt: skip
+                                   start_new_session=True)  # fmt: skip
         killed = threading.Event()
 
         def kill() -> None:
@@ -115,6 +124,7 @@ def run_stage(name: str, device: str, dry_run: bool, until: float, key: str, fre
 
 def stage_main(args: argparse.Namespace) -> int:
     """Within a stage's process."""
+    die_with_parent(args.parent)
     import torch
 
     if args.device == "cpu":
@@ -135,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=tuple(SECONDS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--key", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.dry_run:

@@ -12,13 +12,15 @@ from pathlib import Path
 from common import tree
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)  # not in a child: a fork may hold the loader's lock
 
 
-def die_with_parent() -> None:
-    """In a child, before it runs: a parent that is killed takes it along (Linux)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent: int = 0) -> None:
+    """In a child, as the first it does: a parent that is killed takes it along (Linux), `parent` if it has died by now."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:
+        os._exit(1)
 
 
 def rows_path(tiny: bool) -> Path:
