@@ -16,7 +16,7 @@ _LIBC = ctypes.CDLL(None)  # not in a child: a fork may hold the loader's lock
 
 
 def die_with_parent(parent: int = 0) -> None:
-    """In a child, as the first it does: a parent that is killed takes it along (Linux), `parent` if it has died by now."""
+    """First thing in a child: a parent that is killed takes it along (Linux), also one that is gone by now."""
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent and os.getppid() != parent:
