@@ -11,7 +11,18 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend is not installed")
 
-from fastpeft.kernels import _launch, lora_expand, lora_grad_a, lora_grad_b, lora_linear, lora_shrink
+from fastpeft.kernels import (
+    _launch,
+    conv_grad_a,
+    conv_shrink,
+    linear4bit_small,
+    lora_expand,
+    lora_grad_a,
+    lora_grad_b,
+    lora_linear,
+    lora_linear_fused,
+    lora_shrink,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +34,9 @@ def meta(*shape, dtype=torch.bfloat16):
 M, K, N, R = 128, 512, 768, 16
 SEED, BITS = meta(1, dtype=torch.int64), meta(R, K // 8, dtype=torch.uint8)
 BIAS = meta(N)
+IMAGE = meta(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
+THIN = meta(R, 64, 3, 3)
+PACKED, ABSMAX = meta(N * K // 2, dtype=torch.uint8), meta(N * K // 64, dtype=torch.float32)
 # launcher -> its arguments by name, and for each argument that a launch depends on another value
 CALLS = {
     "shrink": (
@@ -75,7 +89,75 @@ CALLS = {
             "mask": [BITS],
         },
     ),
+    "fused_fwd": (
+        lora_linear_fused.lora_linear_fused_fwd,
+        {"x": meta(M, K), "w": meta(N, K), "s": meta(M, R), "b": meta(N, R), "bias": None, "lora_bias": None,
+         "scale": 2.0},
+        {
+            "x": [meta(M, K + 16)[:, :K]],
+            "w": [meta(N, K + 16)[:, :K]],
+            "s": [meta(M, R + 16)[:, :R]],
+            "b": [meta(R, N).t(), meta(N, R, dtype=torch.float32)],
+            "bias": [BIAS, BIAS.float()],
+            "lora_bias": [BIAS],
+            "scale": [3.0],
+        },
+    ),
+    "fused_dx": (
+        lora_linear_fused.lora_linear_fused_dx,
+        {"dy": meta(M, N), "w": meta(N, K), "ds": meta(M, R), "a": meta(R, K), "p": 0.1, "seed": SEED},
+        {
+            "dy": [meta(M, N + 16)[:, :N]],
+            "w": [meta(N, K + 16)[:, :K]],
+            "ds": [meta(M, R + 16)[:, :R]],
+            "a": [meta(K, R).t(), meta(R, K, dtype=torch.float32)],
+            "p": [0.0, 0.2],
+        },
+    ),
+    "linear4bit_small": (
+        linear4bit_small.linear4bit_small,
+        {"x": meta(16, K), "packed": PACKED, "scales": [ABSMAX],
+         "quant_type": "nf4", "block_size": 64, "N": N, "s": meta(16, R), "b": meta(N, R), "bias": None,
+         "lora_bias": None, "scale": 2.0},
+        {
+            "x": [meta(8, K), meta(16, K, dtype=torch.float16), meta(16, K + 16)[:, :K]],
+            "scales": [[meta(N * K // 64, dtype=torch.uint8), *[meta(256, dtype=torch.float32)] * 3]],
+            "quant_type": ["fp4"],
+            "block_size": [128],
+            "b": [None, meta(R, N).t(), meta(N, R, dtype=torch.float32)],
+            "bias": [BIAS],
+            "lora_bias": [BIAS],
+        },
+    ),
+    "linear4bit_small_dx": (
+        linear4bit_small.linear4bit_small_dx,
+        {"dy": meta(16, N), "packed": PACKED, "scales": [ABSMAX],
+         "quant_type": "nf4", "block_size": 64, "K": K, "dx": None},
+        {"dy": [meta(8, N), meta(16, N, dtype=torch.float16)], "quant_type": ["fp4"], "block_size": [128],
+         "dx": [meta(16, K)]},
+    ),
+    "conv_shrink": (
+        conv_shrink.conv_shrink,
+        {"x": IMAGE, "a": THIN, "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "p": 0.1,
+         "seed": SEED},
+        {"x": [IMAGE.half(), IMAGE[:1]], "a": [meta(8, 64, 3, 3), meta(R, 64, 1, 1)], "stride": [(2, 2)],
+         "padding": [(1, 1)], "dilation": [(2, 2)], "p": [0.0, 0.2]},
+    ),
+    "conv_grad_a": (
+        conv_grad_a.conv_grad_a,
+        {"x": IMAGE, "ds": meta(2 * 7 * 7, R), "a": THIN, "dx": IMAGE, "stride": (1, 1), "padding": (0, 0),
+         "dilation": (1, 1), "groups": 1, "p": 0.1, "seed": SEED, "need_dx": True, "need_da": True},
+        {"x": [IMAGE.half()], "a": [THIN.float()], "stride": [(2, 2)], "padding": [(1, 1)], "dilation": [(2, 2)],
+         "p": [0.0, 0.2], "need_dx": [False], "need_da": [False]},
+    ),
 }  # fmt: skip
+
+
+def described(value):
+    """An argument of a kernel without its memory."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    return (value.shape, value.strides, value.block_shape) if hasattr(value, "block_shape") else value
 
 
 def launched(run, arguments):
@@ -84,13 +166,12 @@ def launched(run, arguments):
     with _launch.captured() as launches:
         for _ in range(2):
             run(**arguments)
-            seen.append([
-                (each.kernel.__name__, each.grid, sorted(each.constants.items()), [
-                    (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
-                    for value in each.args
-                ])
-                for each in launches
-            ])  # fmt: skip
+            seen.append(
+                [
+                    (each.kernel.__name__, each.grid, sorted(each.constants.items()), list(map(described, each.args)))
+                    for each in launches
+                ]
+            )
             launches.clear()
     assert seen[0] == seen[1]
     return seen[0]
@@ -110,9 +191,8 @@ def test_an_argument_that_matters_makes_another_plan(name):
                 run(**arguments)
                 launches.clear()
                 run(**changed)
-            assert [(each.grid, sorted(each.constants.items())) for each in launches] == [
-                (grid, constants) for _, grid, constants, _ in alone
-            ], argument
+            beside = [(each.grid, sorted(each.constants.items()), list(map(described, each.args))) for each in launches]
+            assert beside == [tuple(each[1:]) for each in alone], argument
 
 
 @pytest.mark.skipif("Interpreted" not in type(lora_expand._lora_expand_kernel).__name__, reason="needs the interpreter")
