@@ -1,4 +1,4 @@
-"""What every Triton kernel of fastpeft shares: tile lookup, the dropout draw, the split reduction.
+"""What every Triton kernel of fastpeft shares: tile lookup, the split reduction.
 
 Tuner interface. Every kernel module exposes
   `TILES`                                a dict literal between the comments `# tiles: begin` and `# tiles: end`,
@@ -19,9 +19,11 @@ import triton.language as tl
 
 from fastpeft.kernels._launch import Launch, Start, kept_with_plans, record
 
-GROUP = 256  # columns of one dropout group: eight sub-blocks of 32, their masks from one Philox call a row and lane
 MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
-TARGET_PROGRAMS = 256  # about two programs an SM on 108 to 148 SMs; a constant, so that splits depend on shape only
+# A pass is split into as many programs as two on each of an H100's 132 SMs can take at once, and not one more: a second
+# wave would be almost empty. Constants, so that splits depend on the shape only.
+TARGET_PROGRAMS = 264  # of four warps
+LEAST_PROGRAMS = 120  # of a pass that is split only where it has too few; each SM but a few has one
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -102,12 +104,6 @@ def narrow(factor):
     return factor.float()
 
 
-def dropout_args(p):
-    """(threshold, 1 / keep): p rounded to 1/65536, and the factor of exactly that probability."""
-    threshold = min(max(round(p * 65536), 0), 65535)
-    return threshold, 65536 / (65536 - threshold)
-
-
 def span_of(total, wanted, quantum, least):
     """(span, splits): the length of a reduction that one program takes, a multiple of `quantum` and at least `least`.
 
@@ -120,42 +116,11 @@ def span_of(total, wanted, quantum, least):
 
 
 @triton.jit
-def keep_bits(seed, rows, group, threshold):
-    """Keep bits int32 [BLOCK_M, 32] of `rows` (int64) and one 256-column group: bit j is column j * 32 + lane.
-
-    One Philox-4x32-7 call a lane gives eight 16-bit draws. Packed at once: one register instead of four words.
-    """
-    lanes = (group * 32 + tl.arange(0, 32))[None, :].to(tl.uint32)
-    low = (rows & 0xFFFFFFFF)[:, None].to(tl.uint32)
-    high = (rows >> 32)[:, None].to(tl.uint32)
-    words = tl.philox(seed, lanes, low, high, high * 0, n_rounds=7)
-    bits = ((words[0] & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
-    for j in tl.static_range(1, 8):
-        draw = ((words[j // 2] >> (16 * (j % 2))) & 0xFFFF).to(tl.int32)
-        bits |= (draw >= threshold).to(tl.int32) << j
-    return bits
-
-
-@triton.jit
 def mask_bits(mask_ptr, rows, cols, C, inside):
     """Whether elements (rows, cols) of a parameter of C columns are there: one bit each, rows in whole bytes."""
     # 32-bit offsets, as a mask has less than 2 GB: 64-bit ones spilled.
     byte = tl.load(mask_ptr + (rows * ((C + 7) // 8) + cols // 8), mask=inside, other=0)
     return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
-
-
-@triton.jit
-def drop(values, bits, j: tl.constexpr):
-    """`values` [BLOCK_M, 32] of sub-block j, zero where not kept.
-
-    The mask is an integer and is ANDed: a mask of i1 may have to change layout through shared memory, where Triton's
-    compiler refuses (3.9) or crashes on (3.6) elements of one bit.
-    """
-    mask = 0 - ((bits >> j) & 1)
-    if values.dtype.primitive_bitwidth == 16:
-        return (values.to(tl.int16, bitcast=True) & mask.to(tl.int16)).to(values.dtype, bitcast=True)
-    else:
-        return (values.to(tl.int32, bitcast=True) & mask).to(values.dtype, bitcast=True)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import GROUP, narrow
+from fastpeft.kernels._common import narrow
 from fastpeft.kernels._launch import PLANS, record
 
 
@@ -69,14 +69,11 @@ def packed(a, dtype):
     return out
 
 
-def column_blocks(C, CT, groups, subs, dropout):
+def column_blocks(C, CT, groups, subs):
     """(SUBS, blocks): sub-blocks of 32 columns a step takes, and the steps that cover one group's C columns.
 
-    Steps start at multiples of their width in x's CT columns, which of one dropout group at most are a part: with
-    dropout a step is a whole group, unless all columns are in the first one.
+    Steps start at multiples of their width in x's CT columns.
     """
-    if dropout:
-        subs = GROUP // 32
     subs = min(subs, -(-CT // 32))
     width = 32 * subs
     aligned = groups == 1 or C % width == 0

@@ -21,10 +21,7 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     TARGET_PROGRAMS,
     Reduction,
-    drop,
-    dropout_args,
     dtype_key,
-    keep_bits,
     lookup_tile,
     narrow,
     rank_block,
@@ -37,6 +34,7 @@ from fastpeft.kernels._common import (
 )  # fmt: skip
 from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 from fastpeft.kernels._windows import column_blocks, input_rows, last, output_rows, packed, position, windows_of
+from fastpeft.kernels.dropout import drop, dropout_args, keep_tile
 
 MODES = ("da", "da_dropout", "dx", "dx_dropout")
 MAX_BLOCK_R = {"half": 64, "float32": 16}
@@ -51,8 +49,8 @@ TILES = {
     (80, "half", "dx_dropout", 16): dict(BLOCK_M=32, SUBS=8, num_warps=4, num_stages=2),
     (80, "half", "dx_dropout", 64): dict(BLOCK_M=16, SUBS=8, num_warps=4, num_stages=1),
     (80, "float32", "da", 16): dict(BLOCK_M=32, SUBS=4, num_warps=4, num_stages=1),
-    (80, "float32", "da_dropout", 16): dict(BLOCK_M=16, SUBS=8, num_warps=4, num_stages=1),
-    (90, "float32", "da_dropout", 16): dict(BLOCK_M=16, SUBS=8, num_warps=8, num_stages=2),
+    (80, "float32", "da_dropout", 16): dict(BLOCK_M=16, SUBS=4, num_warps=4, num_stages=1),
+    (90, "float32", "da_dropout", 16): dict(BLOCK_M=16, SUBS=4, num_warps=8, num_stages=2),
     (80, "float32", "dx", 16): dict(BLOCK_M=32, SUBS=4, num_warps=4, num_stages=1),
     (80, "float32", "dx_dropout", 16): dict(BLOCK_M=16, SUBS=8, num_warps=4, num_stages=1),
 }
@@ -60,9 +58,8 @@ TILES = {
 
 
 def tile_space(arch, dtype, R, mode):
-    """Candidate tiles; a dropout step always takes one group of 256 columns."""
-    subs = (8,) if mode.endswith("dropout") else (2, 4, 8)
-    return tile_product(BLOCK_M=(16, 32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3))
+    """Candidate tiles."""
+    return tile_product(BLOCK_M=(16, 32, 64, 128), SUBS=(2, 4, 8), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
 @triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
@@ -94,15 +91,13 @@ def _conv_da_kernel(
         ds = tl.load(ds_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         ds_t = tl.trans(ds)
         x_rows = x_ptr + row[:, None] * CT
-        if DROPOUT:
-            bits = keep_bits(seed, row, block, threshold)
         new_da = ()
         for j in tl.static_range(SUBS):
             cols = lanes + j * 32
             mask_k = (cols >= first) & (cols < first + C)
             x = tl.load(x_rows + cols[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, 32]
             if DROPOUT:
-                x = drop(x, bits, j)
+                x = drop(x, keep_tile(seed, row, block * (32 * SUBS) + j * 32, threshold, 32))
             new_da = new_da + (tl.dot(ds_t, x, da[j], input_precision="ieee"),)  # noqa: RUF005
         da = new_da
     da_tap = da_ptr + split.to(tl.int64) * stride_split + group.to(tl.int64) * stride_group + (tap * C - first)
@@ -145,14 +140,15 @@ def _conv_dx_kernel(
             new_acc = new_acc + (tl.dot(ds, a, acc[j], input_precision="ieee"),)  # noqa: RUF005
         acc = new_acc
     if DROPOUT:
-        bits = keep_bits(tl.load(seed_ptr), rows.to(tl.int64), block, threshold)
+        seed = tl.load(seed_ptr)
     dx_rows = dx_ptr + rows[:, None].to(tl.int64) * CT
     for j in tl.static_range(SUBS):
         cols = lanes + j * 32
         mask = (rows < M)[:, None] & ((cols >= first) & (cols < first + C))[None, :]
         share = acc[j] * factor
         if DROPOUT:
-            share = drop(share, bits, j)
+            keep = keep_tile(seed, rows.to(tl.int64), block * (32 * SUBS) + j * 32, threshold, 32)
+            share = drop(share, keep)
         old = tl.load(dx_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_rows + cols[None, :], (old + share).to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -169,11 +165,11 @@ def _da_plan(device, where, CT, R, C, dtype, a_dtype, groups, p, tile):
     threshold, factor = dropout_args(p)
     dropout, M = threshold > 0, where.M
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout]))
-    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
+    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"])
     # A block of 32 ranks compiles to spills where the next does not.
     block_r = rank_block(64 if 16 < R < 64 else R, MAX_BLOCK_R[dtype_key(dtype)])
     programs = blocks * where.taps * groups
-    span, splits = span_of(M, -(-TARGET_PROGRAMS // programs), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    span, splits = span_of(M, TARGET_PROGRAMS // programs, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
     parts, numel, item, chunks = splits * groups, R * where.taps * C, dtype.itemsize, -(-R // block_r)
     launch = Launch(
         "conv_grad_a", 2 * M * C * groups * where.taps * R, (chunks * where.rows * CT + M * groups * R) * item,
@@ -210,7 +206,7 @@ def _dx_plan(device, where, CT, R, C, dtype, groups, p, tile):
     threshold, factor = dropout_args(p)
     dropout, M = threshold > 0, where.M
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[2 + dropout]))
-    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
+    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"])
     wide = where.rows * CT
     launch = Launch(
         "conv_grad_x", 2 * M * C * groups * where.taps * R,

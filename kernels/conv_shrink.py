@@ -17,12 +17,9 @@ import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
-    TARGET_PROGRAMS,
+    LEAST_PROGRAMS,
     Reduction,
-    drop,
-    dropout_args,
     dtype_key,
-    keep_bits,
     lookup_tile,
     rank_block,
     reduction,
@@ -34,6 +31,7 @@ from fastpeft.kernels._common import (
 )  # fmt: skip
 from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 from fastpeft.kernels._windows import column_blocks, input_rows, last, packed, position, windows_of
+from fastpeft.kernels.dropout import drop, dropout_args, keep_tile
 
 MODES = ("plain", "dropout")
 MAX_BLOCK_R = {"half": 64, "float32": 64}
@@ -42,7 +40,7 @@ TILES = {
     (80, "half", "plain", 16): dict(BLOCK_M=64, SUBS=2, num_warps=4, num_stages=3),
     (80, "half", "plain", 64): dict(BLOCK_M=64, SUBS=2, num_warps=4, num_stages=3),
     (80, "half", "dropout", 16): dict(BLOCK_M=64, SUBS=8, num_warps=4, num_stages=1),
-    (80, "half", "dropout", 64): dict(BLOCK_M=32, SUBS=8, num_warps=4, num_stages=1),
+    (80, "half", "dropout", 64): dict(BLOCK_M=64, SUBS=4, num_warps=4, num_stages=1),
     (80, "float32", "plain", 16): dict(BLOCK_M=32, SUBS=1, num_warps=4, num_stages=3),
     (80, "float32", "plain", 64): dict(BLOCK_M=32, SUBS=1, num_warps=4, num_stages=2),
     (80, "float32", "dropout", 16): dict(BLOCK_M=32, SUBS=8, num_warps=4, num_stages=1),
@@ -52,9 +50,8 @@ TILES = {
 
 
 def tile_space(arch, dtype, R, mode):
-    """Candidate tiles; a dropout step always takes one group of 256 columns."""
-    subs = (8,) if mode == "dropout" else (1, 2, 4, 8)
-    return tile_product(BLOCK_M=(32, 64, 128), SUBS=subs, num_warps=(4, 8), num_stages=(1, 2, 3, 4))
+    """Candidate tiles."""
+    return tile_product(BLOCK_M=(32, 64, 128), SUBS=(1, 2, 4, 8), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
 
 
 @triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
@@ -82,14 +79,12 @@ def _conv_shrink_kernel(
         mask_m = ((rows < M) & inside)[:, None]
         x_rows = x_ptr + row[:, None] * CT
         a_tap = a_ptr + (tap * C - first)
-        if DROPOUT:
-            bits = keep_bits(seed, row, block, threshold)
         for j in tl.static_range(SUBS):
             cols = block * (32 * SUBS) + j * 32 + tl.arange(0, 32)
             mask_k = (cols >= first) & (cols < first + C)
             x = tl.load(x_rows + cols[None, :], mask=mask_m & mask_k[None, :], other=0.0)  # [BLOCK_M, 32]
             if DROPOUT:
-                x = drop(x, bits, j)
+                x = drop(x, keep_tile(seed, row, block * (32 * SUBS) + j * 32, threshold, 32))
             a = tl.load(a_tap + cols[:, None] + offs_r[None, :] * stride_ar, mask=mask_k[:, None] & mask_r, other=0.0)
             acc = tl.dot(x, a, acc, input_precision="ieee")
     ptrs = out_ptr + split.to(tl.int64) * stride_split + rows[:, None].to(tl.int64) * stride_om
@@ -114,11 +109,11 @@ def _plan(device, shape, a_shape, dtype, stride, padding, dilation, groups, p, t
     if 0 in (M, groups * R):
         return _Plan((), 1, None, dropout, M)
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout]))
-    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"], dropout)
+    tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"])
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype)])
     chunks, tiles_m, count = -(-R // block_r), -(-M // tile["BLOCK_M"]), blocks * where.taps
     # One program an SM is wanted: where none is split, a second launch is saved.
-    span, splits = span_of(count, -(-(TARGET_PROGRAMS // 2) // (tiles_m * groups)), 1, 4)
+    span, splits = span_of(count, -(-LEAST_PROGRAMS // (tiles_m * groups)), 1, 4)
     item, wide, numel = dtype.itemsize, where.rows * CT, M * groups * R
     launch = Launch(
         "conv_shrink", 2 * M * C * groups * where.taps * R, (chunks * wide + R * C * where.taps) * item,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
+    LEAST_PROGRAMS,
     TARGET_PROGRAMS,
     Reduction,
     lookup_tile,
@@ -153,7 +154,7 @@ def _rows_plan(device, M, N, R, dtype, b_dtype, stride_dym, stride_b, tile):
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "rows"))
     block_r = rank_block(R, MAX_BLOCK_R["rows"])
     tiles_m = -(-M // tile["BLOCK_M"])
-    span, splits = span_of(N, -(-(TARGET_PROGRAMS // 2) // tiles_m), 256, 1024)  # as lora_shrink
+    span, splits = span_of(N, -(-LEAST_PROGRAMS // tiles_m), 256, 1024)  # as lora_shrink
     item, chunks = dtype.itemsize, -(-R // block_r)
     launch = Launch(
         "lora_grad_b_rows", 2 * M * N * R, chunks * M * N * item + N * R * b_dtype.itemsize,
@@ -191,7 +192,7 @@ def _columns_plan(device, M, N, R, dtype, b_dtype, needs, masked, stride_dym, st
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R))
     block_r = rank_block(R, MAX_BLOCK_R["plain"])
     tiles_n = -(-N // tile["BLOCK_N"])
-    span, splits = span_of(M, -(-TARGET_PROGRAMS // tiles_n), tile["BLOCK_M"], 4 * tile["BLOCK_M"])
+    span, splits = span_of(M, TARGET_PROGRAMS // tiles_n, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
     jobs = tuple(
         (parts if need else 1, numel if need else 0, kind)
         for need, parts, numel, kind in zip(

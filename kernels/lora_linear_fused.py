@@ -17,8 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft.kernels._common import (
     dense,
-    dropout_args,
-    keep_bits,
     lookup_tile,
     narrow,
     rank_block,
@@ -27,6 +25,7 @@ from fastpeft.kernels._common import (
 )  # fmt: skip
 from fastpeft.kernels._cost import FUSED_NEEDS, fused_serves
 from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan, sm_count
+from fastpeft.kernels.dropout import dropout_args, keep_bytes
 
 MODES = ("fwd", "dx")
 MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3.6)
@@ -157,14 +156,6 @@ def _lora_linear_fused_fwd_kernel(
         _store_tile(y_desc, acc, m, n, BLOCK_M, BLOCK_N, HALVES)
 
 
-@triton.jit
-def _keep_tile(seed, rows, group, threshold):
-    """Keep mask [BLOCK_M, 256]: eight bits packed in a byte before the change of layout, a quarter of its traffic."""
-    packed = keep_bits(seed, rows, group, threshold)
-    bits = (packed.to(tl.uint8)[:, None, :] >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1  # [BLOCK_M, 8, 32]
-    return tl.reshape(bits, (rows.shape[0], 256)) != 0
-
-
 @triton.jit(do_not_specialize=["M", "threshold", "programs"], do_not_specialize_on_alignment=["seed_ptr"])
 def _lora_linear_fused_dx_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, seed_ptr, M, N, K, R, stride_dsm, stride_ar, stride_ak, threshold, factor,
@@ -173,7 +164,6 @@ def _lora_linear_fused_dx_kernel(
 ):  # fmt: skip
     """BLOCK_N runs over the K columns of dx, BLOCK_K over the reduction length N."""
     if DROPOUT:
-        tl.static_assert(BLOCK_N == 256, "a column tile must be one dropout group")
         seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, programs):
@@ -185,7 +175,9 @@ def _lora_linear_fused_dx_kernel(
             ds_ptr, a_ptr, rows, cols, M, K, R, stride_dsm, stride_ak, stride_ar, BLOCK_M, BLOCK_N, BLOCK_R
         )
         if DROPOUT:
-            acc = tl.where(_keep_tile(seed, rows, pid_k, threshold), acc * factor, 0.0)
+            shifts = tl.arange(0, 8).to(tl.uint8)[None, None, :]
+            bits = (keep_bytes(seed, rows, k, threshold, BLOCK_N)[:, :, None] >> shifts) & 1
+            acc = tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0, acc * factor, 0.0)
         for n in range(0, N, BLOCK_K):
             dy = dy_desc.load([m, n])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([n, k])  # [BLOCK_K, BLOCK_N]

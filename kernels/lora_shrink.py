@@ -16,14 +16,10 @@ import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
-    GROUP,
-    TARGET_PROGRAMS,
+    LEAST_PROGRAMS,
     Reduction,
     capped,
-    drop,
-    dropout_args,
     dtype_key,
-    keep_bits,
     lookup_tile,
     narrow,
     ragged,
@@ -36,62 +32,65 @@ from fastpeft.kernels._common import (
     tile_product,
 )  # fmt: skip
 from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
+from fastpeft.kernels.dropout import drop, dropout_args, keep_tile
 
 MODES = ("plain", "dropout", "copy", "copy_dropout")  # copying, registers hold x until it is written
 # Ranks of one launch: with more, the masked columns of x and the accumulator do not fit the registers.
 MAX_BLOCK_R = {("half", "plain"): 256, ("half", "dropout"): 128, ("float32", "plain"): 64, ("float32", "dropout"): 64}
 # tiles: begin
 TILES = {
-    (80, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=5),
-    (80, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    (80, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (80, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
     (80, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
-    (80, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=256, num_warps=4, num_stages=2),
-    (80, "half", "dropout", 64): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
-    (80, "half", "dropout", 128): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
+    (80, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (80, "half", "dropout", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+    (80, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=2),
     (80, "float32", "plain", 16): dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
     (80, "float32", "plain", 64): dict(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=2),
-    (80, "float32", "dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=1),
-    (80, "float32", "dropout", 64): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
-    (90, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=5),
-    (90, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
-    (90, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    (90, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=256, num_warps=4, num_stages=3),
-    (90, "half", "dropout", 64): dict(BLOCK_M=64, BLOCK_K=256, num_warps=4, num_stages=2),
-    (90, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
-    (100, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=5),
-    (100, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=4),
-    (100, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    (100, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=256, num_warps=4, num_stages=3),
-    (100, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
-    (80, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=5),
-    (80, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=4),
+    (80, "float32", "dropout", 16): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2),
+    (80, "float32", "dropout", 64): dict(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=2),
+    (90, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
+    (90, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (90, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=2),
+    (90, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (90, "half", "dropout", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+    (90, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=2),
+    (100, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=4),
+    (100, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (100, "half", "plain", 256): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=1),
+    (100, "half", "dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (100, "half", "dropout", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (100, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=1),
+    (80, "half", "copy", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (80, "half", "copy", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
     (80, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
-    (80, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
-    (80, "half", "copy_dropout", 64): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
-    (80, "half", "copy_dropout", 128): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
+    (80, "half", "copy_dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (80, "half", "copy_dropout", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=2),
+    (80, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=2),
     (80, "float32", "copy", 16): dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
     (80, "float32", "copy", 64): dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2),
-    (80, "float32", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=1),
-    (80, "float32", "copy_dropout", 64): dict(BLOCK_M=16, BLOCK_K=256, num_warps=8, num_stages=1),
-    (90, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=5),
-    (90, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=4),
-    (90, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    (90, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=3),
-    (90, "half", "copy_dropout", 64): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=2),
-    (90, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
-    (100, "half", "copy", 16): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=5),
-    (100, "half", "copy", 64): dict(BLOCK_M=32, BLOCK_K=128, num_warps=4, num_stages=4),
-    (100, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
-    (100, "half", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=256, num_warps=4, num_stages=3),
-    (100, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=256, num_warps=8, num_stages=1),
+    (80, "float32", "copy_dropout", 16): dict(BLOCK_M=32, BLOCK_K=64, num_warps=4, num_stages=2),
+    (80, "float32", "copy_dropout", 64): dict(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=2),
+    (90, "half", "copy", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (90, "half", "copy", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (90, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=2),
+    (90, "half", "copy_dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (90, "half", "copy_dropout", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+    (90, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
+    (100, "half", "copy", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (100, "half", "copy", 64): dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
+    (100, "half", "copy", 256): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=1),
+    (100, "half", "copy_dropout", 16): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    (100, "half", "copy_dropout", 64): dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=2),
+    (100, "half", "copy_dropout", 128): dict(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=1),
 }
 # tiles: end
 
 
 def tile_space(arch, dtype, R, mode):
-    """Candidate tiles; a dropout step always takes one group of 256 columns."""
+    """Candidate tiles."""
     if mode.endswith("dropout"):
-        return tile_product(BLOCK_M=(32, 64, 128), BLOCK_K=(GROUP,), num_warps=(4, 8), num_stages=(1, 2, 3))
+        return tile_product(BLOCK_M=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(2, 3, 4))
     return tile_product(BLOCK_M=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(2, 3, 4, 5))
 
 
@@ -120,25 +119,15 @@ def _lora_shrink_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for k in range(begin, end, BLOCK_K):
+        cols = k + tl.arange(0, BLOCK_K)
+        mask = mask_m & (cols < K)[None, :]
+        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if COPY:
+            tl.store(copy_rows + cols[None, :], x, mask=mask)
         if DROPOUT:
-            bits = keep_bits(seed, rows, k // BLOCK_K, threshold)
-            for j in tl.static_range(8):
-                cols = k + j * 32 + tl.arange(0, 32)
-                mask = mask_m & (cols < K)[None, :]
-                x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, 32]
-                if COPY:
-                    tl.store(copy_rows + cols[None, :], x, mask=mask)
-                x = drop(x, bits, j)
-                a = _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak).to(x.dtype)
-                acc = tl.dot(x, a, acc, input_precision="ieee")
-        else:
-            cols = k + tl.arange(0, BLOCK_K)
-            mask = mask_m & (cols < K)[None, :]
-            x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-            if COPY:
-                tl.store(copy_rows + cols[None, :], x, mask=mask)
-            a = _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak).to(x.dtype)
-            acc = tl.dot(x, a, acc, input_precision="ieee")
+            x = drop(x, keep_tile(seed, rows, k, threshold, BLOCK_K))
+        a = _a_tile(a_ptr, cols, offs_r, K, R, stride_ar, stride_ak).to(x.dtype)
+        acc = tl.dot(x, a, acc, input_precision="ieee")
     ptrs = out_ptr + split.to(tl.int64) * stride_split + rows[:, None] * stride_om + offs_r[None, :]
     tl.store(ptrs, (acc * factor).to(out_ptr.dtype.element_ty), mask=mask_m & (offs_r < R)[None, :])
 
@@ -159,12 +148,12 @@ def _plan(device, M, K, R, dtype, a_dtype, p, stride_xm, stride_a, stride_cm, ev
     if tile is None:
         tile = lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout + 2 * copied])
         if ragged(even, K, stride_xm):
-            tile = capped(tile, BLOCK_M=32, BLOCK_K=GROUP if dropout else 64)
+            tile = capped(tile, BLOCK_M=32, BLOCK_K=64)
     tile = dict(tile)
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype), MODES[dropout]])
     chunks, tiles_m = -(-R // block_r), -(-M // tile["BLOCK_M"])
     # One program an SM is wanted, not two: where none is split, a second launch is saved.
-    span, splits = span_of(K, -(-(TARGET_PROGRAMS // 2) // tiles_m), GROUP, 1024)
+    span, splits = span_of(K, -(-LEAST_PROGRAMS // tiles_m), 256, 1024)
     launch = Launch(
         "lora_shrink", 2 * M * K * R, chunks * M * K * dtype.itemsize + R * K * a_dtype.itemsize,
         (M * R * (splits == 1) + M * K * copied) * dtype.itemsize, scratch_bytes=scratch_bytes((splits, M * R)),

@@ -13,7 +13,7 @@ struct Mask {
 inline Mask mask_of(double p, const optional<Tensor>& seed) {
   const uint32_t threshold = seed ? dropout_threshold(p) : 0;
   const uint64_t key = threshold ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
-  return {{threshold, key}, 65536.0f / static_cast<float>(65536 - threshold)};
+  return {{threshold, key}, static_cast<float>(kDraws) / static_cast<float>(kDraws - threshold)};
 }
 
 // The keep mask of a block of rows, drawn once for all passes over the block.

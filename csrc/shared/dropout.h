@@ -1,5 +1,5 @@
 // The dropout mask as a pure function of (seed, row, column), shared by every C++ and CUDA kernel: the arithmetic of
-// fastpeft/reference/_dropout.py. Philox4x32-7: Salmon et al. 2011, SC '11.
+// fastpeft/reference/dropout.py, where the contract is. Philox4x32-7: Salmon et al. 2011, SC '11.
 #pragma once
 #include <cstdint>
 
@@ -22,13 +22,29 @@ inline void philox_round(V& c0, V& c1, V& c2, V& c3, uint32_t k0, uint32_t k1) {
   c3 = lo0;
 }
 
+constexpr int16_t kDrawBits = 0x7fff;
+constexpr uint32_t kDraws = 32768;  // that many values has a draw
+
+// How many of them drop an element.
 inline uint32_t dropout_threshold(double p) {
   // Round half to even, as Python's round(): the same threshold for the same p in every backend.
-  double scaled = p * 65536.0;
+  double scaled = p * kDraws;
   double below = static_cast<double>(static_cast<int64_t>(scaled));
   double rest = scaled - below;
   int64_t rounded = static_cast<int64_t>(below) + (rest > 0.5 || (rest == 0.5 && (static_cast<int64_t>(below) & 1)));
-  return static_cast<uint32_t>(rounded < 65535 ? rounded : 65535);
+  return static_cast<uint32_t>(rounded < kDraws - 1 ? rounded : kDraws - 1);
+}
+
+// An element is kept where its draw is more than `most`, or, with all bits of `flip`, where it is not.
+struct KeepRule {
+  int16_t most;
+  uint32_t flip;
+};
+
+// Of a threshold that is not 0. Beyond the infinity of fp16, in which GPUs compare, the draws count from the other end.
+inline KeepRule keep_rule(uint32_t threshold) {
+  if (threshold <= 0x7c00) return {static_cast<int16_t>(threshold - 1), 0u};
+  return {static_cast<int16_t>(kDraws - 1 - threshold), ~0u};
 }
 
 }  // namespace fastpeft

@@ -12,7 +12,7 @@ enum class Type : int { f32, bf16, f16 };
 // The rows that a task processes at a time: enough to load and store the accumulators of a weight gradient rarely, few
 // enough for a block of 256 fp32 columns to stay in a 512 KiB L2 beside its operands.
 constexpr int64_t kRows = 96;
-// The columns of a Philox block (shared/dropout.h), and so of a block of work.
+// The columns of a block of work; a row of keep bits fills whole blocks.
 constexpr int64_t kCols = 256;
 // Packed panels are padded to this many floats: one AVX-512 vector.
 constexpr int64_t kPad = 16;

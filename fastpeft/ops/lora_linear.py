@@ -79,7 +79,7 @@ def lora_linear(
     bias       [N]       of the base layer, or None; lora_bias [N]: of lora_B, multiplied by scale, or None
     scale      float or 0-d tensor, dimensionless: α / r, α / √r, or fixed
     dropout    probability in [0, 1) that an element of x is hidden from A; drawn anew at every call, from a seed that
-               torch's generator of x's device gives; realised in steps of 1/65536, and unbiased
+               torch's generator of x's device gives; realised in steps of 1/32768, and unbiased
     masks      bits of A [R, ceil(K / 8)] and of Bᵀ [R, ceil(N / 8)], uint8, the lowest first, either may be None: their
                gradients are zero where the bit is. A and B are read as they are, and so hold zeros there
     backend    "cpp" | "triton" | "eager", or None for the first that serves

@@ -27,7 +27,7 @@ def lora_shrink(
 
     x      [M, K]  fp32 | bf16 | fp16, last dim contiguous
     a      [R, K]  any float dtype, any strides; taken in x.dtype where the kernel multiplies in it
-    p      dropout probability in [0, 1); the mask is the pure function of (seed, row, column) of reference/_dropout.py
+    p      dropout probability in [0, 1); the mask is the pure function of (seed, row, column) of reference/dropout.py
     seed   int64 of one element on x's device; needed where p > 0
     Returns    s [M, R] in x.dtype, summed in fp32
     Cost       2MKR FLOP; reads x once

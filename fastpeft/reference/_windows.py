@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from fastpeft.reference._dropout import dropped
+from fastpeft.reference.dropout import dropped
 
 
 def taps(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:

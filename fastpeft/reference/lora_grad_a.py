@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft.reference._dropout import dropped
 from fastpeft.reference._masks import unpack
+from fastpeft.reference.dropout import dropped
 
 
 def lora_grad_a(

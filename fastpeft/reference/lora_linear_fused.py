@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft.reference._dropout import dropped
+from fastpeft.reference.dropout import dropped
 from fastpeft.reference.lora_expand import lora_expand
 
 

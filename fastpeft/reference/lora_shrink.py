@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastpeft.reference._dropout import dropped
+from fastpeft.reference.dropout import dropped
 
 
 def lora_shrink(x: torch.Tensor, a: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:

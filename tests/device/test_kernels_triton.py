@@ -54,14 +54,14 @@ def philox(counter, key, rounds=7):
 
 def keep_mask(M, K, p, seed):
     """Keep mask [M, K] and the factor 1 / keep, from the contract's words alone."""
-    threshold = min(max(round(p * 65536), 0), 65535)
+    threshold = round(p * 32768)
     row, col = np.meshgrid(np.arange(M), np.arange(K), indexing="ij")
-    lane, j = col & 31, (col >> 5) & 7
-    counter = np.stack([(col >> 8) * 32 + lane, row & 0xFFFFFFFF, row >> 32, row * 0], -1)
+    counter = np.stack([col >> 3, row & 0xFFFFFFFF, row >> 32, row * 0], -1)
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    word = np.take_along_axis(words, (j >> 1)[..., None], -1)[..., 0]
-    draw = (word >> (16 * (j & 1)).astype(np.uint64)) & np.uint64(0xFFFF)
-    return torch.from_numpy(draw >= threshold), 65536 / (65536 - threshold)
+    word = np.take_along_axis(words, ((col & 7) >> 1)[..., None], -1)[..., 0]
+    draw = (word >> (16 * (col & 1)).astype(np.uint64)) & np.uint64(0x7FFF)
+    kept = draw >= threshold if p <= 31 / 32 else draw < 32768 - threshold
+    return torch.from_numpy(kept), 32768 / (32768 - threshold)
 
 
 class Case:
@@ -119,13 +119,25 @@ def test_shrink(M, N, K, R, dtype, p):
     assert_close(s, lambda x, a, mask, **_: (x * mask * c.factor) @ a.T, c)
 
 
-def test_shrink_mask_bits():
-    """With a the identity, s shows the mask itself: every bit, across two dropout groups and two row tiles."""
+@pytest.mark.parametrize("p", [0.1, 0.98], ids=["0.1", "counted from the other end"])
+def test_shrink_mask_bits(p):
+    """With a the identity, s shows the mask itself: every bit, across two tiles of columns and of rows."""
     M, K = 70, 300
-    s = lora_shrink(torch.ones(M, K), torch.eye(K), 0.1, torch.tensor([SEED]))
-    mask, factor = keep_mask(M, K, 0.1, SEED)
+    s = lora_shrink(torch.ones(M, K), torch.eye(K), p, torch.tensor([SEED]))
+    mask, factor = keep_mask(M, K, p, SEED)
     assert torch.equal(s, mask.float() * torch.tensor(factor, dtype=torch.float32))
-    assert abs(mask.double().mean().item() - 0.9) < 0.01
+    assert abs(mask.double().mean().item() - (1 - p)) < 0.01
+
+
+@pytest.mark.parametrize("dropped", [1, 3277, 0x7BFF, 0x7C00, 0x7C01, 0x7FFF])
+def test_packed_comparison(dropped):
+    """What a GPU compares as fp16, NaN included (`set.geu` of absolute values), is the contract's rule of integers."""
+    halves = np.arange(65536, dtype=np.uint16)
+    rare = dropped > 0x7C00
+    least = np.uint16(32768 - dropped if rare else dropped).view(np.float16)
+    kept = ~(np.abs(halves.view(np.float16)) < least) ^ rare
+    draws = (halves & 0x7FFF).astype(int)
+    assert np.array_equal(kept, draws < 32768 - dropped if rare else draws >= dropped)
 
 
 def test_shrink_splits():

@@ -45,14 +45,15 @@ def test_rows_far_apart(launched, rows, stride, copied):
 @pytest.mark.parametrize("K", [4096, 5120, 8192, 11008, 14336, 18944, 65536])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_programs_of_grad_a(launched, K, p):
-    """About two programs on each of an H100's 132 SMs, or at rank 64 one of twice the warps, for little scratch."""
+    """One or two on each of an H100's 132 SMs, never a few more than two, which would be a wave by themselves."""
     M, seed = 8192, meta(1, dtype=torch.int64)
-    for R, least, share in ((16, 250, 1 / 16), (64, 125, 1 / 8)):
+    for R, share in ((16, 1 / 16), (64, 1 / 8)):
         launched.clear()
         with _launch.count_launches() as counted:
             lora_grad_a(meta(M, K), meta(M, R), meta(R, K), p, seed, False, True)
         groups, splits = launched[0].grid
-        assert groups * splits >= least
+        assert groups * splits >= 132
+        assert splits == 1 or groups * splits <= 264
         assert counted[0].scratch_bytes == 4 * R * K * splits * (splits > 1)
         assert counted[0].scratch_bytes <= share * counted[0].read_bytes
 
@@ -101,7 +102,7 @@ def test_fp64_gradients(op):
     assert torch.equal(ours[1], peer[1])
 
 
-@pytest.mark.parametrize(("R", "rows"), [(16, 16), (64, 32)])
+@pytest.mark.parametrize(("R", "rows"), [(16, 32), (64, 32)])
 @pytest.mark.parametrize(
     ("K", "stride", "small"), [(512, 512, False), (513, 513, True), (512, 520, True), (504, 504, True)]
 )
@@ -122,6 +123,6 @@ def test_ragged_rows_take_smaller_tiles(launched, R, rows, K, stride, small):
     both = [constants["NEED_DX"] and constants["NEED_DA"] for constants in passes]
     assert both == ([False, False] if small else [True])
     launched.clear()
-    tile = {"BLOCK_M": 64, "ONE_PASS": True, "num_warps": 4, "num_stages": 2}
+    tile = {"BLOCK_M": 64, "BLOCK_K": 64, "ONE_PASS": True, "num_warps": 4, "num_stages": 2}
     lora_grad_a(x, meta(128, R), meta(R, K), 0.0, None, True, True, tile=tile)
     assert launched[0].constants["BLOCK_M"] == 64

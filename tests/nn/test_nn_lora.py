@@ -12,7 +12,7 @@ from fastpeft import testing
 from fastpeft.nn import LoRALayer, LoRALinear
 from fastpeft.nn.init import SCHEMES
 from fastpeft.ops._calls import draw_seed
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 from nn_cases import linear, trained
 
 

@@ -7,7 +7,7 @@ from cases import Case, backend_cases, normal, wide
 from fastpeft import ops
 from fastpeft.ops import Weight4bit
 from fastpeft.ops._calls import draw_seed
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 from fastpeft.testing import assert_all_within_budget, assert_within_budget, backends
 from fourbit_cases import QUANT_TYPES, apply, call, quantized, values
 

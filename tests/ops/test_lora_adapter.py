@@ -6,7 +6,7 @@ import torch
 from fastpeft import testing
 from fastpeft.ops._calls import draw_seed
 from fastpeft.ops.lora_adapter import lora_adapter
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 
 # x shape, N, R, why
 CASES = [

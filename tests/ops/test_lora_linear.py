@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from cases import FLOATS, backend_cases, linear_call, normal, wide
 from fastpeft import ops
 from fastpeft.ops._calls import draw_seed
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 from fastpeft.testing import assert_all_within_budget, assert_within_budget, backends
 
 OP = "lora_linear_fwd"

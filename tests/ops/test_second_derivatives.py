@@ -13,7 +13,7 @@ from fastpeft import ops
 from fastpeft.integrations import accelerate
 from fastpeft.nn import LoRALayer, LoRALinear, QLoRALinear
 from fastpeft.ops._calls import draw_seed
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 from fastpeft.testing import backends
 
 SCALE = 0.7

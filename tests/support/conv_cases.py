@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

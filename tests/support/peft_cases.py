@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.integrations import accelerate
 from fastpeft.integrations.peft import linear
 from fastpeft.ops._calls import draw_seed
-from fastpeft.reference._dropout import keep_factor, keep_mask
+from fastpeft.reference.dropout import keep_factor, keep_mask
 
 Results = dict[str, torch.Tensor]
 TARGETS = ["lin0", "conv", "inner.lin1"]

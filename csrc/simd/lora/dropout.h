@@ -51,40 +51,54 @@ struct Counter {
 // Two vectors of counters at a time: a single chain of seven rounds would wait for the latency of its products.
 constexpr int kChains = 2;
 
-// Stores the keep bits, which are 1 for 16-bit samples of at least `threshold`. In word j of lane l of chain i the low
-// sample belongs to column 64 j + c + kLanes i + l, the high one to the column 32 further on.
+// Which of kLanes adjacent calls a lane draws: store_bits leaves the lanes in this order.
+constexpr int call_of(int lane) {
 #if FP_ISA >= 2
-inline void store_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
-  static_assert(kChains == 2);
-  const __m512i bound = _mm512_set1_epi16(static_cast<int16_t>(threshold));
-  for (int j = 0; j < 4; ++j) {
-    const uint64_t first = _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[0][j].value()), bound);
-    const uint64_t both =
-        first | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(word[1][j].value()), bound))
-                    << 32;
-    const uint64_t bits = _pext_u64(both, 0x5555555555555555u) | _pext_u64(both, 0xaaaaaaaaaaaaaaaau) << 32;
-    std::memcpy(out + 8 * j + c / 8, &bits, 8);
+  return lane % 4 * 4 + lane / 4;
+#elif FP_ISA == 1
+  return lane % 4 / 2 * 4 + lane / 4 * 2 + lane % 2;
+#else
+  return lane;
+#endif
+}
+
+// Stores the keep bits of kLanes calls, a byte of eight columns each, in the order of the calls. The words of a call
+// are put side by side, so that one comparison of 16-bit integers makes whole bytes.
+inline void store_bits(uint8_t* out, const Counter (&word)[4], KeepRule rule) {
+#if FP_ISA >= 2
+  const auto pair = [](__m512i low, __m512i high) {
+    return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
+  };
+  const __m512i even[2] = {pair(word[0].even, word[1].even), pair(word[2].even, word[3].even)};
+  const __m512i odd[2] = {pair(word[0].odd, word[1].odd), pair(word[2].odd, word[3].odd)};
+  const __m512i calls[4] = {_mm512_unpacklo_epi64(even[0], even[1]), _mm512_unpacklo_epi64(odd[0], odd[1]),
+                            _mm512_unpackhi_epi64(even[0], even[1]), _mm512_unpackhi_epi64(odd[0], odd[1])};
+  const __m512i draw = _mm512_set1_epi16(kDrawBits), most = _mm512_set1_epi16(rule.most);
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t bits = _mm512_cmpgt_epi16_mask(_mm512_and_si512(calls[k], draw), most) ^ rule.flip;
+    std::memcpy(out + 4 * k, &bits, 4);
   }
-}
+#elif FP_ISA == 1
+  const auto words = [&](int j) { return reinterpret_cast<__m256i>(word[j].value()); };
+  const __m256i draw = _mm256_set1_epi16(kDrawBits), most = _mm256_set1_epi16(rule.most);
+  const auto kept = [&](__m256i low, __m256i high) {
+    const auto above = [&](__m256i calls) { return _mm256_cmpgt_epi16(_mm256_and_si256(calls, draw), most); };
+    const __m256i bytes =
+        _mm256_packs_epi16(above(_mm256_unpacklo_epi64(low, high)), above(_mm256_unpackhi_epi64(low, high)));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(bytes)) ^ rule.flip;
+  };
+  const uint32_t bits[2] = {kept(_mm256_unpacklo_epi32(words(0), words(1)), _mm256_unpacklo_epi32(words(2), words(3))),
+                            kept(_mm256_unpackhi_epi32(words(0), words(1)), _mm256_unpackhi_epi32(words(2), words(3)))};
+  std::memcpy(out, bits, 8);
 #else
-inline void store_bits(uint8_t* out, int64_t c, const Counter (&word)[kChains][4], uint32_t threshold) {
-  for (int i = 0; i < kChains; ++i)
-    for (int j = 0; j < 8; ++j) {
-      const vu value = word[i][j / 2].value();
-      const vi kept =
-          reinterpret_cast<vi>(j % 2 ? value >> 16 : value & 0xffffu) > vi{} + (static_cast<int32_t>(threshold) - 1);
-      const int64_t column = 32 * j + c + i * kLanes;
-#if FP_ISA == 1
-      out[column / 8] = static_cast<uint8_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(kept)));
-#else
-      unsigned bits = 0;
-      for (int l = 0; l < kLanes; ++l) bits |= (static_cast<unsigned>(kept[l]) & 1u) << l;
-      const int shift = static_cast<int>(column % 8);
-      out[column / 8] = static_cast<uint8_t>((shift ? out[column / 8] : 0) | bits << shift);
+  vu bits{};
+  for (int j = 0; j < 8; ++j) {
+    const vu value = word[j / 2].value() >> (j % 2 ? 16 : 0) & static_cast<uint32_t>(kDrawBits);
+    bits |= reinterpret_cast<vu>(reinterpret_cast<vi>(value) > vi{} + rule.most) & 1u << j;
+  }
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<uint8_t>(bits[i] ^ rule.flip);
 #endif
-    }
 }
-#endif
 
 inline vu load_bits(const uint8_t* bits, int64_t column) {
 #if FP_ISA >= 2
@@ -105,7 +119,7 @@ struct ColumnWords {
   // For row numbers whose upper 32 bits are `high`.
   void of(uint32_t first, uint32_t high, uint32_t k0, uint32_t k1) {
     vu lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(call_of(i));
     Counter c[4] = {Counter(lane + first), Counter(0u), Counter(high), Counter(0u)};
     philox_round(c[0], c[1], c[2], c[3], k0, k1);
     Counter hi, lo;
@@ -129,29 +143,31 @@ struct ColumnWords {
 void draw(Dropout drop, int64_t m0, int64_t m1, int64_t width, uint8_t* bits, int64_t ld) {
   constexpr int kKnown = 3;  // rounds
   const uint32_t k0 = static_cast<uint32_t>(drop.seed), k1 = static_cast<uint32_t>(drop.seed >> 32);
-  for (int64_t group = 0; group * kCols < width; ++group)
-    for (int64_t c = 0; c < smaller(32, width - group * kCols); c += kChains * kLanes) {
-      ColumnWords columns[kChains];
-      const auto begin = [&](int64_t row) {
-        for (int i = 0; i < kChains; ++i)
-          columns[i].of(static_cast<uint32_t>(group * 32 + c + i * kLanes),
-                        static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), k0, k1);
-      };
-      begin(m0);
-      uint8_t* out = bits + group * (kCols / 8);
-      for (int64_t m = m0; m < m1; ++m, out += ld) {
-        const uint64_t row = static_cast<uint64_t>(m);
-        const uint32_t high = static_cast<uint32_t>(row >> 32), low = static_cast<uint32_t>(row);
-        if (low == 0) begin(m);
-        const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(high) * kPhiloxM1 >> 32) ^ low ^ k0;
-        Counter w[kChains][4];
-        for (int i = 0; i < kChains; ++i) columns[i].meet(static_cast<uint64_t>(first) * kPhiloxM0, w[i]);
-        uint32_t r0 = k0 + kKnown * kPhiloxW0, r1 = k1 + kKnown * kPhiloxW1;
-        for (int round = kKnown; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
-          for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
-        store_bits(out, c, w, drop.threshold);
-      }
+  constexpr int64_t kCalls = kChains * kLanes;
+  static_assert(kCols % (8 * kCalls) == 0);  // no step passes the end of a row of bits
+  const KeepRule rule = keep_rule(drop.threshold);
+  for (int64_t call = 0; 8 * call < width; call += kCalls) {
+    ColumnWords columns[kChains];
+    const auto begin = [&](int64_t row) {
+      for (int i = 0; i < kChains; ++i)
+        columns[i].of(static_cast<uint32_t>(call + i * kLanes), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32),
+                      k0, k1);
+    };
+    begin(m0);
+    uint8_t* out = bits + call;
+    for (int64_t m = m0; m < m1; ++m, out += ld) {
+      const uint64_t row = static_cast<uint64_t>(m);
+      const uint32_t high = static_cast<uint32_t>(row >> 32), low = static_cast<uint32_t>(row);
+      if (low == 0) begin(m);
+      const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(high) * kPhiloxM1 >> 32) ^ low ^ k0;
+      Counter w[kChains][4];
+      for (int i = 0; i < kChains; ++i) columns[i].meet(static_cast<uint64_t>(first) * kPhiloxM0, w[i]);
+      uint32_t r0 = k0 + kKnown * kPhiloxW0, r1 = k1 + kKnown * kPhiloxW1;
+      for (int round = kKnown; round < kPhiloxRounds; ++round, r0 += kPhiloxW0, r1 += kPhiloxW1)
+        for (int i = 0; i < kChains; ++i) philox_round(w[i][0], w[i][1], w[i][2], w[i][3], r0, r1);
+      for (int i = 0; i < kChains; ++i) store_bits(out + i * kLanes, w[i], rule);
     }
+  }
 }
 
 #if FP_ISA >= 2

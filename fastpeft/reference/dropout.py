@@ -1,11 +1,12 @@
 """The dropout mask as a pure function of (seed, row, column): the same bits in every backend.
 
-    counter = (32·(col >> 8) + (col & 31), row mod 2³², row >> 32, 0)     key = (seed mod 2³², seed >> 32)
-    words   = Philox4x32-7(counter, key)                                  Salmon et al. 2011, SC '11, table 2
-    j       = (col >> 5) & 7                                              which of the eight 16-bit draws of one call
-    keep    = draw_j >= round(65536 · p)
+    words = Philox4x32-7(counter = (col >> 3, row mod 2³², row >> 32, 0), key = (seed mod 2³², seed >> 32))
+    draw  = the 15 low bits of half (col & 1) of word (col & 7) >> 1          Salmon et al. 2011, SC '11, table 2
+    keep  = draw >= dropped            where dropped = round(32768 · p) is at most 0x7c00, that is p up to 31/32
+            draw < 32768 - dropped     where it is more
 
-One call thus serves 8 sub-blocks of 32 columns in a block of 256: a kernel needs no layout conversion to use it.
+One call serves eight adjacent columns, two of them a word: a kernel masks what it loads and stores at once, two
+elements by one comparison (kernels/dropout.py says why of 15 bits, and from which end).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _MASK32 = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """The number of the 65536 values of a draw that drop an element; ``0`` means that nothing is ever dropped."""
-    return min(round(p * 65536), 65535)
+    """The number of the 32768 values of a draw that drop an element; ``0`` means that nothing is ever dropped."""
+    return min(round(p * 32768), 32767)
 
 
 def keep_factor(p: float) -> float:
     """``1 / (share of draws kept)``: exact for the threshold in use, so that the expectation is unbiased."""
-    return 65536.0 / (65536 - threshold(p))
+    return 32768.0 / (32768 - threshold(p))
 
 
 def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +37,9 @@ def keep_mask(seed: torch.Tensor, M: int, K: int, p: float, device: torch.device
     """Boolean mask ``[M, K]``; ``seed`` is an int64 tensor of one element, which stays on its device."""
     key = seed.reshape(())
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
-    groups = (K + 255) // 256
+    calls = (K + 7) // 8
     row = torch.arange(M, device=device, dtype=torch.int64).view(M, 1)
-    c0 = torch.arange(32 * groups, device=device, dtype=torch.int64).view(1, -1).expand(M, -1)
+    c0 = torch.arange(calls, device=device, dtype=torch.int64).view(1, -1).expand(M, -1)
     c1 = (row & _MASK32).expand_as(c0)
     c2 = (row >> 32).expand_as(c0)
     c3 = torch.zeros_like(c0)
@@ -49,8 +50,9 @@ def keep_mask(seed: torch.Tensor, M: int, K: int, p: float, device: torch.device
         k0 = (k0 + 0x9E3779B9) & _MASK32
         k1 = (k1 + 0xBB67AE85) & _MASK32
     words = torch.stack((c0, c1, c2, c3), dim=-1)
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, groups, 32, 8)
-    return (draws >= threshold(p)).transpose(2, 3).reshape(M, groups * 256)[:, :K]
+    draws = torch.stack((words & 0x7FFF, (words >> 16) & 0x7FFF), dim=-1).reshape(M, 8 * calls)[:, :K]
+    drops = threshold(p)
+    return draws >= drops if drops <= 0x7C00 else draws < 32768 - drops
 
 
 def dropped(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
