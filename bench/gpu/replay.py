@@ -6,7 +6,7 @@ import torch
 
 from checks import fourbit as fourbit_checks
 from checks import lora as checks
-from compile.kernels import meta, packed_weight
+from compile.cases import meta, packed_weight
 from compile.pool import Specialisation, captured
 from fastpeft.kernels._cost import fused_serves
 from fastpeft.kernels._gpu import Gpu, as_gpu

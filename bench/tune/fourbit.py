@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from common.timing import Race
-from compile.kernels import meta, packed_weight
+from compile.cases import meta, packed_weight
 from compile.pool import captured
 from fastpeft.kernels import _launch
 from fastpeft.kernels._gpu import as_gpu, table_keys

@@ -70,7 +70,7 @@ class Driver:
     get_current_stream = lambda self, device=0: 0
 driver.set_active(Driver())
 from compile.pool import captured
-from compile.kernels import meta
+from compile.cases import meta
 from fastpeft.kernels import dequantize_4bit, lora_expand
 with captured() as found:
     for _ in range(2):
