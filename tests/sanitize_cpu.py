@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The tile registers as arrays: what they read and write is checked too, and on any processor with AVX-512-BF16.
 TILES = f"-DFP_EMULATED_TILES -I{ROOT / 'tests' / 'emulator'}"
-FLAGS = f"-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer {TILES}"
+FLAGS = f"-g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer {TILES}"
 TESTS = [
     "tests/device/test_fourbit_cpu.py",
     "tests/device/test_isa.py",
