@@ -61,7 +61,8 @@ def headings(data: Mapping[str, Any]) -> list[str]:
 
 def cells(line: Line, data: Mapping[str, Any]) -> list[str]:
     """The row of a point that has at least one run."""
-    mega = [f"{line.memory[part] / 1e6:.1f}" if line.memory else "-" for part in ("weights", "trained", "kept", "peak")]
+    parts = ("weights", "trained", "kept", "peak")
+    mega = [_megabytes(line.memory[part]) if line.memory else "-" for part in parts]
     wall = cpu = ratio = "-"
     if line.time:
         wall, cpu = _milliseconds(line.time["wall"]), _milliseconds(line.time["cpu"])
@@ -71,6 +72,10 @@ def cells(line: Line, data: Mapping[str, Any]) -> list[str]:
     trained = f"{line.run['trainable']:,}"
     ended = "; ".join([each for each in (line.run["about"],) if each] + line.errors)
     return [line.key, metric, str(len(line.metrics)), rate, trained, *mega, wall, cpu, ratio, ended]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}" if size >= 10e6 else f"{size / 1e6:.2f}"
 
 
 def _milliseconds(seconds: list[float]) -> str:
