@@ -14,7 +14,9 @@ def test_public_names():
     assert all(hasattr(fastpeft, name) for name in fastpeft.__all__)
 
 
-@pytest.mark.parametrize("absent", ["peft", "safetensors", "transformers", "triton", "numpy", "fastpeft._C", "matplotlib"])
+@pytest.mark.parametrize(
+    "absent", ["peft", "safetensors", "transformers", "triton", "numpy", "fastpeft._C", "matplotlib"]
+)
 def test_import_without(absent):
     """The package imports, and serves a layer, where an optional dependency or the extension is missing."""
     code = f"""
