@@ -1,4 +1,4 @@
-"""Which function computes an operator: one row an operator, and what each of its backends requires.
+"""Which function computes an operator: a table with one row per operator, its backends and what each requires.
 
 A row names the operator's file and, in order of preference, its backends; the choice is made once, in the public
 function, and backward receives the same name. An explicit backend that cannot serve is an error, never a fallback.
@@ -25,13 +25,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """What can compute an operator.
+    """One implementation of an operator.
 
-    module     of its launchers; {file} is the row's
-    dtypes     that it computes in; None: any
-    gpus       "module:function" that tells what the GPUs of this machine lack for it, or None
-    bf16_interpreted    whether Triton's interpreter computes it in bfloat16, whose products it gets wrong and whose
-                        results it cuts off where it should round
+    module     that holds its launchers; {file} stands for the row's file
+    dtypes     that it serves; None: any
+    gpus       "module:function" that names what this machine's GPUs lack for it, or None
+    bf16_interpreted    whether it runs in bfloat16 under Triton's interpreter, which gets bfloat16 products wrong and
+                        truncates results that it should round
     """
 
     name: str
@@ -58,11 +58,11 @@ TRITON = Backend("triton", "fastpeft.kernels.{file}")
 EAGER = Backend("eager", "fastpeft.reference.{file}", dtypes=None)
 # The fused GEMM exists because a GPU's 16-bit matrix units leave the memory idle: no other unit has that gap.
 _FUSED = replace(TRITON, dtypes=_HALF, gpus="fastpeft.kernels.lora_linear_fused:gpus_unmet")
-# On the CPU a thin convolution is the vendor's, around csrc's dropout.
+# On the CPU the vendor's library computes the thin convolution, and csrc the dropout around it.
 _CPP_CONV = replace(CPP, module="fastpeft._native_conv")
-# CUDA's products with a packed weight are those of the 16-bit matrix units.
+# The CUDA kernels multiply by a packed weight on the 16-bit matrix units.
 _CUDA_HALF = replace(CUDA, dtypes=_HALF)
-# It takes bfloat16 and gives bytes: nothing is multiplied or rounded to bfloat16.
+# The kernel reads bfloat16 and writes bytes: it neither multiplies nor rounds in bfloat16.
 _TRITON_BYTES = replace(TRITON, bf16_interpreted=True)
 
 ROWS: dict[str, Row] = {
@@ -156,7 +156,7 @@ def fuse_unmet(x: torch.Tensor, w: torch.Tensor, name: str) -> tuple[str, str, o
 @cache
 def _select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str) -> str:
     if backend is None:
-        # Triton's interpreter serves only where it is named: the reference is a thousand times faster.
+        # Triton's interpreter serves only if asked for by name: the reference is a thousand times faster.
         return next(name for name in _able(launcher, device, dtype) if name != "triton" or device == "cuda")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
@@ -171,15 +171,15 @@ def _select(launcher: str, backend: str | None, device: str, dtype: torch.dtype,
 
 
 def select(launcher: str, backend: str | None, device: str, dtype: torch.dtype, op: str | None = None) -> str:
-    """The backend that will serve; ``default`` stands in for None.
+    """The backend that will serve; None means ``default``.
 
-    op         the public function, for an error to name; None where it has the launcher's name
+    op         the public function, as an error names it; None: the launcher's name
     Raises     ValueError: an unknown backend, or one whose requirement does not hold.
     """
     return _select(launcher, backend or default, device, dtype, op or launcher)
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import all of Dynamo, and triton with it.
+# Set by hand: torch.compiler.assume_constant_result would import all of Dynamo, and triton with it.
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The error budget, memory that shows what was never written, and cases; imported by tests/ and bench/ only."""
+"""For tests/ and bench/ only: the error budget, torch.empty filled with NaN, seeds and the backends that can serve."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def seed_of(name: str) -> int:
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Every torch.empty of floats holds NaN: what a kernel forgets to write shows up."""
-    memory: Any = torch.utils.deterministic  # a module with a settable attribute, which its types do not know
+    """Every torch.empty of floats holds NaN, so that an element which a kernel forgets to write shows up."""
+    memory: Any = torch.utils.deterministic  # its type stubs lack the attribute set below
     before = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     memory.fill_uninitialized_memory = True
@@ -71,5 +71,5 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def backends(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can serve here, the reference left out."""
+    """The backends that can serve here, without the reference."""
     return [name for name in dispatch.BACKENDS if name != "eager" and dispatch.unmet(op, name, device, dtype) is None]

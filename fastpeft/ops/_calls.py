@@ -1,4 +1,4 @@
-"""What the differentiable operators share: autocast's dtype, rows, a scale that is a tensor, and the seed of a mask."""
+"""Shared by the differentiable operators: autocast's dtype, rows, a scale that is a tensor, the seed of a mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastpeft.ops import _checks
 
 
 def autocast_dtype(x: torch.Tensor, device: str) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None where it is off; fp64 stays, as torch.amp leaves it alone too."""
+    """The dtype that autocast asks for, or None if it is off; fp64 stays fp64, as in torch.amp."""
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
@@ -27,7 +27,7 @@ def rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def masks(saved: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The masks of a backward, of the saved tensors that come after the others: a pair, or nothing."""
+    """The pair of masks at the end of a backward's saved tensors, ``saved``; (None, None) if there are none."""
     if not saved:
         return None, None
     a, b = saved
@@ -35,12 +35,12 @@ def masks(saved: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, torch.
 
 
 def shaped(y: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """[M, width] -> [*leading, width], and no view in autograd's eyes: a caller may add to it in place."""
+    """[M, width] -> [*leading, width], not a view to autograd: a caller may add to it in place."""
     return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
 
 
 def nested(x: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``call``, which takes and gives rows [M, width], on all rows of a nested x at once; nested as x is."""
+    """Apply ``call``, rows [M, width] -> rows, to all rows of a nested x at once; the result is nested as x is."""
     parts = x.unbind()
     y = call(torch.cat([part.flatten(0, -2) for part in parts]))
     split = y.split([part.shape[:-1].numel() for part in parts])
@@ -59,10 +59,10 @@ def like_input(dx: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch
 def fold_scale(
     op: str, scale: float | torch.Tensor, lora_B: torch.Tensor, lora_bias: torch.Tensor | None, compiling: bool
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-    """A scale that is no plain number goes into the small factor, in fp32 at least.
+    """Multiply a scale that is not a plain number into B and lora_bias, in fp32 at least.
 
-    A 0-d tensor so stays on the device, without a host sync. While torch.compile traces, a float does too: one that
-    changes is a symbol then, which an autograd.Function would make a constant of, and a graph for each value.
+    So a 0-d tensor stays on the device, without a host sync. While torch.compile traces, a float is folded too: one
+    that changes is a symbol there, of which an autograd.Function would make a constant, and a graph for each value.
     """
     _checks.scale(op, scale)
     if not compiling and not isinstance(scale, torch.Tensor):
@@ -73,7 +73,7 @@ def fold_scale(
 
 
 def draw_seed(device: torch.device | str) -> torch.Tensor:
-    """The seed of one dropout mask, int64 of no dimension, from torch's generator of ``device``.
+    """The seed of one dropout mask, a 0-d int64 tensor from torch's generator of ``device``.
 
     It stays on the device: no sync, and a replayed CUDA graph draws a new one. (``randint`` and not ``random_``, which
     torch.compile cannot trace.)
@@ -82,9 +82,9 @@ def draw_seed(device: torch.device | str) -> torch.Tensor:
 
 
 def without_kernels(launcher: str, device: str) -> str | None:
-    """What each backend but eager would need to serve this operator on this type of device; None where one serves.
+    """What every backend but eager lacks to serve this operator on this type of device; None if one serves.
 
-    None too where a backend is asked for: a user who wants eager gets it.
+    Also None if a backend is asked for: a user who wants eager gets it.
     """
     if dispatch.default is not None or dispatch.select(launcher, None, device, torch.float32) != "eager":
         return None

@@ -1,7 +1,7 @@
 """The only place that words an error: ``<op>: <argument> must <rule>, got <value>``.
 
-A check that runs at every call has a quick twin, `<check>_fits`, right below it. The twin asks the same and returns
-True or False; an exception that it meets (`UNFIT`) counts as False. tests/ops/test_checks_agree.py proves that they
+A check that runs at every call has a quick twin, `<check>_fits`, right below it. The twin makes the same tests and
+returns True or False; an exception in it (`UNFIT`) counts as False. tests/ops/test_checks_agree.py proves that they
 agree.
 """
 
@@ -20,13 +20,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def require(holds: bool, op: str, argument: str, rule: str, got: object) -> None:
-    """Raise the ValueError of the house unless ``holds``."""
+    """Raise a ValueError in the package's wording unless ``holds``."""
     if not holds:
         raise ValueError(f"{op}: {argument} must {rule}, got {got}")
 
 
 def require_dtype(holds: bool, op: str, argument: str, rule: str, got: object) -> None:
-    """Raise the TypeError of the house unless ``holds``."""
+    """Raise a TypeError in the package's wording unless ``holds``."""
     if not holds:
         raise TypeError(f"{op}: {argument} must {rule}, got {got}")
 
@@ -36,7 +36,7 @@ def tensor(op: str, argument: str, value: object) -> None:
 
 
 def dense(op: str, argument: str, value: object) -> None:
-    """A tensor that is memory and strides: neither sparse nor nested, nor in a vendor's layout."""
+    """An ordinary strided tensor: not sparse, not nested, not in a vendor's layout."""
     tensor(op, argument, value)
     assert isinstance(value, torch.Tensor)
     plain = value.layout is STRIDED and not value.is_nested
@@ -59,7 +59,7 @@ def one_of(op: str, argument: str, value: object, choices: tuple[object, ...]) -
 
 
 def size_of(op: str, argument: str, value: object, choices: tuple[int, ...]) -> None:
-    """One of ``choices``, and not only equal to it: 64.0 fits no operator's schema."""
+    """An int among ``choices``; an equal float, such as 64.0, fits no operator's schema."""
     require_dtype(type(value) is int, op, argument, "be an int", repr(value))
     one_of(op, argument, value, choices)
 
@@ -82,7 +82,7 @@ def vector(op: str, argument: str, value: torch.Tensor | None, size: int, name: 
 
 
 def bits(op: str, argument: str, value: torch.Tensor | None, rows: int, columns: int) -> None:
-    """A mask of one bit an element of [rows, columns], each row in whole bytes."""
+    """A mask of one bit per element of [rows, columns], each row padded to whole bytes."""
     if value is None:
         return
     tensor(op, argument, value)
@@ -93,7 +93,7 @@ def bits(op: str, argument: str, value: torch.Tensor | None, rows: int, columns:
 
 
 def masks(op: str, value: object, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
-    """A pair of `bits`, of A and of Bᵀ, on their device."""
+    """A pair of bit masks, for A and for Bᵀ, on their device."""
     pair = isinstance(value, tuple) and len(value) == 2
     require_dtype(pair, op, "masks", "be a pair of bits for lora_A and lora_B", type(value).__name__)
     assert isinstance(value, tuple)
@@ -106,7 +106,7 @@ def masks(op: str, value: object, lora_A: torch.Tensor, lora_B: torch.Tensor) ->
 
 
 def vector_fits(value: torch.Tensor | None, size: int, device: torch.device) -> bool:
-    """What ``vector`` and ``same_device`` ask."""
+    """Same tests as ``vector`` and ``same_device``, returning a bool."""
     return value is None or (
         value.shape == (size,) and value.device == device and value.is_floating_point() and value.layout is STRIDED
     )
@@ -117,8 +117,8 @@ def entrance(
 ) -> None:
     """Check x against the first parameter, ``name``, which takes inputs of ``width`` on ``device``.
 
-    Where they differ the error names x, as x is new in each call; but only where no other parameter contradicts the
-    first one: ``sure`` says so of its width and of its device.
+    On a mismatch the error names x, because x is new in each call, unless another parameter contradicts the first
+    one: ``sure`` says whether all agree on its width and on its device.
     """
     rule = f"have shape [..., in_features] = [..., {width}]"
     require(x.shape[-1] == width or not sure[0], op, "x", rule, list(x.shape))
@@ -140,7 +140,7 @@ def adapter(
     lora_bias: torch.Tensor | None,
     dropout: float,
 ) -> None:
-    """The factors of an adapter between x's last dimension and N; None leaves N to lora_B."""
+    """Check the factors of an adapter from x's last dimension to N; with N = None lora_B sets it."""
     matrix(op, "lora_A", lora_A, (None, x.shape[-1]), "[rank, in_features]")
     require(lora_A.shape[0] >= 1, op, "lora_A", "have a rank of at least 1", 0)
     matrix(op, "lora_B", lora_B, (N, lora_A.shape[0]), "[out_features, rank]")
@@ -158,8 +158,8 @@ def adapter_fits(
     lora_bias: torch.Tensor | None,
     dropout: float,
 ) -> bool:
-    """What ``adapter`` asks for x [..., K] on ``device``."""
-    # Sizes one by one: two of torch.Size that are compared cost a tiny call another per cent.
+    """Same tests as ``adapter`` for x [..., K] on ``device``, returning a bool."""
+    # Size by size: comparing two torch.Size costs a tiny call another per cent.
     (rank, width), (out, inner) = lora_A.shape, lora_B.shape
     return (
         width == K
@@ -188,7 +188,7 @@ def scale(op: str, value: object) -> None:
         require(value.dim() == 0, op, "scale", rule, f"shape {list(value.shape)}")
         require_dtype(value.dtype != torch.bool and not value.is_complex(), op, "scale", rule, value.dtype)
     else:
-        # Real has numpy's numbers; a SymFloat is one that is traced with its value left open.
+        # Real covers numpy's numbers; a SymFloat is a float traced with its value left open.
         known = isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
         require_dtype(known, op, "scale", rule, type(value).__name__)
 

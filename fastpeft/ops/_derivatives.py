@@ -1,12 +1,12 @@
-"""Where derivatives are not the launchers': second derivatives, torch.func, forward mode, exported programs.
+"""Derivatives that no launcher gives: second derivatives, torch.func, forward mode, exported programs.
 
-A call inside a transform, or traced for somebody without fastpeft, is `composed` of torch's own operations. A backward
-whose gradients may be differentiated again, or that is itself inside a transform, is `derived`: the same gradients by
-the reference's formula, on the saved tensors that carry the graph.
+A call inside a transform, or traced for use without fastpeft, is `composed` of torch's own operations. A backward
+whose gradients may be differentiated again, or that is itself inside a transform, is `derived`: the reference's formula
+gives the same gradients, from saved tensors that carry the graph.
 
-What that formula reads beyond the first derivative is s = drop(x) Aᵀ with its graph. Where x and A are saved anyway, s
-is computed again. Where one of them is not (a frozen A needs no x, a frozen x no A), s is a second output of the
-Function, `linked`: its gradient comes back to the same backward, and no further tensor is kept.
+Beyond what the first derivative reads, that formula needs s = drop(x) Aᵀ with its graph. If x and A are both saved, s
+is computed again. If one is not (a frozen A needs no x, a frozen x no A), s is a second output of the Function,
+`linked`: its gradient comes back to the same backward, and no further tensor is kept.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Masks = tuple["torch.Tensor | None", "torch.Tensor | None"] | None
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _compiling = torch.compiler.is_compiling
-_batched = torch._C._functorch.is_legacy_batchedtensor  # by which autograd.grad(..., is_grads_batched=True) maps
+_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
 
 
 def composed(op: str, backend: str | None, compiling: bool) -> bool:
     """Whether a call must be made of torch's own operations: torch.func, forward mode, torch.jit.trace, torch.export.
 
-    Raises     ValueError: it must, and ``backend`` asks for other ones.
+    Raises     ValueError: it must, but ``backend`` is neither None nor "eager".
     """
     if not compiling:
         if forward_ad._current_level < 0 and not _transforms() and not _tracing():
@@ -51,13 +51,13 @@ _references: dict[str, Any] = {}
 
 
 def _load() -> bool:
-    # All at once: torch.compile sees the dict as it is when it first reads it.
+    # Filled in one step: torch.compile keeps the contents that it sees on its first read.
     if not _references:
         _references.update({launcher: dispatch.load(launcher, "eager") for launcher in dispatch.ROWS})
     return True
 
 
-# As dispatch.select: torch.compile must not trace an import. (A function that returns a function cannot be marked.)
+# As in dispatch.select: torch.compile must not trace an import. (A function that returns a function cannot be marked.)
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -68,12 +68,12 @@ def reference(launcher: str) -> Any:
 
 
 def run(launcher: str, backend: str, *args: Any) -> Any:
-    """As ``_library.call``, for a call that is `composed`."""
+    """``_library.call`` for a `composed` call."""
     return reference(launcher)(*args)
 
 
 def derived(dy: torch.Tensor | None, ds: torch.Tensor | None) -> bool:
-    """Whether a backward must go by the formula; dy is None, or ds is not, only where s is `linked`."""
+    """Whether a backward must use the formula; only if s is `linked` may dy be None, or ds be given."""
     if ds is not None or dy is None:
         return True
     if _compiling():  # torch.compile differentiates once
@@ -82,19 +82,19 @@ def derived(dy: torch.Tensor | None, ds: torch.Tensor | None) -> bool:
 
 
 def linked(need_x: bool, need_w: bool, need_a: bool) -> bool:
-    """Whether s, where dB reads it, depends on a tensor that is differentiated and not saved."""
+    """Whether dB reads an s that depends on a tensor which is differentiated but not saved."""
     apart = not (need_a or need_w) if need_x else need_a
     return apart and not _compiling()
 
 
 def stand_in(dy: torch.Tensor, like: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-    """For a factor whose values no gradient reads: a launcher asks it for shape and dtype alone."""
+    """In place of a factor whose values no gradient reads: a launcher needs only its shape and dtype."""
     return dy.new_empty(like[0], dtype=like[1])
 
 
 @contextmanager
 def formula(dy: torch.Tensor | None, b: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """dy [M, N] in ``dtype``, zeros where only s was differentiated; autocast is off, as it is in a launcher."""
+    """dy [M, N] in ``dtype``, or zeros if only s was differentiated; autocast is off, as in a launcher."""
     with torch.autocast(b.device.type if dy is None else dy.device.type, enabled=False):
         if dy is None:
             yield b.new_zeros(shape[:-1].numel(), b.shape[0], dtype=dtype)
@@ -118,9 +118,9 @@ def adapter(
     mask_a: torch.Tensor | None = None,
     mask_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(the adapter's share of dx, da, db), differentiable; x, s: None where they were not saved."""
-    a, b = masked(a, b, mask_a, mask_b)  # for the derivatives that go through them from here
-    if need_db and need_dx and x is not None:  # and so A was saved as well
+    """(the adapter's share of dx, da, db), differentiable; x and s are None if they were not saved."""
+    a, b = masked(a, b, mask_a, mask_b)  # further derivatives go through the masked factors
+    if need_db and need_dx and x is not None:  # then A was saved as well
         s = reference("lora_shrink")(x, a, p, seed)
     empty = dy.new_empty(0)
     through_b, db, _ = reference("lora_grad_b")(dy, empty if s is None else s, b, scale, need_db, False, mask_b)
@@ -133,7 +133,7 @@ def adapter(
 def masked(
     a: torch.Tensor, b: torch.Tensor, mask_a: torch.Tensor | None, mask_b: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, K] and B [N, R] times their masks: what a transform differentiates."""
+    """A [R, K] and B [N, R] times their masks, which a transform must differentiate through."""
     a = a if mask_a is None else a * unpack_mask(mask_a, a.shape[1])
     return a, b if mask_b is None else b * unpack_mask(mask_b, b.shape[0]).t()
 

@@ -1,7 +1,7 @@
-"""What torch.utils.flop_counter counts for the raw operators.
+"""FLOP formulas of the raw operators for torch.utils.flop_counter.
 
-Importing it brings in Triton where that is installed, half a second: so its registry is told when an operator first
-meets it, and so is a counter that was made before.
+Importing that module also imports Triton if it is installed, half a second. So the formulas are registered when an
+operator first finds it imported, with its registry and with every active counter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _counting: dict[Any, Callable[..., int]] = {}
 
 
 def tell() -> None:
-    """Register the formulas with torch's FLOP counter; nothing where it is not imported."""
+    """Register the formulas with torch's FLOP counter, if that is imported."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
@@ -46,6 +46,6 @@ def tell() -> None:
 
 
 def backward(M: int, N: int, K: int, R: int, need_dx: bool, need_da: bool, need_db: bool) -> int:
-    """Of the gradients of x Wᵀ + s Bᵀ with s = x Aᵀ, W frozen; R = 0: without an adapter."""
+    """FLOP of the gradients of x Wᵀ + s Bᵀ with s = x Aᵀ, W frozen; R = 0: no adapter."""
     through = 2 * M * N * R * (need_dx or need_da)
     return 2 * M * N * K * need_dx + through + 2 * M * K * R * (need_dx + need_da) + 2 * M * N * R * need_db

@@ -1,4 +1,4 @@
-"""Stride, padding, dilation and groups of a convolution: as torch spells them in, one list for each dimension out."""
+"""Stride, padding, dilation and groups of a convolution: from torch's spellings to lists of one int a dimension."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out_sizes(sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -
 
 
 def rows_of(x: torch.Tensor, a: torch.Tensor, geometry: Geometry) -> int:
-    """N · out: the rows of what x [N, C, *in] gives with a kernel of a's [R, C / groups, *kernel]."""
+    """N · out: the rows of the output for x [N, C, *in] and a kernel of a's shape [R, C / groups, *kernel]."""
     rows = x.shape[0]
     for n in out_sizes(x.shape[2:], a.shape[2:], geometry):
         rows = rows * n
@@ -59,9 +59,9 @@ def resolve(
     groups: int,
     padding_mode: str,
 ) -> tuple[torch.Tensor, Geometry]:
-    """(x, geometry) with an equal number of zeros before and after each dimension; x itself where that suffices.
+    """(x, geometry) with as many zeros before each dimension as after it; x itself if that suffices.
 
-    What else the padding asks for is made here, as torch's own layers do: other modes, and the odd zero of "same".
+    Any other padding is added to x here, as torch's own layers do: other modes, and the odd zero of "same".
     """
     D = len(kernel)
     strides, dilations = per_dimension(op, "stride", stride, D, 1), per_dimension(op, "dilation", dilation, D, 1)

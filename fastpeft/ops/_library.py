@@ -1,5 +1,5 @@
-"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, the one way to call them, and what
-``fastpeft.explain`` hears of each call."""
+"""Registration of the raw operators ``torch.ops.fastpeft.<op>(..., backend)``, the one way to call them, and the
+description of each call for ``fastpeft.explain``."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Call:
 def described(
     op: str, x: torch.Tensor, *, flop: int, elements: int, p: float = 0.0, strategy: str = "", **sizes: int
 ) -> Call:
-    """What an operator's ``describe`` gives: ``flop`` of the call, ``elements`` of its large operands, and its sizes.
+    """The value of an operator's ``describe``: ``flop`` of the call, ``elements`` of its large operands, and its sizes.
 
-    strategy    what it adds to the backend's own words
+    strategy    added to the backend's own words
     """
     dtype = str(x.dtype).removeprefix("torch.")
     return Call(op, tuple(sizes.items()), dtype, p, flop, elements, strategy=strategy)
@@ -73,12 +73,12 @@ def register(
 ) -> None:
     """Define the raw operator ``op``, whose row ``dispatch.ROWS`` holds.
 
-    fake       takes the launcher's arguments and then the backend's name, and gives empty outputs; its annotations are
-               the operator's schema, so they name only what ``torch.library.infer_schema`` knows
+    fake       takes the launcher's arguments and then the backend's name, and returns empty outputs; its annotations
+               become the operator's schema, so they use only types that ``torch.library.infer_schema`` knows
     mutates    the arguments that the launcher writes
     describe   takes the launcher's arguments and tells ``fastpeft.explain`` what is computed (``described``); None for
                a backward, which no call of a module runs
-    flops      takes the launcher's arguments and gives what a FLOP counter adds; None: ``describe`` says
+    flops      takes the launcher's arguments and returns what a FLOP counter adds; None: ``describe`` gives it
     """
     assert op in dispatch.ROWS, f"{op} has no row in fastpeft/dispatch.py"
     schema = torch.library.infer_schema(fake, mutates_args=mutates)
@@ -98,7 +98,7 @@ def register(
 
 
 def register_composed(op: str, describe: Describe) -> None:
-    """An operator that is made of raw ones and has no row of its own; it says ``tell`` and then ``launch``es them."""
+    """Register an operator made of raw ones, without a row of its own; it calls ``tell`` and then ``launch``es them."""
     _described[op] = describe
 
 
@@ -107,7 +107,7 @@ _watchers: list[Callable[[Call], None]] = []
 
 @contextmanager
 def watching(seen: Callable[[Call], None]) -> Iterator[None]:
-    """Tell ``seen`` of every operator called inside."""
+    """Call ``seen`` with a description of every operator called inside the block."""
     _watchers.append(seen)
     try:
         yield
@@ -116,7 +116,7 @@ def watching(seen: Callable[[Call], None]) -> Iterator[None]:
 
 
 def tell(op: str, backend: str, *args: Any) -> None:
-    """Describe a call to those who watch."""
+    """Describe a call to every watcher."""
     if not _watchers or op not in _described:
         return
     call = _described[op](*args)
@@ -126,7 +126,7 @@ def tell(op: str, backend: str, *args: Any) -> None:
         seen(call)
 
 
-# Looked up once: a tiny call would spend one per cent on the attributes of torch.
+# Looked up once: the attribute lookups on torch would cost a tiny call one per cent.
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 
@@ -139,7 +139,7 @@ def _dispatched(op: str, backend: str, args: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def answered(answer: Callable[[str, str, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Inside, in every thread, ``answer`` (operator, backend, arguments) stands for every launcher."""
+    """Inside the block, in every thread, ``answer`` (operator, backend, arguments) replaces every launcher."""
     global _modes, _dispatched
     before = _modes, _dispatched
     _modes, _dispatched = (lambda: 1), answer  # type: ignore[assignment]
@@ -150,9 +150,9 @@ def answered(answer: Callable[[str, str, tuple[Any, ...]], Any]) -> Iterator[Non
 
 
 def rank_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
-    """Of s = drop(x) Aᵀ, which a forward pass keeps, for x of ``dtype``.
+    """The dtype of s = drop(x) Aᵀ, which a forward pass keeps, for x of ``dtype``.
 
-    fp32 in the place of fp16, in which s overflows where the gradients do not; but where matrix units read s.
+    fp32 instead of fp16, in which s can overflow even if no gradient does; but fp16 where matrix units read s.
     """
     return torch.float32 if dtype == torch.float16 and backend in ("cpp", "eager") else dtype
 
@@ -160,7 +160,7 @@ def rank_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
 def launch(op: str, backend: str, *args: Any) -> Any:
     """Run a raw operator: through the dispatcher where something watches it, else the launcher itself.
 
-    The dispatcher with a Python implementation costs a tiny layer more than all of its arithmetic; it is needed
+    The dispatcher with a Python implementation costs more than all the arithmetic of a tiny layer. A call needs it
     only to be recorded in a graph, seen by a dispatch mode (fake tensors, FLOP counters, selective checkpointing), or
     answered with shapes alone on the meta device.
     """
@@ -170,7 +170,7 @@ def launch(op: str, backend: str, *args: Any) -> Any:
 
 
 def call(op: str, backend: str, *args: Any) -> Any:
-    """Run a raw operator, and tell those who watch."""
+    """Run a raw operator and describe the call to every watcher."""
     if _watchers:
         tell(op, backend, *args)
     if _compiling() or _modes() or args[0].is_meta:  # `launch` without its frame

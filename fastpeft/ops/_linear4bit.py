@@ -63,7 +63,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     scale, p, dtype, backend, quant_type, block_size, N, K = ctx.call
     need_dx, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:5]
     dy = _calls.rows(dy, N, dtype)
-    # What was not saved is not read; a launcher takes its sizes from the others.
+    # A tensor that was not saved is not read; a launcher takes its sizes from the others.
     x = dy.new_empty(0) if x is None else _calls.rows(x, K, dtype)
     s = dy.new_empty(0) if s is None else s.contiguous()
     if packed is None:
@@ -87,7 +87,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The same by the reference's formula, to be differentiated again."""
+    """The same gradients by the reference's formula, to be differentiated again."""
     x, a, b, s, seed, packed, *scales = ctx.saved_tensors
     scale, p, dtype, _, quant_type, block_size, _, K = ctx.call
     need_dx, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:5]
@@ -117,7 +117,7 @@ def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tupl
         )
 
 
-# Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
+# Function.apply wraps this one in Python, only to unwrap functorch's tensors, and costs a tiny call 3 %.
 apply = super(torch.autograd.Function, Function).apply
 
 

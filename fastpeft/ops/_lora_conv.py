@@ -1,4 +1,4 @@
-"""A convolution with an adapter and its gradients: the base product, which is the vendor's, and the primitives."""
+"""A convolution with an adapter, and its gradients: the vendor's base convolution and the primitives."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Call(NamedTuple):
     backend: str
 
 
-# Elements of an image from which torch transposes a matrix in blocks.
+# From this many elements per image on, torch transposes a matrix in blocks.
 _BLOCKED = 60 * 60
 
 
 def _is_blocked(x: torch.Tensor) -> bool:
-    """Whether images are transposed one by one: torch's change of format takes a CPU three times as long."""
+    """Whether to transpose images one by one: on a CPU torch's own change of format takes three times as long."""
     alone = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     return alone and x.device.type == "cpu" and x.shape[1:].numel() >= _BLOCKED
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:
-    """x in channels-last format, in which vendors and our kernels are fastest; itself where it is that already."""
+    """x in channels-last format, the fastest for vendors and our kernels; x itself if it is in that format already."""
     to = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if x.is_contiguous(memory_format=to) or not (x.is_contiguous() and _is_blocked(x)):
         return x.contiguous(memory_format=to)
@@ -141,7 +141,7 @@ class LoRAConv(torch.autograd.Function):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y, s = forward(x, w, a, b, bias, lora_bias, seed, call)
         need = ctx.needs_input_grad
-        # A merged forward has no s: backward makes it from x and A.
+        # A merged forward has no s: backward computes it from x and A.
         again = need[3] and s is None
         keep_x, keep_a = need[1] or need[2] or again, need[0] or again
         ctx.save_for_backward(
@@ -173,14 +173,14 @@ class LoRAConv(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor, through_s: torch.Tensor | None, run: Run) -> tuple[torch.Tensor | None, ...]:
-    """The gradients, by the launchers, or by the reference's formula to be differentiated again."""
+    """The gradients by the launchers, or by the reference's formula if they are to be differentiated again."""
     x, w, a, b, s, seed = ctx.saved_tensors
     call: Call = ctx.call
     stride, padding, dilation, groups = call.geometry
     need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
     dy = _last(dy.to(call.dtype))
     kept, again = x is not None, a is not None and (s is None or run is not _library.launch)
-    # What was not saved is not read: the vendor takes its shape and format, which no view of less has.
+    # An unsaved tensor is not read, but the vendor needs its shape and memory format, which no expanded view has.
     w, a, b = (
         _derivatives.stand_in(dy, like) if t is None else t for t, like in zip((w, a, b), ctx.likes, strict=True)
     )
@@ -226,7 +226,7 @@ def forward(
     seed: torch.Tensor | None,
     call: Call,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y in the format that torch's convolution gives, and s where there is one."""
+    """y in the memory format of torch's convolution, and s if there is one."""
     last = _is_last(x) or _is_last(w)
     x, start = _last(x.to(call.dtype)), _bias(bias, lora_bias, call.scale, call.dtype)
     _library.tell(call.op, call.backend, x, w, a, b, call)
@@ -250,7 +250,7 @@ def composed(
     seed: torch.Tensor | None,
     call: Call,
 ) -> torch.Tensor:
-    """The same of torch's own operations, none in place, for every transform and tracer."""
+    """The same result from torch's own operations, none in place, for every transform and tracer."""
     x, groups, dtype = x.to(call.dtype), call.geometry.groups, call.dtype
     stride, padding, dilation, _ = call.geometry
     conv = F.conv2d if x.dim() == 4 else F.conv3d
@@ -276,13 +276,13 @@ for _op in ("lora_conv1d", "lora_conv2d", "lora_conv3d"):
 
 
 def true_fp32(device: str) -> bool:
-    """Whether the vendor's fp32 convolutions keep fp32's digits."""
+    """Whether the vendor's fp32 convolutions keep the full precision of fp32."""
     if device == "cuda":
         return not torch.backends.cudnn.allow_tf32
     return torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
-# As torch.compiler.assume_constant_result does, which imports all of Dynamo.
+# Set by hand: torch.compiler.assume_constant_result would import all of Dynamo.
 true_fp32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

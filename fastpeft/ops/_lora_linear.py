@@ -128,7 +128,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     need_dx, need_dw, need_da, need_db, need_bias, need_lora_bias = ctx.needs_input_grad[:6]
     dy = _calls.rows(dy, dy.shape[-1], dtype)
     mask_a, mask_b = _calls.masks(masks)
-    # What was not saved is not read; a launcher takes its sizes from the others.
+    # A tensor that was not saved is not read; a launcher takes its sizes from the others.
     x = dy.new_empty(0) if x is None else _calls.rows(x, ctx.shape[-1], dtype)
     s = dy.new_empty(0) if s is None else s.contiguous()
     if a is None:
@@ -154,7 +154,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _derived(ctx: Any, dy: Any, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The same by the reference's formula, to be differentiated again."""
+    """The same gradients by the reference's formula, to be differentiated again."""
     x, w, a, b, s, seed, *masks = ctx.saved_tensors
     mask_a, mask_b = _calls.masks(masks)
     scale, p, dtype, _ = ctx.call
@@ -180,7 +180,7 @@ def _derived(ctx: Any, dy: Any, ds: torch.Tensor | None) -> tuple[torch.Tensor |
         )
 
 
-# Function.apply is Python around this one; it unwraps the tensors of functorch's transforms, and costs a tiny call 3 %.
+# Function.apply wraps this one in Python, only to unwrap functorch's tensors, and costs a tiny call 3 %.
 apply = super(torch.autograd.Function, Function).apply
 
 

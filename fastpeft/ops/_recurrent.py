@@ -1,11 +1,11 @@
-"""The time loop of a GRU or RNN layer on a CPU, whose backward keeps every step's gates for one thin dA and dB.
+"""The time loop of a GRU or RNN layer on a CPU; backward keeps every step's dg, and dA and dB are thin products.
 
     gru        r, z = σ(gates_rz + h W_rzᵀ + b_rz), n = tanh(gates_n + r ∘ (h W_nᵀ + b_n)), h' = n + z ∘ (h - n)
     rnn        h' = act(gates + h Wᵀ + b), act: tanh or relu                   W = weight + lora_B lora_A, merged once
 
-ATen's loop takes a dense dW of each step, 2 N G H FLOP, half of the step's own work. Here dg [T, N, G], the gradients
-of all steps' h Wᵀ + b, are kept, and dB = dgᵀ (h Aᵀ), dA = (dg B)ᵀ h are four thin products a sequence. What needs no
-recursion is computed for all steps at once; a step back is then one product and a few passes over [N, H].
+ATen's loop computes a dense dW at each step, 2 N G H FLOP, half of the step's own work. Here the gradients of all
+steps' h Wᵀ + b are kept, dg [T, N, G], and dB = dgᵀ (h Aᵀ), dA = (dg B)ᵀ h are four thin products a sequence. All that
+needs no recursion is computed for all steps at once; a backward step is one product and a few passes over [N, H].
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _gru_derived(
     kept: torch.Tensor,
     w: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_gru_backward`, to be differentiated again, with the gradients of states and kept, or None."""
+    """`_gru_backward` in differentiable form; the gradients of states and kept may be None."""
     r, z, n, own = kept.split(states.shape[-1], -1)
     parts = (None,) * 4 if to_kept is None else to_kept.split(states.shape[-1], -1)
     dh, gates, dgs = torch.zeros_like(states[0]), [], []
@@ -101,7 +101,7 @@ def _gru_derived(
 def _rnn_derived(
     dy: torch.Tensor | None, to_states: torch.Tensor | None, states: torch.Tensor, w: torch.Tensor, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_rnn_backward`, to be differentiated again."""
+    """`_rnn_backward` in differentiable form."""
     dh, found = torch.zeros_like(states[0]), []
     for t in range(len(states) - 2, -1, -1):
         y = states[t + 1]
@@ -116,7 +116,7 @@ def _at(gradient: torch.Tensor | None, t: int) -> torch.Tensor | float:
 
 
 class _Recurrent(torch.autograd.Function):
-    """The states, and beside them what backward keeps: as outputs, they carry the graph of a second derivative."""
+    """The states and what backward keeps; as outputs, the kept tensors carry the graph of a second derivative."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,7 @@ class _Recurrent(torch.autograd.Function):
         ctx.save_for_backward(states, kept, w, a if need[5] else None, b if need[4] else None)
         ctx.mode = mode
         ctx.set_materialize_grads(False)
-        # A copy, as ATen's: a caller may write into it.
+        # A copy, as ATen returns: a caller may write into it.
         return states[1:].clone(), states, kept, merged
 
     @staticmethod
@@ -192,7 +192,7 @@ def recurrent(
 ) -> torch.Tensor:
     """The states after each step, [T, N, H].
 
-    gates      [T, N, G] fp32 | fp64: what the input gives, with its bias; G = 3H for a GRU, H for an RNN
+    gates      [T, N, G] fp32 | fp64: the input's share, with its bias; G = 3H for a GRU, H for an RNN
     h          [N, H]    the first state
     weight     [G, H], bias [G], lora_A [R, H], lora_B [G, R] with the scale in it, or both None: in the dtype of gates
     mode       "GRU" | "RNN_TANH" | "RNN_RELU", as nn.RNNBase names them

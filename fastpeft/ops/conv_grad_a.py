@@ -1,4 +1,4 @@
-"""What one read of x gives a convolution's adapter: ``da``, and ``dx += mask ∘ convᵀ(ds, a) / keep``."""
+"""A convolution adapter's gradients from one read of x: ``da``, and ``dx += mask ∘ convᵀ(ds, a) / keep``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def conv_grad_a(
     need_da: bool = True,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The gradients of conv_shrink for a, returned, and for x, added in place; no autograd.
+    """The gradients of conv_shrink: that for a is returned, that for x added in place; no autograd.
 
     x      [N, C, *in]  fp32 | bf16 | fp16, 4-D or 5-D; only its shape is read where need_da is False
     ds     [N · out, groups · R]  dtype of x

@@ -46,7 +46,7 @@ _library.register("conv_shrink", _fake, describe=_describe)
 def operands(
     op: str, x: torch.Tensor, a: torch.Tensor, stride: object, padding: object, dilation: object, groups: int
 ) -> Geometry:
-    """Check what conv_shrink and its gradients share."""
+    """Check the operands that conv_shrink and its gradients share."""
     _checks.activation(op, x)
     D = x.dim() - 2
     _checks.require(D in (2, 3), op, "x", "have shape [N, C, *in] of 4 or 5 dimensions", list(x.shape))
@@ -85,7 +85,7 @@ def conv_shrink(
     """``s = conv(drop(x), a)``, the projection to rank space of a convolution; no autograd.
 
     x      [N, C, *in]  fp32 | bf16 | fp16, 4-D or 5-D; channels-last is read as it lies, anything else copied once
-    a      [R, C / groups, *kernel]  any float dtype, any strides; every group of channels meets the same a
+    a      [R, C / groups, *kernel]  any float dtype, any strides; all groups of channels share a
     p, seed    as in lora_shrink; position n, *in of x is the mask's row, the channel its column
     stride, padding, dilation    an int, or one for each dimension
     Returns    s [N · out, groups · R] in x.dtype, summed in fp32: a row for each position of the output

@@ -1,4 +1,4 @@
-"""A linear layer over a 4-bit weight, with and without a LoRA adapter; dequantised in passing, never stored."""
+"""A linear layer over a 4-bit weight, with and without a LoRA adapter; W is dequantised on the fly, never stored."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _check(
 
 
 def _fits(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None) -> bool:
-    """What ``_check`` asks; the sizes of the weight's parts are what a kernel relies on."""
+    """Same tests as ``_check``, returning a bool; a kernel relies on the sizes of the weight's parts."""
     try:
         (N, K), device = weight.shape, x.device
         return (
@@ -147,7 +147,7 @@ def _run(
     call = (scale, dropout, dtype, chosen, weight.quant_type, weight.block_size, N, K)
     packed = weight.packed
     if composed and not compiling:
-        packed = packed.as_subclass(torch.Tensor)  # what traces, torch.func.linearize for one, knows no other class
+        packed = packed.as_subclass(torch.Tensor)  # tracers (torch.func.linearize) know no subclass
     args: Any = (x, a, b, bias, lora_bias, seed, call, packed, *weight.scales)
     if composed:
         return compute(*args, run=_derivatives.run)[0]

@@ -71,7 +71,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     scale, p, dtype, backend = ctx.call
     need_dx, need_da, need_db, need_bias = ctx.needs_input_grad[:4]
     dy = _calls.rows(dy, dy.shape[-1], dtype)
-    # What was not saved is not read; a launcher takes its sizes from the others.
+    # A tensor that was not saved is not read; a launcher takes its sizes from the others.
     s = dy.new_empty(0) if s is None else s.contiguous()
     if a is None:
         a = _derivatives.stand_in(dy, ctx.a_like)
@@ -94,7 +94,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _derived(ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The same by the reference's formula, to be differentiated again."""
+    """The same gradients by the reference's formula, to be differentiated again."""
     x, a, b, s, seed, *masks = ctx.saved_tensors
     mask_a, mask_b = _calls.masks(masks)
     scale, p, dtype, _ = ctx.call
@@ -151,7 +151,7 @@ def _check(given: _Given) -> None:
 
 
 def _fits(given: _Given) -> bool:
-    """What ``_check`` asks: cheap, as it runs at every call, and traceable with symbolic sizes."""
+    """Same tests as ``_check``: cheap, as they run at every call, and traceable with symbolic sizes."""
     x, lora_A, lora_B, lora_bias, dropout = given
     try:
         N, device = lora_B.shape[0], x.device
@@ -182,7 +182,7 @@ def lora_adapter(
     lora_B     [N, R]    any float dtype and strides
     lora_bias  [N]       any float dtype, or None
     scale      float or 0-d tensor, dimensionless
-    dropout    probability in [0, 1) that an element of x is hidden from A; the contract of lora_linear
+    dropout    probability in [0, 1) that an element of x is hidden from A, as in lora_linear
     masks      as in lora_linear
     backend    "cpp" | "triton" | "eager", or None for the first that serves
     Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable, any number of

@@ -116,7 +116,7 @@ class _Shrink(torch.autograd.Function):
         M, (R, K) = some.shape[0], ctx.a_like[0]
         a = _derivatives.stand_in(some, ctx.a_like) if a is None else a
         x = some.new_empty(0, dtype=dtype) if x is None else _calls.rows(x, K, dtype)
-        # What no gradient reached is a zero in the sum.
+        # An output that no gradient reached adds zero.
         ds = some.new_zeros(M, R, dtype=dtype) if ds is None else _calls.rows(ds, R, dtype).contiguous()
         da = dx = dw = ds
         if dy is None:
@@ -139,7 +139,7 @@ class _Shrink(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """y from h, beside x wᵀ where there is a base; saves h and b. dy goes back through the token as it is."""
+    """y from h, beside x wᵀ where there is a base; saves h and b. The token passes dy back unchanged."""
 
     @staticmethod
     def forward(

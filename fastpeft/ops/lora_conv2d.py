@@ -131,8 +131,8 @@ def lora_conv2d(
     stride, padding, dilation, groups    as in torch.nn.functional.conv2d, padding also "same" or "valid"
     padding_mode    "zeros" | "reflect" | "replicate" | "circular": what padding is filled with
     scale      float or 0-d tensor, dimensionless: α / r, α / √r, or fixed
-    dropout    probability in [0, 1) that an element of x is hidden from A, in each window that has it; as in
-               lora_linear. Of padding that is not zeros each copy is an element of its own.
+    dropout    probability in [0, 1) that an element of x is hidden from A, in every window that holds it; as in
+               lora_linear. With padding other than zeros each padded copy is dropped on its own.
     path       "accumulate": base product and rank-R product apart · "merged": one product with W + ΔW, rounded to W's
                dtype, without dropout · "auto": merged where that is exact and cheaper: in true fp32 (on CUDA where
                torch.backends.cudnn.allow_tf32 is False), outside autocast, at dropout 0, for enough rows

@@ -1,4 +1,4 @@
-"""``y = bias + scale · (s bᵀ + lora_bias)``, written, or ``y += scale · s bᵀ``, added."""
+"""``y = bias + scale · (s bᵀ + lora_bias)`` as a new y, or ``y += scale · s bᵀ`` in place."""
 
 from __future__ import annotations
 

@@ -55,13 +55,13 @@ def lora_grad_a(
     mask: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one read of x gives; no autograd.
+    """Both gradients from one read of x; no autograd.
 
     x      [M, K]  fp32 | bf16 | fp16, last dim contiguous; not read where need_da is False
     ds     [M, R]  dtype of x
     a      [R, K]  any float dtype, any strides
     p, seed    as in lora_shrink: the same mask
-    mask   [R, ceil(K / 8)]  uint8, a bit an element of da, the lowest first: zero where the bit is; or None
+    mask   [R, ceil(K / 8)]  uint8, one bit per element of da, lowest first: da is zero where its bit is; or None
     Returns    da = dsᵀ drop(x) [R, K] in a.dtype · dx = mask ∘ (ds a) / keep [M, K] in x.dtype;
                an output not asked for has shape [0]
     Cost       2MKR FLOP each; reads x once, writes dx once

@@ -48,12 +48,12 @@ def lora_grad_b(
     mask: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Triple:
-    """What one read of dy gives; no autograd.
+    """All gradients from one read of dy; no autograd.
 
     dy     [M, N]  fp32 | bf16 | fp16, last dim contiguous
     s      [M, R]  dtype of dy; not read where need_db is False
     b      [N, R]  any float dtype, any strides
-    mask   [R, ceil(N / 8)]  uint8, a bit an element of dbᵀ, the lowest first: zero where the bit is; or None
+    mask   [R, ceil(N / 8)]  uint8, one bit per element of dbᵀ, lowest first: db is zero where its bit is; or None
     Returns    ds = scale · dy b [M, R] in dy.dtype · db = scale · dyᵀ s [N, R] in b.dtype · Σₘ dy [N] fp32;
                an output not asked for has shape [0]
     Cost       2MNR FLOP each for ds and db; reads dy once

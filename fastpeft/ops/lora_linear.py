@@ -41,7 +41,7 @@ def _fits(
     lora_bias: torch.Tensor | None,
     dropout: float,
 ) -> bool:
-    """What ``_check`` asks: one cheap conjunction, as it runs at every call."""
+    """Same tests as ``_check`` in one cheap conjunction, as they run at every call."""
     try:
         (N, K), device = weight.shape, x.device
         return (
@@ -80,8 +80,8 @@ def lora_linear(
     scale      float or 0-d tensor, dimensionless: α / r, α / √r, or fixed
     dropout    probability in [0, 1) that an element of x is hidden from A; drawn anew at every call, from a seed that
                torch's generator of x's device gives; realised in steps of 1/32768, and unbiased
-    masks      bits of A [R, ceil(K / 8)] and of Bᵀ [R, ceil(N / 8)], uint8, the lowest first, either may be None: their
-               gradients are zero where the bit is. A and B are read as they are, and so hold zeros there
+    masks      bits of A [R, ceil(K / 8)] and of Bᵀ [R, ceil(N / 8)], uint8, lowest first, either may be None: a
+               gradient is zero where its bit is. A and B are read without the masks, so they must hold zeros there
     backend    "cpp" | "triton" | "eager", or None for the first that serves
     Returns    y [..., N] in x.dtype, under autocast in its dtype; summed in fp32. Differentiable, any number of
                times, in every tensor but a float scale; gradients of gradients are the reference's

@@ -1,4 +1,4 @@
-"""The base product and the rank-R product in one GEMM whose sum takes both."""
+"""The base product and the rank-R product in one GEMM with one accumulator."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _library.register("lora_linear_fused_dx", _fake_dx, describe=_describe_dx)
 
 
 def _select(op: str, backend: str | None, name: str, x: torch.Tensor, w: torch.Tensor, width: int) -> str:
-    """The backend that will serve; Triton's depends on the operands, whose layout the copy engine must take."""
+    """The backend that will serve; Triton also depends on the operands' layout, because the GPU's copy engine does."""
     chosen = dispatch.select(op, backend, x.device.type, x.dtype)
-    # A traced tensor has no address; and of an empty output, `width` wide, nothing is computed.
+    # A traced tensor has no address to check, and an empty output of ``width`` columns needs no kernel.
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if chosen == "triton" and not traced and x.shape[0] and width:
         unmet = dispatch.fuse_unmet(x, w, name)

@@ -14,7 +14,7 @@ _OP = "lora_linear_grouped"
 
 
 def _rows_of(index: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """``index`` as one value a row [M]; its shape is that of x's first dimensions, or it is one for all."""
+    """``index`` with one value per row, [M]; given in the shape of x's leading dimensions, or as one value for all."""
     if index.numel() == 1:
         return index.reshape(1).expand(leading.numel())
     rule = f"have x's first dimensions, {list(leading)}, or one element"
@@ -81,16 +81,16 @@ def lora_linear_grouped(
     index      integers of x's first dimensions, or one: in [0, T), or -1 for the base alone
     bias, scale, dropout, backend    as in lora_linear
     Returns    y [..., N] in x.dtype, under autocast in its dtype. Differentiable in every tensor but index and scale.
-    Cost       on a CPU each task's rows are one segment, copied together where they are not; no row has a copy of A.
-               On a GPU, and under torch.compile, nothing waits for the segments' sizes: one shrink and one expand of
-               rank T · R, of which each row keeps its own, 2M · T · R · (K + N) FLOP
+    Cost       on a CPU each task's rows form one segment, gathered if they are scattered; no row has a copy of A. On a
+               GPU, and under torch.compile, no host sync for the segments' sizes: one shrink and one expand of rank
+               T · R, of which each row keeps its own R, 2M · T · R · (K + N) FLOP
     Raises     ValueError: shape, device, dropout; an index out of range, on a CPU: on a GPU its rows are NaN.
                TypeError: dtype.
     """
     _check(x, index, lora_A, lora_B, lora_bias, weight, bias, dropout)
     T, cast = lora_A.shape[0], _calls.autocast_dtype(x, x.device.type)
     rows = _rows_of(index, x.shape[:-1])
-    # Values that are read in a trace would be constants of it, and there are none in a fake tensor.
+    # A trace would freeze the values that it reads as constants, and a fake tensor has none.
     traced = torch.compiler.is_compiling() or _derivatives.composed(_OP, backend, False)
     if traced or x.device.type != "cpu" or isinstance(rows, FakeTensor):
         return _masked(x, weight, lora_A, lora_B, rows, bias, lora_bias, scale, dropout, backend)
@@ -98,7 +98,7 @@ def lora_linear_grouped(
         least, most = map(int, rows.aminmax())
         _checks.require(least >= -1, _OP, "index", "be at least -1", least)
         _checks.require(most < T, _OP, "index", f"be below the number of tasks, {T}", most)
-    # Without a segment no operator is called that would check.
+    # Without a segment no operator runs that would check the backend.
     dispatch.select("lora_shrink", backend, "cpu", cast or x.dtype, _OP)
     y = _segments(x, lora_A, lora_B, rows, lora_bias, scale, dropout, backend)
     if weight is None:
@@ -147,7 +147,7 @@ def _segments(
     dropout: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """The update alone, a segment of rows at a time."""
+    """The update alone, one segment of rows at a time."""
     flat = x.reshape(-1, x.shape[-1])
     tasks, counts = rows.unique_consecutive(return_counts=True)
     order = None

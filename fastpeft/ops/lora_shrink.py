@@ -26,7 +26,7 @@ def lora_shrink(
     """``s = drop(x) aᵀ``, the projection to rank space; no autograd.
 
     x      [M, K]  fp32 | bf16 | fp16, last dim contiguous
-    a      [R, K]  any float dtype, any strides; taken in x.dtype where the kernel multiplies in it
+    a      [R, K]  any float dtype, any strides; cast to x.dtype where the kernel multiplies in it
     p      dropout probability in [0, 1); the mask is the pure function of (seed, row, column) of reference/dropout.py
     seed   int64 of one element on x's device; needed where p > 0
     Returns    s [M, R] in x.dtype, summed in fp32

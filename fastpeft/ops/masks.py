@@ -1,7 +1,7 @@
-"""Masks of parameters in bits, as the operators take them: `pack_mask` and `unpack_mask`.
+"""Bit masks of parameters, as the operators take them: `pack_mask` and `unpack_mask`.
 
-A bit is an element, bit c mod 8 of byte c div 8 of its row is column c, and a row is whole bytes. lora_A has bits
-[R, ceil(K / 8)], lora_B those of its transpose, [R, ceil(N / 8)]: a rank is one row of either.
+Each element has one bit: bit c mod 8 of byte c div 8 of a row is column c, and a row is whole bytes. lora_A has bits
+[R, ceil(K / 8)], lora_B has those of its transpose, [R, ceil(N / 8)]: a rank is one row of either.
 """
 
 from fastpeft.reference._masks import pack as pack_mask

@@ -1,4 +1,4 @@
-"""A weight to 4 bits: blockwise NF4 or FP4, and the blocks' absmax to 8 bits; bitsandbytes' bytes."""
+"""Quantise a weight to 4 bits, blockwise NF4 or FP4, and its absmax to 8 bits: the same bytes as bitsandbytes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def quantize_4bit(
     w             any shape and strides, at least one element, finite; fp32 | bf16 | fp16, and fp64 through fp32
     quant_type    "nf4" | "fp4"
     block_size    32 | 64 | ... | 4096 consecutive elements, in row-major order, share an absmax
-    double_quant  keep absmax in 8 bits: 4.127 bits an element in the place of 4.5 at block_size 64
+    double_quant  store absmax in 8 bits: 4.127 bits an element instead of 4.5 at block_size 64
     backend       "cpp" | "triton" | "eager", or None for the first that serves
     Returns       Weight4bit; no autograd. The bytes are those of bitsandbytes 0.50 on a CPU.
     Cost          reads w once, writes n/2 + 4 n/block_size bytes
@@ -94,7 +94,7 @@ def quantize_4bit(
         w, dtype = w.float(), torch.float32
     chosen = dispatch.select(_OP, backend, w.device.type, w.dtype)
     packed, absmax = _library.call(_OP, chosen, w, quant_type, block_size)
-    # A block's absmax is inf or nan where one of its values is, and their mean with it: w itself is not read again.
+    # One inf or nan value makes its block's absmax so, and then the mean: w itself need not be read again.
     offset = absmax.mean() if double_quant else None
     if not w.is_meta and not bool((absmax if offset is None else offset).isfinite().all()):
         _checks.require(bool(absmax.isfinite().all()), _OP, "w", "be finite", "inf or nan")

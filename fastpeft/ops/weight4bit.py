@@ -1,4 +1,4 @@
-"""Weight4bit: the packed bytes, their scales, and the two forms in which bitsandbytes keeps the same."""
+"""Weight4bit: the packed bytes, their scales, and conversion to and from both of bitsandbytes' forms."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Weight4bit:
         return code[codes.long()] * scale.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Weight4bit:
-        """The same weight with ``change`` of every tensor, which keeps dtype and shape."""
+        """The same weight with ``change`` applied to every tensor; ``change`` keeps dtype and shape."""
         return replace(self, packed=change(self.packed), scales=[change(scale) for scale in self.scales])
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
-        """On ``device``; a dtype is refused, in which the bytes and their scales would mean nothing."""
+        """On ``device``; a dtype is refused, because the bytes and their scales mean nothing in another one."""
         known = isinstance(device, (torch.device, str, int)) and not isinstance(device, bool)
         _checks.require_dtype(known, _OP, "device", "be a device", repr(device))
         return self.map(lambda tensor: tensor.to(device))
@@ -88,7 +88,7 @@ class Weight4bit:
         return self.map(torch.clone)
 
     def sound(self) -> bool:
-        """What ``check`` asks, for a call: one cheap conjunction; where parts are no tensors it may raise (`UNFIT`)."""
+        """Same tests as ``check`` in one cheap conjunction; may raise (`UNFIT`) if a part is no tensor."""
         if self.quant_type not in QUANT_TYPES or type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             return False
         if not all(isinstance(size, _INTS) and size >= 0 for size in self.shape):
@@ -119,7 +119,7 @@ class Weight4bit:
         )
 
     def check(self, op: str = _OP, argument: str = "weight") -> None:
-        """Whether every part has the size, dtype and device that shape, quant_type and block_size ask for.
+        """Check that every part has the size, dtype and device that shape, quant_type and block_size ask for.
 
         Raises     ValueError, TypeError.
         """
@@ -142,7 +142,7 @@ class Weight4bit:
             parts += [("offset", offset, f32, ())]
         for name, tensor, dtype, sizes in [("packed", self.packed, u8, ((n + 1) // 2,)), *parts]:
             _checks.tensor(op, f"{argument}.{name}", tensor)
-            # The bytes are read as they lie, whatever dimensions they are given.
+            # Kernels read the bytes in memory order, whatever their shape.
             fits = tensor.numel() == sizes[0] if name == "packed" else tensor.shape == sizes
             _checks.require(fits, op, f"{argument}.{name}", f"have shape {list(sizes)}",
                             list(tensor.shape))  # fmt: skip
@@ -175,7 +175,7 @@ class Weight4bit:
 
     @classmethod
     def from_quant_state(cls, data: torch.Tensor, state: Any) -> Weight4bit:
-        """The weight of bitsandbytes' packed ``data``, of any storage dtype and shape, and its QuantState; no copy.
+        """A weight from bitsandbytes' packed ``data``, of any storage dtype and shape, and its QuantState; no copy.
 
         Raises     ValueError, TypeError: a part that is missing or does not fit, or a CPU's repacked data.
         """
@@ -188,7 +188,7 @@ class Weight4bit:
             _checks.require(
                 nested.blocksize == NESTED_BLOCK, _OP, "state2.blocksize", f"be {NESTED_BLOCK}", nested.blocksize
             )
-            # bitsandbytes reads it from JSON in torch's default dtype of that moment.
+            # bitsandbytes reads the offset from JSON, in torch's default dtype at that time.
             offset = state.offset.to(state.absmax.device, torch.float32).reshape(())
             scales = [state.absmax, nested.code, nested.absmax, offset]
         _checks.tensor(_OP, "data", data)
@@ -199,8 +199,8 @@ class Weight4bit:
     def to_parts(self) -> dict[str, torch.Tensor]:
         """What bitsandbytes' Linear4bit adds to its state dict under "weight.": tensors, and the rest as JSON bytes.
 
-        On meta the tensors are meta and the JSON bytes, which are real, have null for the offset of doubly quantised
-        scales: only ``from_parts`` of meta data reads them again.
+        On meta the tensors are meta. The JSON bytes are real, but hold null for the offset of doubly quantised scales:
+        only ``from_parts`` with meta data reads them again.
         """
         rest: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.block_size}
         rest |= {"dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
@@ -210,18 +210,18 @@ class Weight4bit:
             # A copy: safetensors refuses tensors that share memory, and layers may share this one.
             parts |= {"nested_absmax": scale, "nested_quant_map": code.clone()}
             rest |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
-            # A meta tensor has no value to write: null, which no reader of real data takes for one.
+            # A meta tensor has no value to write: null instead, which no reader of real data accepts.
             rest["nested_offset"] = None if offset.is_meta else offset.item()
         text = torch.tensor(list(json.dumps(rest).encode()), dtype=torch.uint8)
         return parts | {_STATE + self.quant_type: text}
 
     def part_names(self) -> list[str]:
-        """The keys of ``to_parts``, in its order, without a tensor made or read."""
+        """The keys of ``to_parts``, in its order, without making or reading a tensor."""
         return _part_names(self.quant_type, self.double_quant)
 
     @classmethod
     def from_parts(cls, data: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> Weight4bit:
-        """The weight of ``data`` and of what ``to_parts`` gives; no copy.
+        """A weight from ``data`` and the entries of ``to_parts``; no copy.
 
         Raises     ValueError, TypeError: a part that is missing, unknown or does not fit.
         """
@@ -233,7 +233,7 @@ class Weight4bit:
         _checks.require(len(named) == 1, _OP, "parts", f"hold one of {' and '.join(states)}", sorted(parts))
         rest = _read_json(parts[named[0]])
         quant_type = named[0].removeprefix(_STATE)
-        # The name is what bitsandbytes finds the bytes by, and quant_type in them what it reads.
+        # bitsandbytes finds the bytes by the key's name, but reads the quant_type inside them.
         _checks.require(rest["quant_type"] == quant_type, _OP, f"quant_type in {named[0]}", f"be {quant_type}",
                         rest["quant_type"])  # fmt: skip
         double = "nested_offset" in rest
@@ -269,7 +269,7 @@ def _part_names(quant_type: str, double_quant: bool) -> list[str]:
 
 
 def _bytes(data: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``data`` in one dimension: a view, also of a float dtype that they are stored under."""
+    """The bytes of ``data`` as a 1-D view, also if they are stored under a float dtype."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _STORAGE)
     _checks.require_dtype(data.dtype in _STORAGE, _OP, "data", f"be stored as {names}", data.dtype)
     return data.detach().reshape(-1).view(torch.uint8)
@@ -279,7 +279,7 @@ def _offset(value: object) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     _checks.require_dtype(number, _OP, "nested_offset", "be a number", repr(value))
     assert isinstance(value, (int, float))
-    # It is added to every absmax: one that is not finite in fp32 makes the whole weight so.
+    # The offset is added to every absmax: if it is not finite in fp32, no weight is.
     _checks.require(abs(value) <= torch.finfo(torch.float32).max, _OP, "nested_offset", "be finite in fp32", value)
     return float(value)
 
@@ -295,5 +295,5 @@ def _read_json(text: torch.Tensor) -> dict[str, Any]:
     return rest
 
 
-# torch.load(weights_only=True) reads a Weight4bit as well.
+# Lets torch.load(weights_only=True) read a Weight4bit.
 torch.serialization.add_safe_globals([Weight4bit])

@@ -1,4 +1,4 @@
-"""Masks of parameters in bits: which elements of a factor are there; the same bytes in every backend.
+"""Bit masks of parameters: which elements of a factor are there; the same bytes in every backend.
 
 bits [rows, ceil(columns / 8)] uint8: bit c mod 8 of byte c div 8, the lowest first, is element c of the row
 """

@@ -1,4 +1,4 @@
-"""The windows of a convolution as rows, the unfold formula for any number of dimensions, and the way back."""
+"""The windows of a convolution as rows, the unfold formula for any number of dimensions, and its adjoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _padded(x: torch.Tensor, padding: list[int]) -> torch.Tensor:
 def windows(
     x: torch.Tensor, kernel: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> torch.Tensor:
-    """x [N, C, *in] -> [M, groups, C / groups · taps], M = N · out: the channel is the outer part of a column."""
+    """x [N, C, *in] -> [M, groups, C / groups · taps], M = N · out: the channel is the outer index of a column."""
     view = _padded(x, padding)
     for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
         view = view.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]  # [N, C, *out, *kernel]
@@ -38,13 +38,13 @@ def from_windows(
     padding: list[int],
     dilation: list[int],
 ) -> torch.Tensor:
-    """The adjoint of ``windows``: what columns [M, groups, C / groups · taps] give each element of ``like``'s shape."""
+    """The adjoint of ``windows``: columns [M, groups, C / groups · taps] summed into a tensor of ``like``'s shape."""
     wide = _padded(torch.zeros_like(like), padding)
     at = [range(0, d * (k - 1) + 1, d) for k, d in zip(kernel, dilation, strict=True)]
     out = [(n - r[-1] - 1) // s + 1 for n, r, s in zip(wide.shape[2:], at, stride, strict=True)]
     parts = columns.reshape(like.shape[0], *out, like.shape[1], len(taps(kernel))).movedim(-2, 1)  # [N, C, *out, taps]
     for t, tap in enumerate(taps(kernel)):
-        # Where this tap reads for each output position.
+        # The positions that this tap reads, one for each output position.
         there = [slice(r[i], r[i] + s * (n - 1) + 1, s) for i, r, n, s in zip(tap, at, out, stride, strict=True)]
         wide[(slice(None), slice(None), *there)] += parts[..., t]
     inside = [slice(p, p + n) for p, n in zip(padding, like.shape[2:], strict=True)]

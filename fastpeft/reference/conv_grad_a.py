@@ -1,4 +1,4 @@
-"""What one read of x gives a convolution's adapter: da, and its share of dx added in place."""
+"""A convolution adapter's gradients from one read of x: da, and its share of dx added in place."""
 
 from __future__ import annotations
 

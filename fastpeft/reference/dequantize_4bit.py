@@ -28,5 +28,5 @@ def weight_of(
 def dequantize_4bit(
     packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, out: torch.Tensor
 ) -> None:
-    """packed uint8 [⌈n/2⌉] or [⌈n/2⌉, 1] -> out of n elements, any float dtype, contiguous."""
+    """packed uint8 [⌈n/2⌉] or [⌈n/2⌉, 1] -> out, n elements of any float dtype, contiguous."""
     out.copy_(weight_of(packed, scales, quant_type, block_size, out.numel()).view(out.shape))

@@ -2,11 +2,11 @@
 
     words = Philox4x32-7(counter = (col >> 3, row mod 2³², row >> 32, 0), key = (seed mod 2³², seed >> 32))
     draw  = the 15 low bits of half (col & 1) of word (col & 7) >> 1          Salmon et al. 2011, SC '11, table 2
-    keep  = draw >= dropped            where dropped = round(32768 · p) is at most 0x7c00, that is p up to 31/32
-            draw < 32768 - dropped     where it is more
+    keep  = draw >= dropped            if dropped = round(32768 · p) is at most 0x7c00, that is p up to 31/32
+            draw < 32768 - dropped     if it is more
 
-One call serves eight adjacent columns, two of them a word: a kernel masks what it loads and stores at once, two
-elements by one comparison (kernels/dropout.py says why of 15 bits, and from which end).
+One call of Philox serves eight adjacent columns, two per word: a kernel masks a whole load or store with it, two
+elements per comparison (kernels/dropout.py says why 15 bits, and why a larger p counts from the other end).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``y = x wᵀ + bias``, with ``scale · (drop(x) aᵀ bᵀ + lora_bias)`` where there is an adapter; w is kept in 4 bits."""
+"""``y = x wᵀ + bias``, with an adapter ``+ scale · (drop(x) aᵀ bᵀ + lora_bias)``; w is stored in 4 bits."""
 
 from __future__ import annotations
 

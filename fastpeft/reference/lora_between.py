@@ -1,4 +1,4 @@
-"""A base product beside a rank-R product whose s, or ds, is given: what is left of LoRA around a function of s."""
+"""The base product and the rank-R product for a given s or ds: LoRA without the function of s in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``y = bias + scale · (s bᵀ + lora_bias)``, and the form that adds to a y that exists."""
+"""``y = bias + scale · (s bᵀ + lora_bias)``, and a form that adds to an existing y."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one read of x gives: ``da = dsᵀ drop(x)`` and the adapter's share of dx, ``mask ∘ (ds a) / keep``."""
+"""From one read of x: ``da = dsᵀ drop(x)`` and the adapter's share of dx, ``mask ∘ (ds a) / keep``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lora_grad_a(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K], ds [M, R], a [R, K] -> da [R, K] in a.dtype, dx [M, K] in ds.dtype; [0] where not needed.
 
-    mask       bits of da (`_masks`) that are not zero, or None
+    mask       bits (`_masks`), or None; da is zero where its bit is
     """
     da = (ds.t() @ dropped(x, p, seed)).to(a.dtype) if need_da else a.new_empty(0)
     if need_da and mask is not None:

@@ -1,4 +1,4 @@
-"""What one read of dy gives: ``ds = scale · dy b``, ``db = scale · dyᵀ s`` and the bias gradient."""
+"""From one read of dy: ``ds = scale · dy b``, ``db = scale · dyᵀ s`` and the bias gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lora_grad_b(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dy [M, N], s [M, R], b [N, R] -> ds [M, R] in dy.dtype, db [N, R] in b.dtype, dbias [N] fp32 | fp64; or [0].
 
-    mask       bits of dbᵀ [R, N] (`_masks`) that are not zero, or None
+    mask       bits (`_masks`) of dbᵀ [R, N], or None; db is zero where its bit is
     """
     ds = (dy @ b.to(dy.dtype)) * scale
     db = ((dy.t() @ s) * scale).to(b.dtype) if need_db else b.new_empty(0)

@@ -11,12 +11,12 @@ from fastpeft.reference.lora_shrink import lora_shrink
 
 
 def _wide(activation: torch.Tensor) -> torch.Tensor:
-    """In fp32 where it is fp16, in which s and ds may pass 65504 where no gradient does."""
+    """In fp32 instead of fp16, because s and ds may exceed 65504 even if no gradient does."""
     return activation.float() if activation.dtype == torch.float16 else activation
 
 
 def _as_given(activation: torch.Tensor) -> torch.autocast:
-    """Without autocast, which would take what is wide to fp16 again; every operand has its dtype already."""
+    """Autocast off: it would cast fp32 activations back to fp16, and every operand already has its dtype."""
     return torch.autocast(activation.device.type, enabled=False)
 
 
@@ -31,7 +31,7 @@ def lora_linear_fwd(
     p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R] in x.dtype, in fp32 where that is fp16."""
+    """x [M, K], w [N, K], a [R, K], b [N, R] -> y [M, N], s [M, R] in x.dtype, but fp32 for fp16."""
     with _as_given(x):
         s = lora_shrink(_wide(x), a, p, seed)
         return (x @ w.t() + lora_expand(s, b, bias, lora_bias, scale)).to(x.dtype), s

@@ -1,4 +1,4 @@
-"""Blockwise quantisation to 4 bits, and of the blocks' absmax to 8 bits; the bytes are bitsandbytes' on a CPU."""
+"""Blockwise quantisation of a weight to 4 bits and of its absmax to 8 bits: the bytes of bitsandbytes on a CPU."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def code(quant_type: str, device: torch.device) -> torch.Tensor:
 def quantize_4bit(w: torch.Tensor, quant_type: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """w of n elements -> packed uint8 [⌈n/2⌉], absmax fp32 [⌈n/block_size⌉].
 
-    A tie takes the smaller value. What is left after the whole blocks is divided by its absmax, the blocks are
-    multiplied by its reciprocal: the two differ in the last bit, and bitsandbytes does so.
+    A tie takes the smaller value. As in bitsandbytes, whole blocks are multiplied by the reciprocal of their absmax,
+    and an incomplete last block is divided by its absmax: the two differ in the last bit.
     """
     flat = w.reshape(-1).float()
     full = flat.numel() // block_size * block_size
@@ -51,8 +51,8 @@ def quantize_4bit(w: torch.Tensor, quant_type: str, block_size: int) -> tuple[to
 def quantize_absmax(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values fp32 [n], code fp32 [256] ascending -> codes uint8 [n], scale fp32 [⌈n/256⌉].
 
-    value / scale is first rounded to a grid of 65536 points over [-1, 1], and then to the nearest code. Code 0 goes to
-    a NaN, which does not count for the scale either, and to a zero whose scale is zero or has no reciprocal.
+    value / scale is first rounded to a grid of 65536 points over [-1, 1], and then to the nearest code. NaN, which the
+    scale ignores too, gets code 0, and so does a zero whose scale is zero or has no reciprocal.
     """
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
