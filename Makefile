@@ -1,19 +1,19 @@
-# The words of this project; `make` alone prints them. PYTHON is the environment that they make, or the one that is given.
+# The targets of this project; `make` alone prints them. PYTHON is the environment that they make, or the given one.
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
-# The torch that the tests run with; any torch >= 2.10 serves. On Linux the default index has its CUDA build.
+# The torch that the tests run with; any torch >= 2.10 works. On Linux the default index has its CUDA build.
 TORCH ?= torch==2.13.0
 OP ?= lora_linear
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
 
-# An environment is made only where no PYTHON is given, and again where TORCH is another than it was made with.
+# An environment is made only if no PYTHON is given, and remade if TORCH has changed since.
 ENV = $(if $(filter file,$(origin PYTHON)),$(VENV)/.done)
 ifneq ($(shell cat $(VENV)/.done 2> /dev/null),$(TORCH))
 .PHONY: $(VENV)/.done
 endif
-# A .venv that was left half made has a pyvenv.cfg, and no pip that runs.
+# A half-made .venv has a pyvenv.cfg but no working pip.
 $(VENV)/.done: pyproject.toml setup.py setup_commands.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || \
 	  python3 -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
@@ -32,7 +32,7 @@ test: $(ENV)  ## all that runs on a CPU, in two processes: reference, C++, Trito
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 CPP = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-# The formatter of the environment, not the system's, which may be of another version.
+# The environment's formatter: the system's may be another version.
 CLANG_FORMAT = $(shell $(PYTHON) -c "import clang_format; print(clang_format.get_executable('clang-format'))")
 
 fmt: $(ENV)  ## format every Python, C++ and CUDA file
@@ -71,8 +71,8 @@ bench: $(ENV)  ## time OP=lora_linear beside eager, PEFT and torch.compile; JSON
 roof: $(ENV)  ## measure this machine's roofs
 	$(PYTHON) bench roof $(ARGS)
 
-# Where PYTHON is not given, the machine's own python3 serves too, with no environment made: the first of the two whose
-# torch has CUDA, else the first that has a torch.
+# If PYTHON is not given, the system's python3 is tried too, and no environment is made: take the first of the two whose
+# torch has CUDA, else the first that has torch.
 gpu:  ## on a CUDA machine: builds the extension if need be, then correctness, tuning, benchmarks in under ten minutes
 	@for able in "import torch; assert torch.version.cuda" "import torch"; do \
 	  for python in $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3); do \
@@ -87,7 +87,7 @@ PYTHONS ?= python3
 wheels:  ## dist/: an sdist, and from it a wheel for each of PYTHONS that serves every torch from 2.10 on
 	.ci/wheels $(PYTHONS)
 
-# Here a warning of a compiler fails the build; elsewhere not even a compiler that fails does.
+# Here a compiler warning fails the build; elsewhere not even a compiler error does.
 check: export FASTPEFT_WERROR = 1
 check: $(ENV) lint type test kernels cuda model sanitize  ## what CI runs, in CI's order
 

@@ -1,8 +1,8 @@
 """Builds fastpeft._C from csrc/: with a C++ compiler the CPU kernels, with nvcc the CUDA kernels too.
 
-FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails where it cannot be built, auto (default) builds what can be
-and says what cannot, and why. FASTPEFT_WERROR=1 turns warnings into errors. CUDA kernels need no GPU and no CUDA build
-of torch to be compiled; TORCH_CUDA_ARCH_LIST names other architectures than CUDA_ARCHS."""
+FASTPEFT_CPP and FASTPEFT_CUDA: 0 leaves a part out, 1 fails if it cannot be built, auto (default) builds what it can
+and says what it cannot, and why. FASTPEFT_WERROR=1 turns warnings into errors. Compiling CUDA kernels needs neither a
+GPU nor a CUDA build of torch; TORCH_CUDA_ARCH_LIST overrides CUDA_ARCHS."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def cuda_home() -> Path | None:
 
 
 def cuda_archs(home: Path) -> str:
-    """Of the asked ones those with bf16, as images of torch ask for older ones; of ours those that this nvcc knows."""
+    """The requested architectures that have bf16 (torch's images request older ones), or those of ours nvcc knows."""
     if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return ";".join(arch for arch in re.findall(r"[^;\s]+", given) if not re.match(r"[1-7]\.", arch))
     known = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -50,7 +50,7 @@ def cuda_archs(home: Path) -> str:
 
 
 def cuda_options() -> dict | None:
-    """What CppExtension needs for the .cu files; None without them."""
+    """What CppExtension needs for the .cu files; None if they are not built."""
     home = cuda_home() if wanted("FASTPEFT_CUDA") != "0" else None
     archs = cuda_archs(home) if home else ""
     if not archs:
@@ -58,8 +58,8 @@ def cuda_options() -> dict | None:
         return None
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = str(home)  # which a CPU build of torch leaves unset
-    # The .cu files include nothing of torch, and the CUDA runtime is linked in: torch's own may be of another version.
+    cpp_extension.CUDA_HOME = str(home)  # a CPU build of torch leaves it unset
+    # The .cu files include no torch header and link the CUDA runtime statically, so torch's CUDA version may differ.
     cpp_extension._check_cuda_version = lambda *_: None
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     return {"home": home, "define": f'-DFASTPEFT_CUDA="{archs}"'}
@@ -73,7 +73,7 @@ def options() -> dict:
     try:
         import pybind11
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:  # as where sources are packed, in an environment of its own
+    except ImportError as error:  # for example while an sdist is built in an isolated environment
         return commands([], lack=f"{error.name} is not installed where it is built")
 
     def extension(cuda: dict | None) -> CppExtension:
@@ -82,7 +82,7 @@ def options() -> dict:
             SOURCES + (CUDA_SOURCES if cuda else []),
             include_dirs=[INCLUDE, pybind11.get_include()] + ([str(cuda["home"] / "include")] if cuda else []),
             extra_compile_args={"cxx": FLAGS + ([cuda["define"]] if cuda else []), "nvcc": NVCC_FLAGS},
-            # libtorch.so leads to libtorch_cuda.so where torch has it: kept though no symbol of its own is used.
+            # libtorch.so pulls in libtorch_cuda.so if torch has it: keep it although none of its symbols is used.
             extra_link_args=["-Wl,--no-as-needed,-ltorch"] if sys.platform == "linux" else [],
             library_dirs=[str(cuda["home"] / "lib64")] if cuda else [],
             libraries=["torch_cpu", "c10"] + (["cudart_static", "rt", "dl", "pthread"] if cuda else []),

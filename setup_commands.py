@@ -1,6 +1,6 @@
 """What setup.py adds to setuptools: a record of what a build leaves out, and one build at a time in a clone.
 
-It is the build backend of pyproject.toml too: setuptools' own, which asks for torch only where something is compiled.
+This is also the build backend of pyproject.toml: setuptools' own, but it requires torch only if something is compiled.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Distribution
-from setuptools.build_meta import (  # noqa: F401  the hooks of PEP 517 and 660, which are found here by name
+from setuptools.build_meta import (  # noqa: F401  the hooks of PEP 517 and 660, looked up here by name
     build_editable,
     build_sdist,
     build_wheel,
@@ -27,11 +27,11 @@ from setuptools.command.build_ext import build_ext
 
 SWITCHES = {"C++ kernels": "FASTPEFT_CPP", "CUDA kernels": "FASTPEFT_CUDA"}
 COMPILES = ["torch>=2.10", "ninja", "pybind11>=2.13"]
-"""What a build needs beside setuptools where it compiles."""
+"""What a build that compiles needs besides setuptools."""
 EDITABLE = Path(".editable")
 """The folder that an editable installation puts on sys.path."""
 LEFT_OUT: dict[str, str] = {}
-"""part -> why it is left out; what fastpeft.info() tells of the build."""
+"""part -> why it is left out; fastpeft.info() reports it."""
 
 
 def wanted(switch: str) -> str:
@@ -52,7 +52,7 @@ def cpp_lack() -> str | None:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """torch is gigabytes: an isolated build fetches it to compile against, and not to compile nothing."""
+    """torch is gigabytes: an isolated build fetches it only if there is something to compile."""
     return [] if cpp_lack() else COMPILES
 
 
@@ -64,7 +64,7 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 
 def leave_out(part: str, why: str) -> None:
-    """Notes that ``part`` is not built; the end of the build where its switch asks for it."""
+    """Record that ``part`` is not built; exit if its switch demands it."""
     asked = wanted(SWITCHES[part])
     if asked == "1":
         sys.exit(f"fastpeft: {SWITCHES[part]} must be 0 or auto where {why}, got 1")
@@ -72,17 +72,17 @@ def leave_out(part: str, why: str) -> None:
 
 
 def _say(text: str) -> None:
-    """On stderr, and on that of pip, which without -v shows nothing of a build that succeeds."""
+    """Print on stderr, and on pip's too: without -v, pip hides the output of a build that succeeds."""
     print(text, file=sys.stderr)
     if {"_PYPROJECT_HOOKS_BUILD_BACKEND", "PEP517_BUILD_BACKEND"} & os.environ.keys():  # the latter before pip 23.3
         path = Path(f"/proc/{os.getppid()}/fd/2")
         with contextlib.suppress(OSError):
-            if not path.is_file():  # in which pip would write over it
+            if not path.is_file():  # pip would overwrite the text in a file
                 path.write_text(text + "\n")
 
 
 def _stamp() -> str:
-    """A source file that names the version and the sources; of its own, so that no other is compiled anew for it."""
+    """A source file with the version and the hash of the sources; separate, so that it alone is recompiled."""
     version = runpy.run_path("fastpeft/_version.py")
     values = {"version": version["__version__"], "sources": version["source_hash"](Path("csrc"))}
     lines = [f'extern const char* const {name};\nconst char* const {name} = "{values[name]}";' for name in values]
@@ -102,7 +102,7 @@ class _OneAtATime(Distribution):
     def run_command(self, command: str) -> None:
         if self._lock is None:
             self._lock = open("setup.py")  # noqa: SIM115
-            # Without fcntl, on Windows, nothing is compiled; a file system without locks builds as well.
+            # Windows has no fcntl, but compiles nothing; on a file system without locks the build goes on unlocked.
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
 
@@ -116,12 +116,12 @@ class _OneAtATime(Distribution):
         super().run_command(command)
 
     def _link(self) -> None:
-        """A folder with nothing in it but a link to fastpeft/, for sys.path.
+        """Make a folder for sys.path that holds nothing but a link to fastpeft/.
 
-        A type checker follows it, as it would not follow setuptools' import hook. The checkout itself would offer its
-        kernels/ and tests/ to everybody; fastpeft/kernels.py finds the former.
+        A type checker follows the link, but not setuptools' import hook. The checkout itself on sys.path would make its
+        kernels/ and tests/ importable for everyone; fastpeft/kernels.py finds kernels/ anyway.
         """
-        with contextlib.suppress(OSError):  # on Windows, where links are a privilege, the import hook serves
+        with contextlib.suppress(OSError):  # Windows, where links need a privilege, keeps the import hook
             EDITABLE.mkdir(exist_ok=True)
             if not (EDITABLE / "fastpeft").exists():
                 (EDITABLE / "fastpeft").symlink_to(Path("../fastpeft"), target_is_directory=True)
@@ -129,25 +129,25 @@ class _OneAtATime(Distribution):
             self.package_dir = {"": str(EDITABLE)}
 
     def has_ext_modules(self) -> bool:
-        return True  # a wheel without the extension is of its platform too: there it has been left out
+        return True  # a wheel without the extension is platform-specific too: it was left out on that platform
 
 
 class _Wheel(bdist_wheel):
     def run(self) -> None:
-        if not self.skip_build:  # modules that are no more, an extension that is left out now
+        if not self.skip_build:  # drop deleted modules and an extension that is now left out
             shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Without the extension one that is less wanted than a whole wheel's, and never any platform's or Python's."""
+        """Without the extension, a tag that ranks below a complete wheel's but still names platform and Python."""
         python, abi, platform = super().get_tag()
         return python, "none" if "C++ kernels" in LEFT_OUT else abi, platform
 
 
 def commands(plans: list, base: type = build_ext, lack: str | None = None) -> dict:
-    """setup()'s arguments for the first of ``plans`` that builds: extensions with ever fewer parts, CUDA's first.
+    """setup()'s arguments for the first of ``plans`` that builds; each plan has fewer parts than the one before it.
 
-    ``lack`` says why there are no plans, where that is not left out already: an error where a build asks for the part.
+    ``lack`` says why there are no plans, unless the parts are left out already: an error if a build demands a part.
     """
 
     class Build(base):
@@ -161,7 +161,7 @@ def commands(plans: list, base: type = build_ext, lack: str | None = None) -> di
                 try:
                     super().run()
                     break
-                except Exception as error:  # a compiler's, ninja's, torch's: each has one of its own
+                except Exception as error:  # the compiler, ninja and torch each raise their own type
                     self.inplace = inplace
                     self._do_without(error)
             self._record("fastpeft" if inplace else f"{self.build_lib}/fastpeft")
