@@ -1,9 +1,9 @@
-"""How a module makes torch's fast path, which would read its weight and not call it, see that it must be called.
+"""A hook that keeps torch's fast path, which reads a module's weight without calling it, away from a module.
 
-In eval mode nn.TransformerEncoderLayer hands ``linear1.weight`` and the like to one fused operator, and what a LoRA
-module adds would silently be gone. It declines where a module inside it has a forward hook; so ours have one, which
-does nothing. nn.Module runs hooks, for a microsecond a call, only where their dict is truthy: the dict of a LoRA module
-is truthy only where it holds another hook.
+In eval mode nn.TransformerEncoderLayer hands ``linear1.weight`` and the like to one fused operator, and a LoRA update
+would silently be gone. It declines if a module inside it has a forward hook, so our modules have one that does
+nothing. nn.Module runs hooks, for a microsecond a call, only if their dict is truthy: the dict of a LoRA module is
+truthy only if it holds another hook.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY: Any = "fastpeft.called"
 
 
 def called(module: nn.Module, args: Any) -> None:
-    """The hook: no change of the arguments."""
+    """The hook: it leaves the arguments unchanged."""
 
 
 class _Hooks(OrderedDict[Any, Callable[..., Any]]):

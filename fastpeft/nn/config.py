@@ -1,7 +1,7 @@
 """The options of an adapter: their names, spellings, defaults and checks, once for every LoRA module.
 
 Two conventions exist, and their parts are not interchangeable: A ~ N(0, 1) with α/r = 2 moves the output, per unit of
-learning rate, 280 times as far as with 0.01 and 49 times as far as kaiming with α/r. So the defaults come in one piece:
+learning rate, 280 times as far as with 0.01 and 49 times as far as kaiming with α/r. So the defaults form sets:
 
     layout      lora_A   lora_B   rank   dropout   init      scaling
     "out_in"    [r, K]   [N, r]   8      0.1       kaiming   α/r, α = 16
@@ -33,7 +33,7 @@ LAYOUTS = ("out_in", "in_out")
 
 
 class AdapterOptions(TypedDict, total=False):
-    """What every LoRA module takes by keyword; the meaning of each stands in ``LoRALayer``'s docstring."""
+    """The options by keyword of every LoRA module; ``LoRALayer``'s docstring explains each."""
 
     rank: int | None
     alpha: float | None
@@ -49,7 +49,7 @@ class AdapterOptions(TypedDict, total=False):
 
 OPTIONS = tuple(AdapterOptions.__annotations__)
 
-# What other libraries call an option of ours.
+# Other libraries' names for our options.
 _ELSEWHERE = {
     "r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "p": "dropout",
     "network_dim": "rank", "network_alpha": "alpha", "init_lora_weights": "init", "scale": "scaling",
@@ -85,20 +85,20 @@ class Config:
     ) -> Config:
         """Take the names of `AdapterOptions` out of ``options``, check them and fill in what was left out.
 
-        layout     where ``options`` has none
-        base       there is a weight for init to read
+        layout     used if ``options`` has none
+        base       whether init has a weight to read
         Raises     ValueError: range, an unknown value, alpha beside scaling, or an option under two names.
                    TypeError: a value of the wrong type.
         """
         given: dict[str, Any] = {name: options.pop(name) for name in OPTIONS if name in options}
         layout = layout if given.get("layout") is None else given["layout"]
         _checks.require(layout in LAYOUTS, op, "layout", f"be one of {', '.join(LAYOUTS)}", repr(layout))
-        slides = layout == "in_out"
+        in_out = layout == "in_out"
         rank, alpha, scaling = given.get("rank"), given.get("alpha"), given.get("scaling")
-        rank = size(op, "rank", (4 if slides else 8) if rank is None else rank)
+        rank = size(op, "rank", (4 if in_out else 8) if rank is None else rank)
         dropout = one_of(
             op,
-            0.0 if slides else 0.1,
+            0.0 if in_out else 0.1,
             dropout_probability=given.get("dropout_probability"),
             dropout=given.get("dropout"),
         )
@@ -108,7 +108,7 @@ class Config:
         flag(op, "use_rslora", use_rslora)
         backend, names = given.get("backend"), (None, *dispatch.BACKENDS)
         _checks.require(backend in names, op, "backend", f"be one of {', '.join(map(str, names))}", repr(backend))
-        fixed = scaling is not None or (slides and alpha is None and not use_rslora)
+        fixed = scaling is not None or (in_out and alpha is None and not use_rslora)
         if scaling is not None:
             _checks.require(alpha is None, op, "alpha", "be None where scaling is given", alpha)
             _checks.require(not use_rslora, op, "use_rslora", "be False where scaling is given", use_rslora)
@@ -118,7 +118,7 @@ class Config:
             alpha = number(op, "alpha", 16.0 if alpha is None else alpha)
             value = alpha / (math.sqrt(rank) if use_rslora else rank)
         init = given.get("init")
-        init = ("randn" if slides and fixed else "kaiming") if init is None else init
+        init = ("randn" if in_out and fixed else "kaiming") if init is None else init
         schemes.check(op, init, rank, in_features, out_features, value, base)
         return Config(
             in_features, out_features, rank, alpha, value, use_rslora, init, float(dropout), layout, bias, backend
@@ -137,7 +137,7 @@ def refuse_unknown(op: str, options: Iterable[str], known: Iterable[str]) -> Non
 
 
 def named_options(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let `refuse_unknown` answer for a constructor, or a function, with named parameters only."""
+    """Give a function, or constructor, that has named parameters only the errors of `refuse_unknown`."""
     names = list(inspect.signature(call).parameters)
 
     @functools.wraps(call)
@@ -149,7 +149,7 @@ def named_options(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def one_of(op: str, default: Any = None, **spellings: Any) -> Any:
-    """The value of the one spelling that is not None; ``default`` where all are."""
+    """The value of the one spelling that is not None; ``default`` if all are."""
     given = {name: value for name, value in spellings.items() if value is not None}
     first = next(iter(spellings))
     _checks.require(len(given) <= 1, op, first, "be given under one name", " and ".join(given))
@@ -179,7 +179,7 @@ def flag(op: str, name: str, value: object) -> None:
 
 
 def adapter_dtype(op: str, dtype: torch.dtype | None, weight: torch.Tensor | None = None) -> torch.dtype:
-    """The dtype of new factors: fp32 beside a half-precision base, as one update is below that base's rounding step."""
+    """The dtype of new factors: fp32 beside a half-precision base, as one update is below its rounding step."""
     if dtype is None:
         dtype = torch.get_default_dtype() if weight is None else torch.promote_types(weight.dtype, torch.float32)
     known = isinstance(dtype, torch.dtype) and dtype.is_floating_point

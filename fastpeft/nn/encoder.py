@@ -1,4 +1,4 @@
-"""What adapters inside nn.TransformerEncoder need beside modules that are called (fastpeft/nn/_called.py)."""
+"""What adapters inside nn.TransformerEncoder need besides the hook of fastpeft/nn/_called.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def _ours(module: nn.Module) -> bool:
 
 
 def encoder_safe(model: nn.Module) -> list[str]:
-    """Make torch's encoders fit what is inside them now; to be called after modules were put in or taken out.
+    """Adapt torch's encoders to the modules inside them; call it after modules were put in or taken out.
 
-    A nn.TransformerEncoderLayer that holds a module of fastpeft takes no fast path any more, whatever that module is,
-    and torch.compile can see it. A nn.TransformerEncoder around it makes no nested tensor of a padded one, which each
-    layer would have to pad again, and whose padded positions are zeros in eval mode but numbers in training. Where
-    none is left inside, both are as they were.
+    A nn.TransformerEncoderLayer that holds any module of fastpeft no longer takes the fast path, and torch.compile can
+    see that. A nn.TransformerEncoder around it no longer makes a nested tensor of a padded one: each layer would have
+    to pad it again, and padded positions would be zeros in eval mode but numbers in training. Once no such module is
+    left inside, both are as they were.
 
     Returns    the names of the modules that were changed
     """

@@ -8,8 +8,8 @@
     pissa_niter_<n>    the same from a randomised SVD of n power iterations       Halko et al. 2011, arXiv:0909.4061
     olora        B, A = the r first columns and rows of W = Q R, s B A out of W      Büyükakyüz 2024, arXiv:2406.01775
 
-Every scheme leaves the output of the adapted layer as it was; pissa and olora do so up to the rounding of what is left
-of W to W's dtype. A pretrained W loaded after them would count the part in B A twice: load first, adapt then.
+Every scheme leaves the output of the adapted layer as it was; pissa and olora do so up to the rounding of the rest of
+W to W's dtype. A pretrained W loaded after them would count the part in B A twice: load first, then adapt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def needs_weight(init: str) -> bool:
 
 
 def check(op: str, init: object, rank: int, in_features: int, out_features: int, scaling: float, base: bool) -> None:
-    """Whether ``initialise`` can serve, told before anything is built.
+    """Check that ``initialise`` can serve, before anything is built.
 
     Raises     ValueError: an unknown scheme, a rank or scaling that it cannot serve, or no base weight for it.
     """
@@ -100,5 +100,5 @@ def _from_weight(init: str, a: torch.Tensor, b: torch.Tensor, scaling: float, we
         left, right = u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
     a.copy_(right)
     b.copy_(left)
-    # From the factors as stored, so that their rounding is in what is left of W.
+    # From the factors as stored, so that the rest of W makes up for their rounding.
     weight.copy_(w - scaling * (b.to(w.dtype) @ a.to(w.dtype)))

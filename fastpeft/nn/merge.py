@@ -13,7 +13,7 @@ from fastpeft.nn.factors.base import LoRAModule
 from fastpeft.nn.init import needs_weight
 from fastpeft.ops import _checks
 
-# Rows at a time: the wide copies are made of a slice, not of the whole weight.
+# Rows of a slice: wide copies are made slice by slice, not of the whole weight.
 _ROWS = 1024
 
 _Self = TypeVar("_Self", bound="Mergeable")
@@ -24,7 +24,7 @@ class MergeReport:
     """What rounding to the weight's dtype did to the update.
 
     max_abs_error               largest |stored - exact|, in the weight's unit
-    relative_error_of_update    ‖stored - exact‖ / ‖update‖ (Frobenius): 0.3 means that 30 % of it went; 0 without one
+    relative_error_of_update    ‖stored - exact‖ / ‖update‖ (Frobenius): 0.3 means that 30 % of it was lost; 0 if none
     dtype                       of the stored weight; uint8 where that is packed
     """
 
@@ -35,7 +35,7 @@ class MergeReport:
 
 @dataclass
 class Undo:
-    """What takes a merge out again: the base as it was, or the factors that were added."""
+    """What undoes a merge: the base as it was, or the factors that were added."""
 
     weight: Any
     bias: torch.Tensor | None
@@ -47,7 +47,7 @@ class Undo:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """A dtype in which the sum is exact next to the rounding that is reported."""
+    """A dtype in which the sum is exact compared with the rounding that is reported."""
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -125,7 +125,7 @@ class Mergeable(LoRAModule):
 
     @property
     def has_backup(self) -> bool:
-        """Whether ``unmerge`` will give back the very bits of the base."""
+        """Whether ``unmerge`` restores the base's exact bits."""
         return self._undo is not None and self._undo.weight is not None
 
     def _require_unmerged(self, doing: str) -> None:
@@ -135,7 +135,7 @@ class Mergeable(LoRAModule):
         _checks.require(self.merged, self._op, "state", f"be merged for {doing}()", "an unmerged module")
 
     def _require_plain(self, doing: str) -> None:
-        """That the base is a Parameter of this module: what is written into a computed weight is computed over."""
+        """Require that the base is a Parameter of this module: a computed weight would overwrite a merge."""
         for name in ("weight", "bias"):
             rule = f"be a plain Parameter for {doing}()"
             computed = f"one that is computed at every call (a parametrization, weight_norm, prune) on {self._op}"
@@ -149,7 +149,7 @@ class Mergeable(LoRAModule):
     def merge(self, keep_backup: bool = True) -> MergeReport:
         """W ← W + scaling · B A and bias ← bias + scaling · lora_bias, in place, in the dtype of each.
 
-        keep_backup    keep the base's bits for ``unmerge``, at the price of a second copy of W; else of A and B only
+        keep_backup    keep a second copy of W, so that ``unmerge`` restores its bits; else copies of A and B only
         Returns    what the rounding to W's dtype loses of the update: see MergeReport
         Raises     ValueError: merged already, disabled, a weight that torch computes (parametrizations, prune,
                    weight_norm), an update that is not one matrix, or a sum that overflows; nothing has been changed
@@ -167,9 +167,9 @@ class Mergeable(LoRAModule):
 
     @torch.no_grad()
     def _merge(self, condition: tuple[Any, ...], keep_backup: bool, more: Sequence[Update] = ()) -> MergeReport:
-        """``merge`` with what forward takes beside x, for factors whose update depends on it.
+        """``merge`` with forward's arguments beside x, for factors whose update depends on them.
 
-        more       updates of others that go into the same base, with one rounding; this one's only where it is enabled
+        more       other adapters' updates for the same base, with one rounding; this module's own only if it is enabled
         """
         self._require_unmerged("merge")
         _checks.require(self._enabled or bool(more), self._op, "state", "be enabled for merge()", "a disabled module")
@@ -191,9 +191,9 @@ class Mergeable(LoRAModule):
 
     @torch.no_grad()
     def unmerge(self) -> MergeReport:
-        """The base as it was before ``merge``: its very bits from the backup, else W - scaling · B A, rounded again.
+        """Restore the base from before ``merge``: its exact bits from the backup, or W - scaling · B A rounded.
 
-        Returns    the rounding of this step; no error where there was a backup
+        Returns    the rounding of this step; no error if there was a backup
         Raises     ValueError: not merged.
         """
         self._require_merged("unmerge")
@@ -225,7 +225,7 @@ class Mergeable(LoRAModule):
         return self.weight.dtype
 
     def _write(self, weight: Any, bias: torch.Tensor | None) -> None:
-        """Into the Parameters that exist, so that optimizers, ties and version counters see the change."""
+        """Write into the existing Parameters, so that optimizers, ties and version counters see the change."""
         self._write_weight(weight)
         if bias is None:
             self.bias = None
@@ -279,7 +279,7 @@ class Mergeable(LoRAModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if undo is not None:
             destination[prefix + "weight"] = undo.weight
-            # In place, where there was one: the order of the keys is that of the unmerged module.
+            # In place if it was there, so that the keys keep the unmerged module's order.
             if undo.had_bias:
                 destination[prefix + "bias"] = undo.bias
             else:

@@ -1,4 +1,4 @@
-"""The documents' names: a layer, a factors class and the document's defaults, and nothing more."""
+"""The public names: each joins a factors class and a layer with its documented defaults, and adds nothing more."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class AdaLoRALayer(Adaptive, LoRALayer):
     """LoRALayer of which some ranks act, each with a gain                    Zhang et al. 2023, arXiv:2303.10512
 
     AdaLoRALayer(in_features, out_features, max_rank=16, min_rank=4)                  form "top_k", layout "in_out"
-        the ``current_rank`` largest of ``importance`` [r] act, as ``update_rank(threshold)`` counts them
+        the ``current_rank`` largest of ``importance`` [r] act; ``update_rank(threshold)`` counts them
     AdaLoRALayer(input_dimension=, output_dimension=, rank=8, alpha=16., dropout_probability=0.1, bias=False,
                  adaptive_rank=True, rank_allocation="uniform")                       form "scores", layout "out_in"
-        what ``rank_importance`` [r], or for "importance" and "magnitude" the score that ``update_rank`` measured, has
-        over 0.1 acts, and at least the largest
+        a rank acts if its ``rank_importance`` [r], or for "importance" and "magnitude" the score that
+        ``update_rank`` measured, is over 0.1; the largest always acts
     AdaLoRALayer(in_features, out_features, form="svd", rank=8)                       form "svd", the paper's
         ``lora_E`` [r, 1] is the gain; a `RankAllocator` takes ranks out. lora_A, lora_B ~ N(0, 0.02), lora_E zero
     importance_grad    False: the gain selects ranks, and neither multiplies them nor is trained
@@ -44,11 +44,11 @@ class ConditionalLoRALayer(Conditional, LoRALayer):
     lora_A     [tasks, in, r], lora_B [tasks, r, out]; for layout "out_in" [tasks, r, in], [tasks, out, r]
     lora_bias  [tasks, out], with ``bias``
     Call       (x [..., in], task_id): an int, or integers of one element or of x's first dimensions, (N,) or (N, seq);
-               -1 is no task. Without it what ``fastpeft.task`` says
+               -1 is no task. Without task_id that of ``fastpeft.task``
     Output     [..., out] in x.dtype. No row has a copy of its A
     Other options as in LoRALayer
-    Raises     ValueError: no task_id, a shape, an id below -1 or not below num_tasks; ids on a GPU, which nothing waits
-               for, make rows of NaN instead.  TypeError: ids that are no integers, or an unknown option.
+    Raises     ValueError: no task_id, a shape, an id below -1 or not below num_tasks; ids on a GPU are not checked, to
+               avoid a sync, and give rows of NaN.  TypeError: ids that are not integers, or an unknown option.
     """
 
 
@@ -62,21 +62,21 @@ class ConditionalLoRALinear(Conditional, LoRALinear):  # type: ignore[misc]  # m
 
 
 class HyperLoRALayer(Hyper, LoRALayer):
-    """LoRALayer whose factors a small network makes of a task's embedding    Karimi Mahabadi et al., arXiv:2106.04489
+    """LoRALayer whose factors a small network makes from a task's embedding  Karimi Mahabadi et al., arXiv:2106.04489
 
     HyperLoRALayer(in_features, out_features, rank=4, task_embedding_dim=16)
-    hyper_net  Linear(E, 64), ReLU, Linear(64, r · (in + out)), in the place of lora_A and lora_B; the half that gives B
+    hyper_net  Linear(E, 64), ReLU, Linear(64, r · (in + out)), instead of lora_A and lora_B; the half that gives B
                is zero at init
-    Call       (x [..., in], task_embedding): (E,) or (1, E) for all rows, (N, E) with x [N, ..., in]; without it what
-               ``fastpeft.task`` says
+    Call       (x [..., in], task_embedding): (E,) or (1, E) for all rows, (N, E) with x [N, ..., in]; without: that of
+               ``fastpeft.task``
     Output     [..., out] in x.dtype
     Other options as in LoRALayer, but init
-    Raises     ValueError: no task_embedding, or a shape.  TypeError: one that is no float tensor, or an unknown option.
+    Raises     ValueError: no task_embedding, or a shape.  TypeError: not a float tensor, or an unknown option.
     """
 
 
 class HyperLoRALinear(Hyper, LoRALinear):  # type: ignore[misc]  # merge takes the embedding, too
-    """LoRALinear whose factors a small network makes of a task's embedding   Karimi Mahabadi et al., arXiv:2106.04489
+    """LoRALinear whose factors a small network makes from a task's embedding Karimi Mahabadi et al., arXiv:2106.04489
 
     HyperLoRALinear(in_features, out_features, rank=4, task_embedding_dim=16),
     HyperLoRALinear.from_linear(layer, task_embedding_dim=16, ...); called as HyperLoRALayer;
@@ -90,9 +90,9 @@ class AttentionGuidedLoRALayer(Gated, LoRALayer):
     AttentionGuidedLoRALayer(in_features, out_features, rank=4, gate="softmax", gate_scale=1.)
     gate       g = gate_scale · softmax(attention(drop(x))) over the rank, whose mean is 1/r, or "sigmoid"
     gate_scale gate_scale=rank makes the mean of a softmax 1
-    attention  nn.Linear(in, r) beside lora_A and lora_B; it reads x in the pass in which A does
+    attention  nn.Linear(in, r) beside lora_A and lora_B; it shares A's read of x
     Input, output, other options    as LoRALayer
-    Raises     ValueError: rank 1 with softmax, whose gate is 1 whatever x is; merge(), as the update depends on x.
+    Raises     ValueError: rank 1 with softmax, whose gate is always 1; merge(), because the update depends on x.
                TypeError: a type, or an unknown option.
     """
 
@@ -132,13 +132,13 @@ class PruningAwareLoRALayer(Pruned, LoRALayer):
     """LoRALayer whose elements, or ranks, are zeroed for good as training goes on   Han et al. 2015, arXiv:1506.02626
 
     PruningAwareLoRALayer(in_features, out_features, rank=4, prune_rate=0.5, schedule=None, score="magnitude")
-    prune_rate what ``prune()`` without a rate prunes to: a share of zeros in [0, 1]
-    schedule   rates, or a function of the step that gives one: one step a call of ``prune()``; then the last rate
+    prune_rate the target of ``prune()`` without a rate: a share of zeros in [0, 1]
+    schedule   rates, or a function of the step that gives one: a step is one ``prune()``; the last rate stays
     score      "magnitude": |element| · "gradient": |element · gradient|, after a backward · "product": ‖A_k‖ ‖B_k‖ of a
-               rank, which goes as a whole
+               rank, which is pruned as a whole
     mask_A, mask_B, prune_step    as in SparseLoRALayer, and the calls that took a rate of the schedule
     ``prune(rate)`` zeroes what scores below that quantile of its factor; masks only grow. ``compact()`` drops the ranks
-    of which all of A or all of B is masked.
+    whose A or B is masked completely.
     Input, output, other options    as LoRALayer
     Raises     ValueError: a rate out of range, an unknown score; "gradient" before a backward.  TypeError: a type, or
                an unknown option.

@@ -25,11 +25,11 @@ def _gru(
     states, kept, wt = gates.new_empty(T + 1, N, H), gates.new_empty(T, N, 4 * H), w.t()
     states[0] = h
     for t in range(T):
-        own = torch.addmm(bias, states[t], wt)
+        hw = torch.addmm(bias, states[t], wt)
         rz, n = kept[t, :, : 2 * H], kept[t, :, 2 * H : 3 * H]
-        torch.add(gates[t, :, : 2 * H], own[:, : 2 * H], out=rz).sigmoid_()
-        kept[t, :, 3 * H :] = own[:, 2 * H :]
-        torch.addcmul(gates[t, :, 2 * H :], rz[:, :H], own[:, 2 * H :], out=n).tanh_()
+        torch.add(gates[t, :, : 2 * H], hw[:, : 2 * H], out=rz).sigmoid_()
+        kept[t, :, 3 * H :] = hw[:, 2 * H :]
+        torch.addcmul(gates[t, :, 2 * H :], rz[:, :H], hw[:, 2 * H :], out=n).tanh_()
         torch.lerp(n, states[t], rz[:, H:], out=states[t + 1])
     return states, kept
 
@@ -38,8 +38,8 @@ def _gru_backward(
     dy: torch.Tensor, states: torch.Tensor, kept: torch.Tensor, w: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     T, N, H = dy.shape
-    r, z, n, own = kept.split(H, -1)
-    to_n, to_z, to_r = (1 - z) * (1 - n * n), (states[:-1] - n) * z * (1 - z), own * r * (1 - r)
+    r, z, n, hn = kept.split(H, -1)
+    to_n, to_z, to_r = (1 - z) * (1 - n * n), (states[:-1] - n) * z * (1 - z), hn * r * (1 - r)
     dgates, dg, dh = dy.new_empty(T, N, 3 * H), dy.new_empty(T, N, 3 * H), dy.new_zeros(N, H)
     for t in range(T - 1, -1, -1):
         dh = dh + dy[t]
@@ -83,17 +83,17 @@ def _gru_derived(
     w: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`_gru_backward` in differentiable form; the gradients of states and kept may be None."""
-    r, z, n, own = kept.split(states.shape[-1], -1)
+    r, z, n, hn = kept.split(states.shape[-1], -1)
     parts = (None,) * 4 if to_kept is None else to_kept.split(states.shape[-1], -1)
     dh, gates, dgs = torch.zeros_like(states[0]), [], []
     for t in range(len(kept) - 1, -1, -1):
-        more_r, more_z, more_n, more_own = (_at(part, t) for part in parts)
+        more_r, more_z, more_n, more_hn = (_at(part, t) for part in parts)
         dh = dh + _at(dy, t) + _at(to_states, t + 1)
         dn = (dh * (1 - z[t]) + more_n) * (1 - n[t] * n[t])
-        dr = (dn * own[t] + more_r) * r[t] * (1 - r[t])
+        dr = (dn * hn[t] + more_r) * r[t] * (1 - r[t])
         dz = (dh * (states[t] - n[t]) + more_z) * z[t] * (1 - z[t])
         gates.append(torch.cat([dr, dz, dn], -1))
-        dgs.append(torch.cat([dr, dz, dn * r[t] + more_own], -1))
+        dgs.append(torch.cat([dr, dz, dn * r[t] + more_hn], -1))
         dh = dh * z[t] + dgs[-1] @ w
     return torch.stack(gates[::-1]), torch.stack(dgs[::-1]), dh + _at(to_states, 0)
 

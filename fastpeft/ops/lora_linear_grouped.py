@@ -120,14 +120,14 @@ def _masked(
     backend: str | None,
 ) -> torch.Tensor:
     (T, R, K), N = lora_A.shape, lora_B.shape[1]
-    own = rows.view(*x.shape[:-1], 1) == torch.arange(T, device=x.device)
+    is_task = rows.view(*x.shape[:-1], 1) == torch.arange(T, device=x.device)
     lost = ((rows < -1) | (rows >= T)).view(*x.shape[:-1], 1)
     up = lora_B.permute(1, 0, 2).reshape(N, T * R)
 
     def keep(s: torch.Tensor) -> torch.Tensor:
-        parts = torch.where(own.unsqueeze(-1), s.unflatten(-1, (T, R)), 0.0).flatten(-2)
+        parts = torch.where(is_task.unsqueeze(-1), s.unflatten(-1, (T, R)), 0.0).flatten(-2)
         if lora_bias is not None:
-            parts = torch.cat((parts, own.to(s.dtype)), dim=-1)
+            parts = torch.cat((parts, is_task.to(s.dtype)), dim=-1)
         return parts.masked_fill(lost, float("nan"))
 
     if lora_bias is not None:

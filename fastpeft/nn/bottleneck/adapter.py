@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Adapter(nn.Module):
     """x + scale · up(activation(down(x)))                                        Houlsby et al. 2019, arXiv:1902.00751
 
-    dim        of x's last dimension
+    dim        size of x's last dimension
     bottleneck hidden units; default dim / 16, at least 1
     activation "gelu", "relu", "silu", "tanh" or "sigmoid"
     kind       where a manager puts it: "houlsby" and "pfeiffer" behind a layer (after the attention and the MLP, or
@@ -33,8 +33,8 @@ class Adapter(nn.Module):
                a layer: the delta alone (He et al. 2022, arXiv:2110.04366)
     scale      of the delta
     backend    as in fastpeft.ops.lora_linear
-    Parameters down.weight [bottleneck, dim], down.bias, up.weight [dim, bottleneck], up.bias; up is zero at init, so
-               that the adapter is the identity then ("parallel": zero)
+    Parameters down.weight [bottleneck, dim], down.bias, up.weight [dim, bottleneck], up.bias; up is zero at init:
+               the adapter starts as the identity ("parallel": as zero)
     Input      x [..., dim] fp32 | bf16 | fp16, whatever the parameters' dtype
     Output     as x; under autocast the delta is in autocast's dtype. x itself while disabled ("parallel": zeros)
     Saves      x and activation(down(x))

@@ -1,4 +1,4 @@
-"""AdapterFusion: what several trained adapters say, weighed by attention, in the space of their bottlenecks."""
+"""AdapterFusion: the outputs of several trained adapters, weighted by attention, in the space of their bottlenecks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class AdapterFusion(nn.Module):
 
     with δ_n = scale_n · (U_n a_n + b_n) the delta of adapter n, a_n = activation(D_n x + d_n).
 
-    dim        of x's last dimension
-    adapters   two or more `Adapter`s of that dim, trained before; they are frozen here
+    dim        size of x's last dimension
+    adapters   two or more `Adapter`s of that dim, already trained; they are frozen here
     freeze_adapters    False leaves their requires_grad as it is
     Parameters query.weight, key.weight, value.weight [dim, dim]; value is the identity at init
     Input      x [..., dim]
@@ -57,7 +57,7 @@ class AdapterFusion(nn.Module):
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
 
     def reset_parameters(self) -> None:
-        """Draw query and key as nn.Linear does; value is the identity. The adapters are left."""
+        """Draw query and key as nn.Linear does; value is the identity. The adapters stay as they are."""
         self.query.reset_parameters()
         self.key.reset_parameters()
         nn.init.eye_(self.value.weight)

@@ -8,7 +8,7 @@
                                 rank_allocation "importance" and "magnitude" what ``update_rank`` last measured
     "svd"      lora_E           everywhere; a gain that `RankAllocator` sets to zero takes its rank out
 
-All is done in parameter space and on the device: the product is that of ``lora_linear``, and nothing waits for a score.
+All of it is in parameter space and on the device: the product is that of ``lora_linear``, without a sync for scores.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fastpeft.ops import _checks
 FORMS = ("top_k", "scores", "svd")
 ALLOCATIONS = ("uniform", "importance", "magnitude")
 _GAINS = {"top_k": "importance", "scores": "rank_importance", "svd": "lora_E"}
-# The names that ask for a form.
+# Options that select a form.
 _TOP_K = {"max_rank", "min_rank"}
 _SCORES = {"input_dimension", "input_dim", "rank", "adaptive_rank", "rank_allocation"}
 _THRESHOLD = 0.1
 
 
 class Adaptive(Shrinking):
-    """Mixin: lora_A and lora_B with a gain a rank, of which some act.
+    """Mixin: lora_A and lora_B with a gain for each rank, of which only some act.
 
-    max_rank, min_rank    form "top_k": the rank at first, and the least that ``update_rank`` leaves
+    max_rank, min_rank    form "top_k": the initial rank, and the least that ``update_rank`` leaves
     rank, adaptive_rank, rank_allocation    form "scores"; adaptive_rank=False lets every rank act
     form            default: "scores" where one of its options is given, else "top_k"
     importance_grad False: the gain selects ranks and neither multiplies them nor is trained
@@ -52,17 +52,17 @@ class Adaptive(Shrinking):
 
     @classmethod
     def _convention(cls, options: dict[str, Any], positions: int) -> str | None:
-        """Puts the form into ``options``: the one whose document's names are given; names of two forms are an error."""
+        """Put the form into ``options``: that of the option names given; names of two forms are an error."""
         op, form = cls.__name__, options.get("form")
         _checks.one_of(op, "form", form, (None, *FORMS))
         given = {name for name, value in options.items() if value is not None}
-        slides, scores = sorted(given & _TOP_K), sorted(given & _SCORES)
+        top_k, scores = sorted(given & _TOP_K), sorted(given & _SCORES)
         if form is None:
             form = "scores" if scores else "top_k"
             sizes = positions > 1 and "in_features" in given
             _checks.require(
-                not scores or not (slides or sizes), op, (scores or [""])[0],
-                f"be left out beside {', '.join(slides) or 'sizes by position'} (form 'top_k')", "both",
+                not scores or not (top_k or sizes), op, (scores or [""])[0],
+                f"be left out beside {', '.join(top_k) or 'sizes by position'} (form 'top_k')", "both",
             )  # fmt: skip
         known = {"top_k": _TOP_K, "scores": _SCORES, "svd": {"rank"}}[form]
         foreign = sorted(given & (_TOP_K | _SCORES) - known - {"rank", "input_dimension"})
@@ -110,7 +110,7 @@ class Adaptive(Shrinking):
         if form != "svd":
             self.register_buffer("rank_mask", torch.empty(config.rank, dtype=torch.bool, device=device))
         if form == "top_k":
-            # Under the documents' name, by which a property gives it as an int.
+            # Under the public name, which a property reads as an int.
             self._buffers["current_rank"] = torch.empty((), dtype=torch.int64, device=device)
         if form == "scores":
             self.register_buffer("rank_threshold", torch.empty((), dtype=torch.float32, device=device))
@@ -149,7 +149,7 @@ class Adaptive(Shrinking):
             return self.rank_mask
         scores = self._buffers.get("rank_scores")
         scores = self.gains.detach() if scores is None else scores
-        # The largest survives whatever the threshold; argmax gives the lowest of equal ones.
+        # The largest score survives whatever the threshold; argmax gives the lowest index of a tie.
         ranks = torch.arange(scores.shape[0], device=scores.device)
         return ((scores > self.rank_threshold) | (ranks == scores.argmax())) & self.rank_mask
 
@@ -173,12 +173,12 @@ class Adaptive(Shrinking):
 
     @torch.no_grad()
     def update_rank(self, threshold: float = _THRESHOLD) -> int:
-        """Choose anew which ranks act, and return how many.
+        """Choose again which ranks act, and return how many.
 
-        threshold  "top_k": as many of the largest act as have importance > threshold, between min_rank and max_rank;
-                   the lowest of equal ones go first. "scores": a rank acts where its score is over it, and the scores
-                   "importance" (|gain · gradient| and the mean of it over the rank's factors) and "magnitude"
-                   (|gain| · ‖A_k‖ · ‖B_k‖), relative to the largest, are measured now
+        threshold  "top_k": the largest ranks act, as many as have importance > threshold, from min_rank to max_rank; of
+                   equal ones the lowest first. "scores": a rank acts if its score is over it; the scores "importance"
+                   (|gain · gradient| and its mean over the rank's factors) and "magnitude" (|gain| · ‖A_k‖ · ‖B_k‖) are
+                   measured now, relative to the largest
         Raises     ValueError: form "svd", whose ranks a `RankAllocator` chooses; "importance" before a backward pass.
         """
         _checks.require(self.form != "svd", self._op, "form", "be 'top_k' or 'scores' for update_rank()", self.form)
@@ -199,7 +199,7 @@ class Adaptive(Shrinking):
 
     def _measured(self, scores: torch.Tensor) -> None:
         most = scores.max()
-        # Before the first step B is zero, and so is every score: all ranks are equal then.
+        # Before the first step B is zero and so is every score: then all ranks count as equal.
         self.rank_scores.copy_(torch.where(most > 0, scores / most, torch.ones_like(scores)))
 
     def _sensitivity(self) -> torch.Tensor:
@@ -216,7 +216,7 @@ class Adaptive(Shrinking):
 
     @torch.no_grad()
     def keep_ranks(self, kept: torch.Tensor) -> None:
-        """Let the ranks of ``kept``, bool [R], act and no others; "svd" forgets the gains of those."""
+        """Let only the ranks of ``kept``, bool [R], act; "svd" zeroes the gains of the others."""
         _checks.require(kept.shape == (self.rank,), self._op, "kept", f"have shape [{self.rank}]", list(kept.shape))
         if self.form == "svd":
             self.gains.masked_fill_(~kept.view(-1, 1), 0.0)
@@ -230,10 +230,10 @@ class Adaptive(Shrinking):
 
     @torch.no_grad()
     def compact(self) -> int:
-        """Drop the ranks that do not act, and return how many are left (one at least).
+        """Drop the ranks that do not act, and return how many are left (at least one).
 
-        The output stays as it is, and so does ``scaling``, that of the rank at first. lora_A, lora_B and the gain are
-        new Parameters: build the optimizer after it. A module of the full rank loads a compacted one's state dict.
+        The output is unchanged, and ``scaling`` stays that of the initial rank. lora_A, lora_B and the gain are new
+        Parameters: build the optimizer afterwards. A module of the full rank loads a compacted one's state dict.
         """
         kept = self.active().nonzero().view(-1)
         if not kept.numel():  # every gain of "svd" is zero

@@ -1,18 +1,18 @@
-"""What every LoRA module has: lora_A, lora_B, lora_bias, their options and the switch; the plain factors.
+"""The base of every LoRA module: lora_A, lora_B, lora_bias, their options and the switch; the plain factors.
 
 A variant is a mixin: a subclass of `LoRAModule` in a file of its own, put before a layer (``class SparseLoRALinear(
-Sparse, LoRALinear)``). Its state lies flat on the module, under the names that the documents give it, so that
-state dicts, ``deepcopy``, pickles, ``.to()`` and sharding see parameters and buffers of the module and nothing else.
-What it may override, and nothing of a layer:
+Sparse, LoRALinear)``). Its state lies flat on the module under its public names, so that state dicts, ``deepcopy``,
+pickles, ``.to()`` and sharding see only parameters and buffers of the module. It may override the following, and
+nothing of a layer:
 
     OWN, SIZES, POSITIONS, RANKS, LAYOUT    its options, beside `AdapterOptions`
     _convention       the layout of a module made from sizes, where it depends on the options
     _configure        options in, Config out: checked before anything is built
     _adapt            makes parameters and buffers, without values
-    _reset            gives them their first values; the update is zero then
-    factors           A [R, K], B [N, R] as they act: where the variant is a function of parameters, that is all
-    _adapter, _linear, _linear4bit, _conv    the product, where the variant acts on activations; they take what forward
-                      got beside x
+    _reset            gives them their first values, with a zero update
+    factors           A [R, K], B [N, R] as they act; enough for a variant that is a function of parameters
+    _adapter, _linear, _linear4bit, _conv    the product, for a variant that acts on activations; they take forward's
+                      arguments beside x
     _pair             A and B of the one matrix that ``merge`` adds; a ValueError where there is none
 """
 
@@ -70,7 +70,7 @@ class LoRAModule(nn.Module):
     ) -> tuple[Config, dict[str, Any]]:
         """Config and the factors' own options, taken out of ``options``; what is left must be ``known`` to the layer.
 
-        Raises     ValueError, TypeError: as Config.of; TypeError: an option that nobody knows.
+        Raises     ValueError, TypeError: as Config.of; TypeError: an unknown option.
         """
         op = cls.__name__
         refuse_unknown(op, options, (*OPTIONS, *cls.OWN, *known))
@@ -105,9 +105,9 @@ class LoRAModule(nn.Module):
         return (a.t(), b.t()) if self._transposed else (a, b)
 
     def _pair(self, *condition: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [R, K], B [N, R] with scaling · B A the update as one matrix; ``condition`` as forward takes it.
+        """A [R, K], B [N, R] whose scaling · B A is the update as one matrix; ``condition`` as forward takes it.
 
-        Raises     ValueError: the update is not one matrix, or not without a condition.
+        Raises     ValueError: the update is not one matrix, or needs a condition.
         """
         self._unconditional(condition)
         return self.factors()

@@ -1,4 +1,4 @@
-"""What conditional factors are given beside x: with the call, or for every call inside ``with task(...)``."""
+"""The condition of conditional factors: given with a call, or for every call inside ``with task(...)``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _current: ContextVar[Any] = ContextVar("fastpeft_task", default=None)
 
 @contextmanager
 def task(condition: Any) -> Iterator[None]:
-    """The task ids or embeddings of every call inside that is given none: layers deep in a model are reached so.
+    """Give task ids or embeddings to every call inside that has none; this reaches layers deep in a model.
 
     condition      as the layers take it: ConditionalLoRALinear task ids, HyperLoRALinear task embeddings
     """

@@ -21,9 +21,9 @@ class Conditional(LoRAModule):
     num_tasks  how many tasks
     bias       lora_bias [tasks, N]
     Call       (x, task_id): an int, or integers of one element or of x's first dimensions, (N,) or (N, seq); -1 is the
-               base alone. Without task_id what ``fastpeft.nn.task`` says. The output has the shape of the base's.
-    Raises     ValueError: no task_id, a shape, or an id below -1 or not below num_tasks; for ids on a GPU, where
-               nothing waits for them, the rows are NaN instead.  TypeError: ids that are no integers.
+               base alone. Without task_id that of ``fastpeft.nn.task``. The output has the shape of the base's.
+    Raises     ValueError: no task_id, a shape, or an id below -1 or not below num_tasks; ids on a GPU are not checked,
+               to avoid a sync, and their rows are NaN instead.  TypeError: ids that are not integers.
     """
 
     OWN = ("num_tasks",)
@@ -97,7 +97,7 @@ class Conditional(LoRAModule):
         return a[ids], b[ids]
 
     def merge(self: Any, task_id: Any = None, keep_backup: bool = True) -> MergeReport:
-        """Merge the update of one task, as LoRALinear.merge does its own; until ``unmerge`` every call computes that.
+        """Merge the update of one task, as LoRALinear.merge does; until ``unmerge`` every call computes that task.
 
         Raises     ValueError: no task, and as LoRALinear.merge.
         """

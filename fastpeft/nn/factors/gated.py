@@ -20,10 +20,10 @@ class Gated(LoRAModule):
     gate       "softmax" over the rank, whose mean is 1/r, or "sigmoid"
     gate_scale gate_scale=rank makes the mean of a softmax 1
     State      attention.weight [r, K], attention.bias [r] beside lora_A and lora_B; B = 0 at init
-    Raises     ValueError: rank 1 with softmax, whose gate is 1 whatever x is; and for merge(), as the update depends on
-               x and is no matrix.
+    Raises     ValueError: rank 1 with softmax, whose gate is always 1; merge(), because the update depends on x and is
+               no matrix.
 
-    A and the attention's weight are one shrink: x is read once.
+    A and the attention's weight share one shrink: x is read once.
     """
 
     OWN = ("gate", "gate_scale")

@@ -1,4 +1,4 @@
-"""Hyper factors: A and B are what a small network makes of a task's embedding."""
+"""Hyper factors: a small network computes A and B from a task's embedding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HIDDEN = 64
 
 
 class Hyper(LoRAModule):
-    """Mixin: hyper_net, an MLP of 64 hidden units that gives A and B; the half that gives B is zero at init.
+    """Mixin: hyper_net, an MLP of 64 hidden units that computes A and B; the half for B is zero at init.
 
-    task_embedding_dim    E, of the embeddings
-    Call       (x, task_embedding): (E,) or (1, E) for all rows, (N, E) with x [N, ..., K]; without it what
-               ``fastpeft.nn.task`` says
+    task_embedding_dim    E, the size of an embedding
+    Call       (x, task_embedding): (E,) or (1, E) for all rows, (N, E) with x [N, ..., K]; without it that of
+               ``fastpeft.nn.task``
     Raises     ValueError: no task_embedding, or a shape.  TypeError: one that is no float tensor.
 
     One embedding gives one A and one B, at the cost of plain LoRA. N embeddings give N of each, applied in two batched
@@ -78,7 +78,7 @@ class Hyper(LoRAModule):
         raise AssertionError
 
     def factors_of(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [..., R, K] and B [..., N, R] of embeddings [..., E]."""
+        """A [..., R, K] and B [..., N, R] for embeddings [..., E]."""
         made = self.hyper_net(embedding.to(next(self.hyper_net.parameters()).dtype))
         R, K, N = self.rank, self.in_features, self.out_features
         a, b = made.split((R * K, N * R), dim=-1)
@@ -87,7 +87,7 @@ class Hyper(LoRAModule):
         return a.unflatten(-1, (R, K)), b.unflatten(-1, (N, R))
 
     def _given(self, x: torch.Tensor, condition: tuple[Any, ...]) -> torch.Tensor:
-        """The embedding of a call, [E], or [N, E] for N samples, beside an x that fits."""
+        """The embedding of a call, [E], or [N, E] for N samples, checked against x."""
         held = next(self.hyper_net.parameters())
         _checks.activation(self._op, x)
         _checks.entrance(self._op, x, "hyper_net", self.in_features, held.device)
@@ -112,8 +112,7 @@ class Hyper(LoRAModule):
         return self.factors_of(embedding)
 
     def merge(self: Any, task_embedding: Any = None, keep_backup: bool = True) -> MergeReport:
-        """Merge the update of one embedding, as LoRALinear.merge does its own; every call computes it until
-        ``unmerge``.
+        """Merge the update of one embedding, as LoRALinear.merge does; until ``unmerge`` every call computes that one.
 
         Raises     ValueError: no embedding, or several; and as LoRALinear.merge.
         """

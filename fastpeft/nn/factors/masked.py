@@ -1,8 +1,8 @@
-"""Factors with a mask of one bit an element: masked elements are zero, and stay zero.
+"""Factors with a mask of one bit per element: masked elements are zero, and stay zero.
 
-The parameters themselves hold zeros there, so that forward is that of plain LoRA; the gradients are masked where the
-kernels write them. Zero is then a fixed point of SGD, Adam, AdamW and Lion with their momenta and decay. An optimizer
-that mixes elements (Muon, Shampoo) writes into them: `remask_after` zeroes them after each of its steps.
+The parameters themselves hold zeros there, so forward is that of plain LoRA; the kernels mask the gradients as they
+write them. Zero is then a fixed point of SGD, Adam, AdamW and Lion with their momenta and decay. An optimizer that
+mixes elements (Muon, Shampoo) overwrites the zeros: `remask_after` restores them after each of its steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Masked(Shrinking):
     def _adapt(self, config: Config, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super()._adapt(config, device, dtype)
         for name, columns in zip(_MASKS, (config.in_features, config.out_features), strict=True):
-            # Under the documents' names, by which properties give them as tensors of 0 and 1.
+            # Under the public names, which properties return as tensors of 0 and 1.
             self._buffers[name] = torch.empty(config.rank, -(-columns // 8), dtype=torch.uint8, device=device)
 
     def _bits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,10 +107,10 @@ class Masked(Shrinking):
 
     @torch.no_grad()
     def compact(self) -> int:
-        """Drop the ranks of which a mask hides all of A or all of B, and return how many are left (one at least).
+        """Drop the ranks whose A or B is masked completely, and return how many are left (at least one).
 
-        The output stays as it is, and so does ``scaling``, that of the rank at first. lora_A and lora_B are new
-        Parameters: build the optimizer after it. A module of the full rank loads a compacted one's state dict.
+        The output is unchanged, and ``scaling`` stays that of the initial rank. lora_A and lora_B are new Parameters:
+        build the optimizer afterwards. A module of the full rank loads a compacted one's state dict.
         """
         a, b = self._kept()
         kept = (a.any(1) & b.any(1)).nonzero().view(-1)

@@ -17,7 +17,7 @@ SCORES = ("magnitude", "gradient", "product")
 def quantile(values: torch.Tensor, rate: float) -> torch.Tensor:
     """torch.quantile(values, rate), linear interpolation, for any number of elements and float dtype; fp32, 0-d."""
     flat = values.flatten().float()
-    # torch reckons the position in fp32, up to as many elements as it takes.
+    # torch computes the position in fp32, for as many elements as it takes.
     position = torch.tensor(rate, dtype=torch.float32 if flat.numel() <= 2**24 else torch.float64) * (flat.numel() - 1)
     below = int(position)
     low = flat.kthvalue(below + 1).values
@@ -28,10 +28,10 @@ def quantile(values: torch.Tensor, rate: float) -> torch.Tensor:
 class Pruned(Masked):
     """Mixin: ``prune()`` zeroes the elements of lora_A and lora_B that score least, and they stay zero.
 
-    prune_rate what ``prune()`` without a rate prunes to, in [0, 1]
-    schedule   rates, or a function of the step that gives one: one step a call of ``prune()``, the last rate then stays
+    prune_rate the target of ``prune()`` without a rate, in [0, 1]
+    schedule   rates, or a function of the step that gives one: a step is one ``prune()``, and the last rate stays
     score      "magnitude": |element| · "gradient": |element · gradient|, after a backward · "product": ‖A_k‖ ‖B_k‖ of a
-               rank, which goes as a whole
+               rank, which is pruned as a whole
     State      prune_step, the calls of ``prune()`` that took a rate of the schedule
     """
 
@@ -80,7 +80,7 @@ class Pruned(Masked):
 
     @torch.no_grad()
     def prune(self, rate: float | None = None) -> float:
-        """Zero what scores below the ``rate`` quantile of its factor, of all elements; returns the ``sparsity``.
+        """Zero what scores below the ``rate`` quantile over all elements of its factor; returns the ``sparsity``.
 
         rate       share of zeros in all, in [0, 1]; default: the schedule's next, else prune_rate. Masks only grow:
                    what is pruned stays so, and a second call with the same rate changes nothing
@@ -104,7 +104,7 @@ class Pruned(Masked):
         return self.sparsity
 
     def _scores(self) -> list[torch.Tensor]:
-        """Of A [R, K] and Bᵀ [R, N]."""
+        """The scores of A [R, K] and of Bᵀ [R, N]."""
         if self.score == "magnitude":
             return [factor.abs().float() for factor in self._plain()]
         scores = []

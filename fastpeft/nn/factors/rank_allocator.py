@@ -16,22 +16,22 @@ _OP = "RankAllocator"
 
 
 class RankAllocator:
-    """Takes ranks out of AdaLoRA layers, the least important ones first, until ``target_rank`` a layer are left.
+    """Takes ranks out of AdaLoRA layers, least important first, until ``target_rank`` ranks a layer are left.
 
     Source         Zhang et al. 2023, arXiv:2303.10512, eq. 7 to 12
     model          a module with AdaLoRA layers in it, or such layers themselves
-    target_rank    ranks a layer that are left in the end, on average
-    init_rank      ranks a layer at first; must be that of the layers, where it is given
-    tinit, tfinal  steps before the first, and after the last change of the budget
+    target_rank    final ranks a layer, on average
+    init_rank      initial ranks a layer; if given, it must be that of the layers
+    tinit, tfinal  steps before the first change of the budget, and after the last
     delta_t        steps between two changes
-    total_step     of the training
+    total_step     steps of the training
     beta1, beta2   decay of the sensitivity's and the uncertainty's moving averages, in (0, 1)
     Raises     ValueError: a range, or no AdaLoRA layer.  TypeError: a type.
 
-    The schedule and the scores are those of PEFT's AdaLoRA: |p · dp| of each element, smoothed, times how much it
-    varies; its mean over the row of A and over the column of B are added to that of the gain. Call ``update(step)``
-    after ``optimizer.step()`` and before ``zero_grad()``. Layers of equal shape are scored by one call, and nothing
-    waits for the device.
+    The schedule and the scores are those of PEFT's AdaLoRA: |p · dp| of each element, smoothed, times its uncertainty;
+    a rank's score is that of its gain plus the means over the row of A and over the column of B. Call ``update(step)``
+    after ``optimizer.step()`` and before ``zero_grad()``. Layers of equal shape are scored by one call, without a
+    host sync.
     """
 
     @named_options
@@ -48,7 +48,7 @@ class RankAllocator:
         beta2: float = 0.85,
     ) -> None:
         named = model.named_modules() if isinstance(model, nn.Module) else ((str(i), m) for i, m in enumerate(model))
-        # Sorted, as two layers whose ranks score alike are then told apart in the same way on every machine.
+        # Sorted, so that ties between layers break in the same way on every machine.
         self.layers = dict(sorted((name, m) for name, m in named if isinstance(m, Adaptive)))
         _checks.require(bool(self.layers), _OP, "model", "hold AdaLoRA layers", "none")
         self.target_rank, self.total_step = size(_OP, "target_rank", target_rank), size(_OP, "total_step", total_step)
@@ -74,7 +74,7 @@ class RankAllocator:
         self._averages: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def budget(self, step: int) -> tuple[int, bool]:
-        """How many ranks may act at ``step``, and whether they are chosen anew then: a cubic decay."""
+        """How many ranks may act at ``step``, by a cubic decay, and whether they are chosen again then."""
         last = self.total_step - self.tfinal
         if step <= self.tinit:
             return self.init_budget, False
@@ -86,7 +86,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def update(self, step: int) -> int:
-        """Score the ranks by this step's gradients, choose anew where the schedule says so; returns the budget.
+        """Score the ranks by this step's gradients, and choose again if the schedule says so; returns the budget.
 
         Raises     ValueError: a parameter without a gradient; nothing has been changed then.
         """
@@ -127,7 +127,7 @@ class RankAllocator:
             uncertainty.mul_(self.beta2).add_(now.sub_(sensitivity).abs_(), alpha=1 - self.beta2)
 
     def _scores(self) -> list[torch.Tensor]:
-        """The score of every rank [R], layer by layer: of the gain, of A's row and of B's column."""
+        """The score of every rank [R], layer by layer: from the gain, A's row and B's column."""
         scores: dict[str, list[torch.Tensor]] = {"A": [], "B": [], "gain": []}
         parts: dict[tuple[Any, ...], Any] = {}
         for key, parameters in self._groups().items():
@@ -146,7 +146,7 @@ class RankAllocator:
         scores = self._scores()
         out = self.init_budget - budget
         everything = torch.cat([score.to(scores[0].device) for score in scores])
-        # A rank that scores no more than the last one out goes with it.
+        # A rank that ties with the last one out goes with it.
         bar = torch.kthvalue(everything, out)[0] if out else everything.new_full((), -1.0)
         kept = (everything > bar).split([len(score) for score in scores])
         self._kept = dict(zip(self.layers, kept, strict=True))
@@ -167,7 +167,7 @@ class RankAllocator:
             torch._foreach_mul_(gains, factors)
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """Which ranks of each layer act, {name: [R]}: as last chosen, all before that; waits for the device."""
+        """Which ranks of each layer act, {name: [R]}: the last choice, or all if none yet; waits for the device."""
         if self._kept is None:
             return {name: [True] * layer.rank for name, layer in self.layers.items()}
         return {name: kept.tolist() for name, kept in self._kept.items()}
@@ -191,15 +191,15 @@ class RankAllocator:
         return total / (2 * len(self.layers))
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving averages and the last choice, to go on from a checkpoint."""
+        """The moving averages and the last choice, to resume from a checkpoint."""
         averages = {key: [tensor.clone() for tensor in pair] for key, pair in self._averages.items()}
         kept = None if self._kept is None else {name: value.clone() for name, value in self._kept.items()}
         return {"averages": averages, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Restore what ``state_dict`` returned.
 
-        Raises     ValueError: of other layers; nothing has been changed then.
+        Raises     ValueError: a state of other layers; nothing has been changed then.
         """
         kept, averages, known = state["kept"], state["averages"], self._groups()
         fits = kept is None or {n: v.numel() for n, v in kept.items()} == {n: m.rank for n, m in self.layers.items()}

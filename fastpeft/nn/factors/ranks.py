@@ -1,4 +1,4 @@
-"""Factors whose rank can shrink: what ``compact()`` leaves, and the files of what it left."""
+"""Factors whose rank can shrink: resizing for ``compact()``, and loading a compacted state dict."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastpeft.nn.factors.base import LoRAModule
 
 
 class Shrinking(LoRAModule):
-    """Mixin: every tensor that has a dimension of ranks can lose some of them."""
+    """Mixin: every tensor that has a rank dimension can lose ranks."""
 
     def _rank_dims(self) -> dict[str, int]:
-        """The parameters and buffers that have a dimension of ranks, and which it is."""
+        """The parameters and buffers that have a rank dimension, and which dimension it is."""
         return {"lora_A": int(self._transposed), "lora_B": 1 - int(self._transposed)}
 
     def _resize(self, rank: int, kept: torch.Tensor | None = None) -> None:
-        """``rank`` ranks: those of ``kept`` (indices), or ones without values."""
+        """Resize to ``rank`` ranks: those of ``kept`` (indices), or ones without values."""
         for name, dim in self._rank_dims().items():
             held: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
             old = held[name]
@@ -28,7 +28,7 @@ class Shrinking(LoRAModule):
         self.rank = rank
 
     def _fits(self, state_dict: dict[str, Any], prefix: str, rank: int) -> bool:
-        """Whether the state dict has every tensor of ranks, of this rank and of the module's other sizes."""
+        """Whether the state dict has every such tensor, in this rank and in the module's other sizes."""
         for name, dim in self._rank_dims().items():
             value, old = state_dict.get(prefix + name), {**self._parameters, **self._buffers}[name]
             assert old is not None
@@ -42,7 +42,7 @@ class Shrinking(LoRAModule):
         value = state_dict.get(prefix + "lora_A")
         if isinstance(value, torch.Tensor) and value.dim() == 2:
             rank = value.shape[int(self._transposed)]
-            # The rank changes only where every tensor of ranks is there and fits; else torch says what does not.
+            # The rank changes only if every such tensor is there and fits; else torch reports what does not.
             if rank != self.rank and self._fits(state_dict, prefix, rank):
                 self._resize(rank)
         super()._load_from_state_dict(state_dict, prefix, *args)

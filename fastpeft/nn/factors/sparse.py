@@ -21,7 +21,7 @@ def _of_every(pattern: str) -> tuple[int, int] | None:
 class Sparse(Masked):
     """Mixin: a share ``sparsity`` of lora_A and lora_B is zero and stays zero.
 
-    sparsity   in [0, 1]; default 0.5, or what an n:m pattern leaves
+    sparsity   in [0, 1]; default 0.5, or that of an n:m pattern
     pattern    "random": each element alone · "block": ``block_size`` neighbours together · "n:m", such as "2:4": n of
                every m neighbours are kept. Neighbours run along the inputs in A and along the outputs in B
     block_size elements of a block
@@ -65,7 +65,7 @@ class Sparse(Masked):
 
     @torch.no_grad()
     def apply_sparsity(self, sparsity: float) -> None:
-        """Draw the masks again: what they hide becomes zero; what they no longer hide is zero, and trained from now on.
+        """Draw the masks again: newly masked elements become zero; newly unmasked ones start at zero and are trained.
 
         Raises     ValueError: not in [0, 1], or another share than an n:m pattern has.
         """
@@ -79,7 +79,7 @@ class Sparse(Masked):
         if kept:
             n, m = kept
             groups = -(-columns // m)
-            # Past the last column nothing is kept, so that an incomplete group keeps its own.
+            # Columns past the last are never kept, so that an incomplete group keeps real ones.
             draw = torch.rand(rank, groups * m, device=device)
             draw[:, columns:] = -1.0
             order = draw.view(rank, groups, m).argsort(-1, descending=True).argsort(-1)

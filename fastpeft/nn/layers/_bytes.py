@@ -1,7 +1,7 @@
 """A parameter whose bytes are codes, not numbers, in a module whose parameters may be averaged.
 
 ``p.copy_(p * decay + p * (1 - decay))``, which an exponential moving average does to every parameter, is not the
-identity for integers: the sum of floats is just below many of them, and is truncated. Such a copy is rounded here.
+identity for integers: many float sums fall just below the integer and are truncated. Such a copy is rounded here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _Self = TypeVar("_Self", bound="Bytes")
 
 
 class Bytes(torch.Tensor):
-    """A tensor with two methods of its own, and none of torch's functions: kernels and graphs see a plain one.
+    """A tensor that overrides two methods and none of torch's functions: kernels and graphs see a plain one.
 
-    Copies and files of it are plain; ``detach``, which averages and state dicts go by, gives one like it.
+    Its copies and files are plain; ``detach``, which averages and state dicts use, gives one like it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -43,7 +43,7 @@ class Bytes(torch.Tensor):
 
 
 class BytesParameter(Bytes, nn.Parameter):
-    """What ``hold_bytes`` makes of a parameter."""
+    """The class that ``hold_bytes`` gives a parameter."""
 
 
 def hold_bytes(module: nn.Module, name: str) -> None:

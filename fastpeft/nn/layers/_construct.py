@@ -1,4 +1,4 @@
-"""What the adapted layers share: the two forms of their constructor, and what they may take the place of."""
+"""Shared by the adapted layers: the two forms of their constructor, and which layers they may replace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_position(op: str, args: tuple[Any, ...], options: dict[str, Any], names: 
 def constructor_form(op: str, args: tuple[Any, ...], options: dict[str, Any], new: tuple[str, ...]) -> bool:
     """`by_position`, and True for the form that adapts an ``original_layer``.
 
-    new        the names by position of the other form, which makes a base from sizes
+    new        the positional names of the other form, which makes a base from sizes
     """
     adapting = isinstance(args[0], nn.Module) if args else "original_layer" in options
     by_position(op, args, options, ADAPTING if adapting else new)
@@ -63,7 +63,7 @@ def require_parameters(op: str, layer: nn.Module) -> torch.Tensor:
 
 
 def require_linear(op: str, layer: object) -> None:
-    """Only what computes x Wᵀ + bias and nothing else may be replaced by a module that computes that."""
+    """Require a layer that computes x Wᵀ + bias and nothing else, as its replacement does."""
     _checks.require_dtype(
         isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward,
         op, "original_layer", "be an nn.Linear with nn.Linear's own forward", type(layer).__name__,
@@ -78,7 +78,7 @@ def require_linear(op: str, layer: object) -> None:
 
 
 def called_out_proj(out: nn.Linear) -> nn.Linear:
-    """nn.MultiheadAttention's out_proj, which its owner reads, as a layer that is called, on the same Parameters."""
+    """nn.MultiheadAttention's out_proj, whose weight it only reads, as a layer to call, on the same Parameters."""
     plain = nn.Linear(out.in_features, out.out_features, out.bias is not None, "meta").train(out.training)
     plain.weight, plain.bias = out.weight, out.bias
     return plain

@@ -22,7 +22,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Site:
-    """Where a weight stands in its owner: the names of weight and bias, and the rows of the bias that are its own."""
+    """Where a weight is in its owner: the names of weight and bias, and the rows of the bias that belong to it."""
 
     weight: str
     bias: str
@@ -32,12 +32,12 @@ class Site:
 class LoRAPart(Mergeable):
     """The adapter on one weight [N, K] of its owner, which holds that weight under torch's name.
 
-    Called, it is a LoRALayer: the update alone. The rest is for the owner.
+    Calling it gives the update alone, as LoRALayer does. The other methods serve the owner.
     """
 
     def __init__(self, owner: nn.Module, site: Site, config: Config, dtype: torch.dtype) -> None:
         super().__init__()
-        # In a tuple, as nn.Module would register it as a module of this one.
+        # In a tuple, else nn.Module would register the owner as a child of this module.
         self._owner, self.site = (owner,), site
         self._adapt(config, self.weight.device, dtype)
         self._reset(self.weight.detach())
@@ -60,7 +60,7 @@ class LoRAPart(Mergeable):
         return self._adapter(x) if self._enabled else x.new_zeros(*x.shape[:-1], self.out_features)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x Wᵀ + bias, with the update where it acts."""
+        """x Wᵀ + bias, with the update if it acts."""
         return self._linear(x, weight, bias) if self.active else nn.functional.linear(x, weight, bias)
 
     def base(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -76,14 +76,14 @@ class LoRAPart(Mergeable):
         return a.to(dtype), b.to(dtype) * self.scaling, None if bias is None else bias.to(dtype) * self.scaling
 
     def effective(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """W + scaling · B A and bias + scaling · lora_bias in ``dtype``, which is to be wide; differentiable."""
+        """W + scaling · B A and bias + scaling · lora_bias in ``dtype``, which should be wide; differentiable."""
         (weight, bias), (a, b, more) = self.base(dtype), self.update(dtype)
         if more is not None:
             bias = more if bias is None else bias + more
         return weight if a is None else torch.addmm(weight, b, a), bias
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``, with the scaling as it is now."""
+        """Draw the factors again by ``init``, with the current scaling."""
         self._require_resettable()
         self._reset(self.weight.detach())
 
@@ -103,7 +103,7 @@ class LoRAPart(Mergeable):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # The base class writes what it was before the merge under its own prefix; this base is the owner's.
+        # The base class writes the unmerged base under its own prefix; here the base belongs to the owner.
         before = destination.pop(prefix + "weight", None), destination.pop(prefix + "bias", None)
         owner = prefix[: prefix[:-1].rfind(".") + 1]
         for name, value in zip((self.site.weight, self.site.bias), before, strict=True):
@@ -118,7 +118,7 @@ class LoRAPart(Mergeable):
 
 
 def adopt(new: _Module, layer: nn.Module) -> _Module:
-    """Make ``new``, an object without attributes yet, the same layer: its attributes and its very Parameters."""
+    """Turn ``new``, an object without attributes yet, into ``layer``: its attributes and its very Parameters."""
     nn.Module.__init__(new)
     for name, value in layer.__dict__.items():
         if name not in new.__dict__:
@@ -131,7 +131,7 @@ def adopt(new: _Module, layer: nn.Module) -> _Module:
 
 
 class Parts(nn.Module):
-    """A mixin before a class of torch, whose constructor it replaces: that class with an adapter on its weights.
+    """A mixin for a class of torch, whose constructor it replaces: that class with an adapter on its weights.
 
     It adopts the attributes and Parameters of a layer of that class, so the keys of its state dict stay torch's, and
     adds one child for each adapted weight.
@@ -211,7 +211,7 @@ class Parts(nn.Module):
         return {name: child for name, child in self._modules.items() if isinstance(child, Mergeable)}
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``; the base is left, but pissa and olora take their part out of it."""
+        """Draw the factors again by ``init``; the base stays, but pissa and olora take their part out of it."""
         for part in self.parts().values():
             part._require_resettable()
         for part in self.parts().values():
@@ -228,7 +228,7 @@ class Parts(nn.Module):
             part.enable()
 
     def disable(self) -> None:
-        """Take every adapter out of later calls, unmerged first; the layer is torch's then."""
+        """Unmerge every adapter and take it out of later calls; the layer then computes what torch's does."""
         for part in self.parts().values():
             part.disable()
 
@@ -237,7 +237,7 @@ class Parts(nn.Module):
         return all(part.merged for part in self.parts().values())
 
     def merge(self, keep_backup: bool = True) -> dict[str, MergeReport]:
-        """Every weight and bias with its update, in place, as in LoRALinear; the report of each by its child's name.
+        """Merge every weight and bias with its update, in place, as in LoRALinear; returns the reports by child.
 
         Raises     ValueError: as LoRALinear.merge, and a lora_bias without a bias of the base; nothing has been changed
                    then.
@@ -258,7 +258,7 @@ class Parts(nn.Module):
         return reports
 
     def unmerge(self) -> dict[str, MergeReport]:
-        """Every base as it was before ``merge``, as in LoRALinear; the report of each by its child's name.
+        """Restore every base from before ``merge``, as in LoRALinear; returns the reports by child.
 
         Raises     ValueError: an adapter that is not merged, or cannot be unmerged; nothing has been changed then.
         """

@@ -14,7 +14,7 @@ from fastpeft.nn.layers._bytes import hold_bytes
 from fastpeft.nn.merge import Mergeable, MergeReport, Update
 from fastpeft.ops import Weight4bit, _checks, dequantize_4bit, quantize_4bit
 
-# The names that bitsandbytes gives them in a state dict; the last it keeps in the JSON bytes.
+# bitsandbytes' names in a state dict; the last one is in the JSON bytes there.
 _SCALES = ("absmax", "nested_quant_map", "nested_absmax", "nested_offset")
 
 _Self = TypeVar("_Self", bound="Quantized")
@@ -28,7 +28,7 @@ class Quantized(Mergeable):
     weight_dtype: torch.dtype
 
     def _hold(self, weight: Weight4bit, assign: bool = True) -> None:
-        """Keep the scales of ``weight`` as buffers: into those that exist, or themselves where ``assign``."""
+        """Keep the scales of ``weight`` as buffers: copied into existing ones, or themselves if ``assign``."""
         self.quant_type, self.block_size, self.weight_dtype = weight.quant_type, weight.block_size, weight.dtype
         for name, new in zip_longest(_SCALES, weight.scales):
             old = self._buffers.get(name)
@@ -42,7 +42,7 @@ class Quantized(Mergeable):
         hold_bytes(self, "weight")
 
     def weight_4bit(self) -> Weight4bit:
-        """The weight as the operators take it, on the module's own tensors; merged where the module is."""
+        """The weight as the operators take it, on the module's own tensors; merged if the module is."""
         held, buffers = self._parameters, self._buffers
         scales: Any = [buffers["absmax"]]
         if buffers["nested_offset"] is not None:
@@ -52,15 +52,15 @@ class Quantized(Mergeable):
         return Weight4bit(packed, scales, shape, self.weight_dtype, self.quant_type, self.block_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The base weight [N, K] in ``dtype``, default that of the original; with the update where it is merged."""
+        """The base weight [N, K] in ``dtype``, default that of the original; with the update if it is merged."""
         return dequantize_4bit(self.weight_4bit(), dtype)
 
     def merge(self, keep_backup: bool = True) -> MergeReport:
-        """W ← W + scaling · B A, quantised anew, and bias ← bias + scaling · lora_bias; the rest as in LoRALinear.
+        """W ← W + scaling · B A, quantised again, and bias ← bias + scaling · lora_bias; the rest as in LoRALinear.
 
-        keep_backup    True: the packed base is a byte to two elements, and no subtraction finds it again
-        Returns    what quantising anew loses; its relative error is often above 1, as a step of 4 bits is larger than
-                   most updates. ``to_linear`` merges without that loss.
+        keep_backup    must be True: no subtraction recovers the packed base, and its copy takes a byte for two elements
+        Returns    the loss by quantising again; its relative error is often above 1, because a step of 4 bits is larger
+                   than most updates. ``to_linear`` merges without that loss.
         Raises     ValueError: merged already, disabled, or a sum that is not finite; nothing has been changed then.
         """
         return self._merge((), keep_backup)
@@ -127,7 +127,7 @@ class Quantized(Mergeable):
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where torch.distributed.checkpoint.state_dict looks for ``weight``.
 
-        It follows every key attribute by attribute, and a Parameter has no ``absmax``. What it finds it does not use.
+        It resolves every key attribute by attribute, and a Parameter has no ``absmax``. It does not use what it finds.
         """
         return {"weight": "_keys"}
 
@@ -178,7 +178,7 @@ class Quantized(Mergeable):
             self._hold(weight, bool(local_metadata.get("assign_to_params_buffers", False)))
 
     def _has(self, parts: dict[str, torch.Tensor]) -> bool:
-        """Whether ``parts`` are those of the weight that is here: a state dict of what trains has them without it."""
+        """Whether ``parts`` belong to the current weight: a state dict of what trains has them without it."""
         held = (self.weight_4bit() if self._undo is None else self._undo.weight).to_parts()
         return held.keys() == parts.keys() and all(
             isinstance(part, torch.Tensor) and not part.is_meta and torch.equal(part.to(held[name].device), held[name])

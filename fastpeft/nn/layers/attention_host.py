@@ -1,4 +1,4 @@
-"""An attention whose out_proj is called, so that adapters of any kind can take its place; and torch's own again."""
+"""An attention that calls its out_proj, so that any adapter can take its place; and the conversion back to torch's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastpeft.nn.layers.lora_attention import LoRAMultiheadAttention
 
 
 def host_of(attention: nn.MultiheadAttention, options: dict[str, Any] | None = None) -> LoRAMultiheadAttention:
-    """``attention`` on the same Parameters with a plain nn.Linear as its out_proj, which is called.
+    """``attention`` on the same Parameters, with a plain nn.Linear as its out_proj, which is called.
 
-    options    of adapters on what reads query, key and value; None: there are none
+    options    of adapters on the input projections (query, key, value); None: no adapters
     Raises     ValueError, TypeError: as LoRAMultiheadAttention.
     """
     kind = LoRAMultiheadAttention
@@ -31,12 +31,12 @@ def host_of(attention: nn.MultiheadAttention, options: dict[str, Any] | None = N
 
 
 def input_parts(host: LoRAMultiheadAttention) -> dict[str, LoRAPart]:
-    """The adapters on what reads query, key and value, by their names."""
+    """The adapters on the input projections (query, key, value), by their names."""
     return {name: part for name, part in host.parts().items() if isinstance(part, LoRAPart)}
 
 
 def torchs_if_plain(host: LoRAMultiheadAttention) -> nn.MultiheadAttention | None:
-    """An nn.MultiheadAttention on the same Parameters; None where an adapter is left inside."""
+    """An nn.MultiheadAttention on the same Parameters; None if an adapter is left inside."""
     if host.parts() or type(host.out_proj) is not nn.Linear:
         return None
     plain = adopt(nn.MultiheadAttention.__new__(nn.MultiheadAttention), host)

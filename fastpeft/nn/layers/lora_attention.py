@@ -31,13 +31,13 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
     LoRAMultiheadAttention(embed_dim, num_heads, rank=4, dropout=0.0, bias=True, ...)                layout "in_out"
         makes a new frozen one first; torch's options by keyword, with torch's meaning.
 
-    targets    of "in_proj" (all that reads query, key and value) and "out_proj"; where kdim or vdim differ from
+    targets    of "in_proj" (the projections of query, key and value) and "out_proj"; where kdim or vdim differ from
                embed_dim also any of "q_proj", "k_proj", "v_proj", which "in_proj" names together
     lora_bias, lora_dropout    LoRA's own, where ``bias`` and ``dropout`` are torch's; ``dropout`` of the module stays
                that of the attention weights
     rank, alpha, layout, scaling, use_rslora, init, backend, adapter_dtype, freeze_base    as in LoRALinear
     Input, output    as nn.MultiheadAttention in every calling form, nested tensors in self-attention too. No weight is
-               merged in a call. The very bits of the base while disabled or merged.
+               merged in a call. Bit-identical to torch's while disabled or merged.
     Cost       self-attention of one x: one lora_linear for q, k and v; key is value: two; else three
     State dict the keys of nn.MultiheadAttention, whose checkpoints load with strict=False; in_proj.lora_A [r, E],
                in_proj.lora_B [3E, r], or q_proj.… apart; out_proj.lora_A, out_proj.lora_B. It is always that of the
@@ -56,7 +56,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # As every LoRA module has, and ahead of those inside, whose dicts of hooks torch.compile cannot count.
+        # As on every LoRA module; found before the modules inside, whose hook dicts torch.compile cannot count.
         self._forward_pre_hooks[KEY] = called
 
     @classmethod
@@ -160,7 +160,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         return y, weights
 
     def _project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v as views [N, heads, L | S, head_dim] of as few products as there are different inputs."""
+        """q, k, v as views [N, heads, L | S, head_dim] of one product for each distinct input."""
         if not self._qkv_same_embed_dim:
             biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             found = []
@@ -208,7 +208,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         need_weights: bool,
         is_causal: bool,
     ) -> tuple[torch.Tensor | None, bool]:
-        """The sum of both masks, to be added to the scores, and whether the hint of a causal mask takes its place."""
+        """The sum of both masks, to be added to the scores, and whether the hint of a causal mask replaces it."""
         op, N, L, S = type(self).__name__, q.shape[0], q.shape[2], k.shape[2]
         _checks.require(not is_causal or mask is not None, op, "attn_mask", "be given with is_causal", None)
         if mask is not None:
@@ -232,7 +232,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
     def _extended(
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """k and v with bias_k, bias_v and a zero behind the last position, where the module has them."""
+        """k and v with bias_k, bias_v and a zero after the last position, if the module has them."""
         N, heads, _, d = k.shape
         more: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.bias_k is not None and self.bias_v is not None:
@@ -246,7 +246,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
         return k, v, mask
 
     def _nested(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
-        """Self-attention of a nested x, which nn.TransformerEncoder makes of a padded one: padded again, and back."""
+        """Self-attention of a nested x, which nn.TransformerEncoder makes of a padded one: pad, attend, nest."""
         op, (padding, need_weights, mask, average) = type(self).__name__, rest
         _checks.require(
             query is key and key is value, op, "query", "be key and value where it is nested", "another tensor"
@@ -262,7 +262,7 @@ class LoRAMultiheadAttention(Parts, nn.MultiheadAttention):
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """-inf where a boolean mask hides; a float mask is one already."""
+    """An additive mask: -inf where a boolean mask hides; a float mask is additive already."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     _checks.require_dtype(

@@ -14,7 +14,7 @@ _Self = TypeVar("_Self", bound="_Cell")
 
 
 class _Cell(Parts):
-    """What the three have in common."""
+    """The common base of the three cells."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("bias", "device", "dtype")
 
@@ -85,7 +85,7 @@ class LoRARNNCell(_Cell, nn.RNNCell):
                 on x and on h alike
     rank, alpha, layout, scaling, use_rslora, init, backend, adapter_dtype, freeze_base    as in LoRALinear
     Input      x [N, input_size] or [input_size]; h [N, hidden_size] or [hidden_size], zero where it is not given
-    Output     h' in the shape of h; act is tanh or relu, taken once: the very bits of the cell while disabled
+    Output     h' in the shape of h; act is tanh or relu, applied once; bit-identical to the cell while disabled
     State dict weight_ih, weight_hh, bias_ih, bias_hh as in nn.RNNCell, whose checkpoints load with strict=False;
                lora_ih.lora_A, lora_ih.lora_B, lora_hh.… It is always that of the unmerged module.
     Raises     TypeError: original_layer is no plain cell of torch, a type, or an unknown option.  ValueError: a range,

@@ -26,19 +26,19 @@ class _LoRAConv(Mergeable):
     """y = conv(x, W) + bias + scaling · (conv1x1(conv(dropout(x), A), B) + lora_bias): W + scaling · (B A) in W's shape
 
     LoRAConv2d(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)
-        adapts an nn.Conv2d: its weight and bias Parameters become this module's own and are frozen, also where
-        something else holds them. Its training flag is kept. ``bias`` is here LoRA's, as is ``lora_bias``.
+        adapts an nn.Conv2d: its weight and bias Parameters become this module's own and are frozen, even if
+        something else holds them. Its training flag is kept. Here ``bias`` means LoRA's, as ``lora_bias`` does.
     LoRAConv2d(in_channels, out_channels, kernel_size, rank=4, stride=1, padding=0, ...)
         makes a new base first, frozen too; stride, padding, dilation, groups, bias, padding_mode, device, dtype are
         nn.Conv2d's. Scaling is 0.01 and init randn unless ``alpha``, ``use_rslora`` or ``layout="out_in"`` is given.
 
     lora_A     [r, in_channels / groups · kernel], a convolution to r channels that all groups share;  lora_B
-               [out_channels, r]; both in either layout, which here only stands for its defaults
-    lora_bias, lora_dropout    LoRA's own bias, and its dropout, which ``dropout`` names too
+               [out_channels, r]; the same in either layout, which only selects defaults here
+    lora_bias, lora_dropout    LoRA's own bias, and its dropout (also ``dropout``)
     rank, alpha, scaling, use_rslora, init, backend, adapter_dtype, freeze_base    as in LoRALinear
     path       as in fastpeft.ops.lora_conv2d
     Input      x [N, C, *in] or [C, *in] in the weight's dtype, or any under autocast; channels-last is fastest
-    Output     y in the memory format of the base; the very bits of the base layer while disabled
+    Output     y in the memory format of the base; bit-identical to the base layer while disabled
     State dict weight, bias, lora_A, lora_B, lora_bias; always that of the unmerged module, and loading one unmerges.
     Raises     TypeError: original_layer is no plain convolution, a type, or an unknown option.  ValueError: a range, a
                layer with hooks or a parametrization.  Nothing has been changed then.
@@ -56,7 +56,7 @@ class _LoRAConv(Mergeable):
         names = (*_SIZES, *(self.POSITIONS or ("rank",)), *_TORCHS)
         adapting = constructor_form(op, args, options, names)
         layout = "out_in" if adapting else self._convention(options, len(args)) or "in_out"
-        # A layer of no storage: torch checks its arguments, and nothing is drawn from a generator.
+        # A layer without storage: torch checks its arguments, and no random generator is used.
         new: dict[str, Any] = {} if adapting else {n: options.pop(n) for n in (*_SIZES, *_TORCHS) if n in options}
         layer = options.pop("original_layer") if adapting else self._made(op, new | {"device": "meta"})
         if adapting:
@@ -97,7 +97,7 @@ class _LoRAConv(Mergeable):
 
     @classmethod
     def _require_conv(cls, op: str, layer: object) -> None:
-        """Only what computes a convolution and nothing else may be replaced by a module that computes that."""
+        """Require a layer that computes a convolution and nothing else, as its replacement does."""
         plain = isinstance(layer, cls.TORCH) and all(
             getattr(type(layer), name) is getattr(cls.TORCH, name) for name in ("forward", "_conv_forward")
         )
@@ -108,7 +108,7 @@ class _LoRAConv(Mergeable):
         require_unhooked(op, layer)
 
     def _adapt(self, config: Config, device: torch.device | str | None, dtype: torch.dtype, **own: Any) -> None:
-        # B A has W's shape in one order only.
+        # Only layout "out_in" gives B A the shape of W.
         super()._adapt(replace(config, layout="out_in"), device, dtype, **own)
         self.layout = config.layout
 
@@ -128,7 +128,7 @@ class _LoRAConv(Mergeable):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``; the base is left, but pissa and olora take their part out of it."""
+        """Draw the factors again by ``init``; the base stays, but pissa and olora take their part out of it."""
         self._require_unmerged("reset_parameters")
         takes = needs_weight(self.init)
         if takes:

@@ -28,13 +28,13 @@ class LoRALayer(LoRAModule):
     input_dimension, output_dimension    sizes of x's and y's last dimension; also input_dim, output_dim; or
                 in_features, out_features, which select layout "in_out". By position they mean layout "out_in".
     rank        r >= 1
-    alpha       numerator of the scaling α/r; None where it is fixed
+    alpha       numerator of the scaling α/r; None if it is fixed
     dropout_probability    in [0, 1), of an element of x being hidden from A while training; also ``dropout``
     bias        whether the output has a trainable bias, lora_bias [output_dimension], multiplied by scaling
-    layout      "out_in": lora_A [r, in], lora_B [out, r] · "in_out": lora_A [in, r], lora_B [r, out]. It brings the
-                defaults of rank, scaling, init and dropout with it: the table of fastpeft/nn/config.py
-    scaling     fixed factor in the place of α/r
-    use_rslora  α/√r in the place of α/r                                            Kalajdzievski 2023, arXiv:2312.03732
+    layout      "out_in": lora_A [r, in], lora_B [out, r] · "in_out": lora_A [in, r], lora_B [r, out]. It also sets the
+                defaults of rank, scaling, init and dropout: see the table in fastpeft/nn/config.py
+    scaling     fixed factor instead of α/r
+    use_rslora  α/√r instead of α/r                                               Kalajdzievski 2023, arXiv:2312.03732
     init        a scheme of fastpeft/nn/init.py that needs no base weight
     backend     as in fastpeft.ops.lora_linear
     device, dtype    of the parameters; default: torch's own
@@ -65,7 +65,7 @@ class LoRALayer(LoRAModule):
             op = type(self).__name__
             by_position(op, args, options, (*self.SIZES, *(self.POSITIONS or _POSITIONS)))
             layout = self._convention(options, len(args))
-            slides = options.get("in_features") is not None and options.get("out_features") is not None
+            in_out = options.get("in_features") is not None and options.get("out_features") is not None
             sizes = {name: options.pop(name, None) for name in (*_SIZES, *_SPELLINGS)}
             device, dtype = sizes.pop("device"), sizes.pop("dtype")
             K, N = (
@@ -74,7 +74,7 @@ class LoRALayer(LoRAModule):
                               ("output_dimension", "output_dim", "out_features"))
             )  # fmt: skip
             K, N = size(op, "input_dimension", K), size(op, "output_dimension", N)
-            layout = layout or ("in_out" if slides else "out_in")
+            layout = layout or ("in_out" if in_out else "out_in")
             config, own = self._configure(K, N, options, layout, False, *_SIZES, *_SPELLINGS)
             dtype = adapter_dtype(op, dtype)
             super().__init__()
@@ -82,7 +82,7 @@ class LoRALayer(LoRAModule):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``, with the scaling as it is now."""
+        """Draw the factors again by ``init``, with the current scaling."""
         self._reset(None)
 
     def forward(self, x: torch.Tensor, *condition: Any) -> torch.Tensor:

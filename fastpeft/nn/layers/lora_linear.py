@@ -27,7 +27,7 @@ class LoRALinear(Mergeable):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ Bᵀ + lora_bias)              Hu et al. 2021, arXiv:2106.09685, eq. 3
 
     LoRALinear(original_layer, rank=8, alpha=16, dropout_probability=0.1, bias=False)   layout "out_in"
-        adapts an nn.Linear: its weight and bias Parameters become this module's own and are frozen, also where
+        adapts an nn.Linear: its weight and bias Parameters become this module's own and are frozen, even if
         something else holds them. Its training flag is kept.
     LoRALinear(in_features, out_features, rank=4)                                       layout "in_out"
         makes a new base first, frozen too; ``base_bias``, ``device``, ``dtype`` are nn.Linear's bias, device, dtype.
@@ -37,7 +37,7 @@ class LoRALinear(Mergeable):
     adapter_dtype    of lora_A, lora_B and lora_bias; default: the base's, fp32 where that is a half precision
     freeze_base      False leaves requires_grad of the base as it is
     Input      x [..., in_features] in the weight's dtype, or any under autocast
-    Output     y [..., out_features]; the very bits of the base layer while disabled
+    Output     y [..., out_features]; bit-identical to the base layer while disabled
     State dict weight, bias, lora_A, lora_B, lora_bias: weight and bias as in nn.Linear, so its checkpoints load with
                strict=False. It is always that of the unmerged module, and loading one unmerges first.
     Raises     TypeError: original_layer is no plain nn.Linear, a type, or an unknown option.  ValueError: a range, or a
@@ -115,7 +115,7 @@ class LoRALinear(Mergeable):
         return cls(original_layer=layer, **from_options(cls.RANKS, options))
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``; the base is left, but pissa and olora take their part out of it."""
+        """Draw the factors again by ``init``; the base stays, but pissa and olora take their part out of it."""
         self._require_resettable()
         self._reset(self.weight.detach())
 

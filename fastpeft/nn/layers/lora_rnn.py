@@ -1,11 +1,11 @@
 """LoRARNN, LoRALSTM, LoRAGRU: torch's recurrent layers over whole sequences with LoRA on every W_ih and W_hh.
 
-The time loop stays the vendor's (cuDNN, oneDNN, ATen), which takes weights and no adapters. So once a sequence each
-weight becomes W + scaling · B A, differentiable and in fp32 or wider, and the loop's dense dW goes on through that sum
-to dA and dB: 2 · gates · hidden · (in + hidden) · r FLOP each way. Dropout on what A reads cannot be merged; then x is
-widened by drop(x) Aᵀ, [T, N, in + r], and W_ih by scaling · B: the same sum, in one product.
+The vendor's time loop (cuDNN, oneDNN, ATen) takes weights but no adapters. So each weight is merged once a sequence,
+W + scaling · B A, differentiable and in fp32 or wider, and the loop's dense dW goes on through that sum to dA and dB:
+2 · gates · hidden · (in + hidden) · r FLOP each way. Dropout on A's input cannot be merged: then x is widened by
+drop(x) Aᵀ to [T, N, in + r], and W_ih by scaling · B, which gives the same sum in one product.
 
-A GRU and an RNN on a CPU have no such loop but ATen's, a step at a time; there ours runs, fastpeft/ops/_recurrent.py.
+For a GRU or RNN on a CPU there is only ATen's loop, one step at a time; ours runs instead, fastpeft/ops/_recurrent.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOOPS: dict[str, Any] = {"LSTM": _VF.lstm, "GRU": _VF.gru, "RNN_TANH": _VF.rnn_
 
 
 class _Sequence(Parts):
-    """What the three have in common. The annotated attributes are nn.RNNBase's."""
+    """The common base of the three layers. The annotated attributes are nn.RNNBase's."""
 
     NAMES: ClassVar[tuple[str, ...]] = (
         "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "device", "dtype"
@@ -117,10 +117,10 @@ class _Sequence(Parts):
         return found if batched else [h.unsqueeze(1) for h in found]
 
     def _run(self, x: torch.Tensor, hidden: list[torch.Tensor], sizes: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The output and the last states in the dtype of x; through all layers at once unless A's input is dropped."""
+        """The output and the last states in the dtype of x; all layers in one call unless A's input has dropout."""
         if self._steps_here(x, sizes):
             return self._steps(x, hidden[0])
-        # torch.compile cannot train oneDNN's LSTM, which it takes unless x asks for a gradient; the widened x does.
+        # torch.compile cannot train oneDNN's LSTM, which runs unless x requires a gradient; the widened x does.
         if not torch.compiler.is_compiling() and not any(self._drops(part) for part in self._adapters()):
             weights = [weight for names in self._all_weights for weight in self._weights(names, x.dtype)]
             return self._loop(x, hidden, sizes, weights, self.num_layers)
@@ -135,7 +135,7 @@ class _Sequence(Parts):
         return x, [torch.cat(states) for states in zip(*last, strict=True)]
 
     def _steps_here(self, x: torch.Tensor, sizes: Any) -> bool:
-        """Whether our own loop runs: where ATen's is a step at a time too, and nothing traces or transforms it."""
+        """Whether our own loop runs: if ATen's would go step by step too, and nothing traces or transforms it."""
         traced = torch.compiler.is_compiling() or _derivatives.composed(type(self).__name__, None, False)
         return self.mode != "LSTM" and x.device.type == "cpu" and sizes is None and not traced
 
@@ -182,7 +182,7 @@ class _Sequence(Parts):
         return y, last
 
     def _weights(self, names: list[str], dtype: torch.dtype) -> list[torch.Tensor]:
-        """One layer's weights and biases in one direction, with their updates; where one bias is missing it is zero."""
+        """One layer's weights and biases in one direction, with their updates; a missing bias is zero."""
         (w_ih, b_ih), (w_hh, b_hh) = (part.effective(dtype) for part in self._pair_of(names))
         found = [w_ih, w_hh]
         if b_ih is not None or b_hh is not None:
@@ -190,9 +190,9 @@ class _Sequence(Parts):
         return found + [getattr(self, name).to(dtype) for name in names if "_hr" in name]
 
     def _widened(self, x: torch.Tensor, layer: list[list[str]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """[x, drop(x) Aᵀ of each direction], and one layer's weights with [W_ih, scaling · B] in the place of W_ih.
+        """[x, drop(x) Aᵀ of each direction], and one layer's weights with [W_ih, scaling · B] instead of W_ih.
 
-        Each direction reads its own columns: the other's are zero.
+        Each direction reads its own columns and has zeros for the other's.
         """
         found: list[list[torch.Tensor]] = []
         shrunk: list[torch.Tensor] = []
@@ -227,7 +227,7 @@ class LoRARNN(_Sequence, nn.RNN):
                 each layer's input from A of W_ih; the update of W_hh is merged once a sequence and has none
     rank, alpha, layout, scaling, use_rslora, init, backend, adapter_dtype, freeze_base    as in LoRALinear
     Input      x [T, N, in], [N, T, in] with batch_first, [T, in], or a PackedSequence; hx as in torch, or None
-    Output     as torch's, in x.dtype, under autocast in its dtype; the very bits of the base while disabled. The time
+    Output     as torch's, in x.dtype, under autocast in its dtype; bit-identical to the base while disabled. The time
                loop runs in fp32 for half precisions, in which a merged weight would lose most of its update.
     Saves      what the vendor's loop saves, and one copy of each weight in the dtype of the loop
     State dict the keys of nn.RNN, whose checkpoints load with strict=False; lora_ih_l0.lora_A and, say,
@@ -235,8 +235,8 @@ class LoRARNN(_Sequence, nn.RNN):
     Raises     TypeError: original_layer is no plain layer of torch, a type, or an unknown option.  ValueError: a range,
                or a layer with hooks; nothing has been changed then.  RuntimeError, ValueError: shapes, as torch.
 
-    torch.compile follows it under ``torch._dynamo.config.allow_rnn``, as it does torch's. On CUDA the loop is cuDNN's,
-    which copies the weights into one buffer at each call, says so once, and rounds them to TF32 where torch lets it.
+    torch.compile traces it under ``torch._dynamo.config.allow_rnn``, as it does torch's. On CUDA the loop is cuDNN's,
+    which copies the weights into one buffer at each call, warns once, and rounds them to TF32 if torch allows it.
     """
 
     TORCH = nn.RNN

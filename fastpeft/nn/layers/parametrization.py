@@ -24,7 +24,7 @@ class LoRAParametrization(nn.Module):
     device, dtype    of lora_A ~ N(0, 1) and lora_B = 0; those of the weight, for a sum that is exact to the bit
     Raises     ValueError: a range.  TypeError: a type.
 
-    It works wherever torch reads the weight, and forms the whole of it in every call, and its dense gradient: for a
+    It works wherever torch reads the weight, but forms it and its dense gradient whole in every call: for a
     linear layer, a convolution or an attention the modules of this package do the same at a fraction of the cost.
     ``torch.nn.utils.parametrize.cached()`` forms it once for several calls.
     """
@@ -80,7 +80,7 @@ def add_parametrization(
 
     layer      any module: nn.Linear, a convolution, nn.MultiheadAttention (name="in_proj_weight"), nn.LSTM
                (name="weight_hh_l0"), ...
-    name       of a float parameter of two dimensions or more; it lies under parametrizations.<name>.original then
+    name       of a float parameter of two dimensions or more; then stored as parametrizations.<name>.original
     freeze_base    False leaves its requires_grad as it is
     Raises     TypeError: no module, or no float dtype.  ValueError: no such parameter, a shape, a range; nothing has
                been changed then.  torch's parametrize.remove_parametrizations takes it out, merged or not.

@@ -29,9 +29,9 @@ class QLoRALinear(Quantized):
     QLoRALinear(in_features, out_features, rank=4, bits=4)                              layout "in_out"
         makes a new base first; ``base_bias``, ``device``, ``dtype`` are nn.Linear's bias, device, dtype.
 
-    bits           4, the only number that is served
+    bits           4, the only number supported
     quant_type, block_size, double_quant    as in fastpeft.ops.quantize_4bit
-    compute_dtype  of the products; default: that of x. x is cast to it and y back, but autocast goes first.
+    compute_dtype  of the products; default: that of x. x is cast to it and y back, but autocast takes precedence.
     bias, rank, alpha, layout, scaling, use_rslora, init, dropout, backend    as in LoRALayer
     adapter_dtype  of lora_A, lora_B and lora_bias; default: the original weight's, fp32 where that is a half precision
     Input      x [..., in_features] fp32 | bf16 | fp16
@@ -42,7 +42,7 @@ class QLoRALinear(Quantized):
     Raises     TypeError: original_layer is no plain nn.Linear, or a type.  ValueError: a range, or a layer with hooks.
 
     Averages of parameters (``torch.optim.swa_utils``) and of state dicts leave the packed weight as it is. FSDP2 shards
-    it; FSDP1 flattens no integers: pass every ``weight`` in ``ignored_states``, and each rank keeps it whole.
+    it; FSDP1 cannot flatten integers: pass every ``weight`` in ``ignored_states``, and each rank keeps it whole.
 
     ``.to(dtype)``, ``.half()`` and the like cast the adapter and the bias, never the packed weight and its scales.
     """
@@ -76,7 +76,7 @@ class QLoRALinear(Quantized):
             kept = adapter_dtype(op, given.get("dtype"))
             layer = nn.Linear(K, N, given.get("base_bias", True), given.get("device"), kept)
         dtype = adapter_dtype(op, given.get("adapter_dtype"), layer.weight)
-        # An explicit backend is asked for by the products; the bytes are the same whichever quantises.
+        # An explicit backend applies to the products; every backend quantises to the same bytes.
         packing = {name: given[name] for name in ("quant_type", "block_size", "double_quant") if name in given}
         quantized = quantize_4bit(layer.weight.detach(), **packing)
         super().__init__()
@@ -105,7 +105,7 @@ class QLoRALinear(Quantized):
         return cls(original_layer=layer, **from_options(cls.RANKS, options))
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew by ``init``; the base is left."""
+        """Draw the factors again by ``init``; the base stays as it is."""
         self._require_unmerged("reset_parameters")
         self._reset(None)
 

@@ -22,29 +22,29 @@ class AdapterStack(nn.Module):
     parallel   {name: module} that read x and add to the output: LoRALayer and its variants, Adapter(kind="parallel")
     serial     {name: module} that read the output: Adapter
 
-    Whatever else is asked of the stack is the layer's: owners read ``linear1.weight`` or ``self_attn.batch_first``.
+    Every other attribute is the layer's: owners read ``linear1.weight`` or ``self_attn.batch_first``.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.parallel, self.serial = nn.ModuleDict(), nn.ModuleDict()
-        # What `merge` did: the base's Undo, or its own copy of a plain layer's weight and bias; and whose updates.
+        # The undo of `merge`: the base's Undo, or a copy of a plain layer's weight and bias; and the adapters merged.
         self._merge_of: Any = None
         self._names: tuple[str, ...] = ()
         self.training = layer.training
 
     def names(self) -> list[str]:
-        """Of the adapters."""
+        """The names of the adapters."""
         return [*self.parallel, *self.serial]
 
     def add(self, name: str, adapter: nn.Module, serial: bool = False) -> None:
-        """Put ``adapter`` in, under a name that is free."""
+        """Add ``adapter`` under an unused name."""
         _checks.require(name not in self.names(), _OP, "name", "be free", repr(name))
         (self.serial if serial else self.parallel)[name] = adapter.train(self.training)
 
     def pop(self, name: str) -> nn.Module:
-        """Take the adapter of that name out, and return it; a merged update stays in the weight."""
+        """Remove and return the adapter of that name; a merged update stays in the weight."""
         _checks.require(name in self.names(), _OP, "name", f"be one of {self.names()}", repr(name))
         return (self.serial if name in self.serial else self.parallel).pop(name)
 
@@ -63,7 +63,7 @@ class AdapterStack(nn.Module):
     @property
     def merged(self) -> bool:
         if isinstance(self.layer, Mergeable):
-            # Merged by itself, as `lora_disabled` does, it holds no update of ours.
+            # A layer merged by itself, as by `lora_disabled`, holds no update of ours.
             return self._merge_of is not None and self.layer._undo is self._merge_of
         return self._merge_of is not None
 
@@ -114,7 +114,7 @@ class AdapterStack(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The base's own bits again.
+        """Restore the base's own bits.
 
         Raises     ValueError: not merged.
         """

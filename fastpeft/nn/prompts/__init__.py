@@ -1,10 +1,10 @@
-"""Prompts and prefixes: virtual tokens that are trained in the place of the model.
+"""Prompts and prefixes: virtual tokens that are trained instead of the model.
 
-``virtual`` has what they share, ``prompt_embedding``, ``p_tuning`` and ``prefix`` the encoders, ``prepend`` the masks,
-labels and positions of a longer sequence, ``insertion`` puts them into a transformers model (``hosts``, ``prompt_host``
-and ``prefix_host`` are how they act there, ``checkpointing`` how a prefix acts under recomputation), ``classical`` the
-baselines that train neither. Plain torch: an encoder runs once a step on P rows, and a kernel would gain nothing. What
-adapts a weight does not belong here.
+``virtual`` is their common base; ``prompt_embedding``, ``p_tuning`` and ``prefix`` are the encoders; ``prepend`` makes
+the masks, labels and positions of a longer sequence; ``insertion`` puts them into a transformers model, in which
+``hosts``, ``prompt_host`` and ``prefix_host`` let them act, and ``checkpointing`` a prefix under recomputation;
+``classical`` has the baselines that train neither. Plain torch: an encoder runs once a step on P rows, and a kernel
+would gain nothing. Nothing that adapts a weight belongs here.
 """
 
 from fastpeft.nn.prompts.classical import PatternVerbalizer, freeze_body

@@ -1,9 +1,9 @@
 """A prefix under transformers' gradient checkpointing, which hands its layers no cache.
 
 transformers gives a checkpointed layer ``cache=None``, because a cache that grows would grow a second time when the
-layer is recomputed. A prefix does not grow. So each self-attention that gets no cache is handed the prefix of its
-layer as a cache that keeps nothing, in the forward and, from what the checkpoint itself closes over, in the
-recomputation: the states are those of that very step, whatever runs in between.
+layer is recomputed. A prefix does not grow. So a self-attention without a cache gets its layer's prefix as a cache
+that stores nothing: in the forward, and in the recomputation from the checkpoint's own closure. The states are then
+those of that very step, whatever runs in between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ States = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PrefixOnly:
-    """What an attention asks of its layer's cache, answered by a prefix alone: ``update`` keeps nothing."""
+    """The interface of a layer's cache, served by a prefix alone: ``update`` stores nothing."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.key, self.value = key, value
@@ -38,7 +38,7 @@ class PrefixOnly:
 
 
 class _Handed:
-    """A forward pre-hook of one attention: the prefix as its cache, where it attends to its own tokens without one."""
+    """A forward pre-hook of one attention: it passes the prefix as the cache of a self-attention that has none."""
 
     def __init__(self, names: tuple[str, ...], cache_name: str, cache: PrefixOnly) -> None:
         self.names, self.cache_name, self.cache = names, cache_name, cache
@@ -78,7 +78,7 @@ def _handed(hooks: list[tuple[nn.Module, _Handed]]) -> Iterator[None]:
 
 
 class _Recomputed:
-    """A layer's checkpoint function whose runs of the layer, the first and the recomputing one, see the prefix."""
+    """A layer's checkpoint function; the layer sees the prefix in its first run and in the recomputation."""
 
     def __init__(self, checkpoint: Callable[..., Any], hooks: list[tuple[nn.Module, _Handed]]) -> None:
         self.checkpoint, self.hooks = checkpoint, hooks
@@ -102,7 +102,7 @@ def checkpointed(model: nn.Module) -> list[Any]:
 def seen_by(op: str, model: nn.Module, blocks: list[Any], states: States) -> Iterator[None]:
     """Let the attentions of ``model`` see the prefix where ``blocks`` are checkpointed.
 
-    Raises     ValueError: reentrant checkpointing, which gives what a layer closes over no gradient
+    Raises     ValueError: reentrant checkpointing, which gives no gradient to what a layer closes over
     """
     before = [(block, block.__dict__.get("_gradient_checkpointing_func")) for block in blocks]
     for _, function in before:

@@ -16,7 +16,7 @@ def freeze_body(model: Any, head: str | Sequence[str] | None = None) -> list[str
     """Freeze ``model`` but for its head, whose parameters require gradients; the baseline that every method must beat.
 
     head       names of the modules that are the head: exact, or the last parts of a dotted name ("classifier"). None:
-               what a transformers model has outside its ``base_model``, without what is tied to the body
+               all of a transformers model outside its ``base_model`` that is not tied to the body
     Returns    the names of the trained parameters
     Raises     ValueError: a name that matches nothing, or no head.  TypeError: not a module. Nothing is changed then
     """
@@ -120,8 +120,8 @@ class PatternVerbalizer:
     def scores(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """s [B, labels] of the model's ``logits`` [B, T, V] for ``inputs``, differentiable.
 
-        Logits may have more rows than ``inputs`` tokens, before them: those of an inserted prompt. Or they are [B, V],
-        of ``positions`` alone: T times less of a large vocabulary's product.
+        Logits may have more rows than ``inputs`` has tokens: the first are those of an inserted prompt. Or they are
+        [B, V], for ``positions`` alone, which divides a large vocabulary's product by T.
         Raises     ValueError: an example without its mask, or with two
         """
         op, ids = "PatternVerbalizer", inputs["input_ids"]

@@ -1,8 +1,8 @@
-"""How an inserted prompt or prefix acts: the model's class is changed in place, to a subclass made at run time.
+"""How an inserted prompt or prefix acts: the model's class is changed in place to a subclass made at run time.
 
-``prompt_host`` and ``prefix_host`` say what the subclass does; here is what they share. After its first call a cache
+``prompt_host`` and ``prefix_host`` define the subclasses; this file has what they share. After its first call a cache
 holds P entries more than the caller counts, so masks and positions of later calls are lengthened. In ``generate`` that
-happens where the inputs are prepared, before 4-D masks are made of them: the forward of a decoding step has nothing
+happens when the inputs are prepared, before 4-D masks are made of them: the forward of a decoding step has nothing
 left to do, and can be compiled.
 """
 
@@ -28,7 +28,7 @@ CACHE_POSITION = "cache_position"
 
 
 class Rows:
-    """A forward hook of the word embeddings: the prompt in the place of the first P rows, once each time it is set."""
+    """A forward hook of the word embeddings: it replaces the first P rows by the prompt, once each time it is set."""
 
     def __init__(self) -> None:
         self.make: Callable[[torch.dtype], torch.Tensor] | None = None
@@ -43,10 +43,10 @@ class Rows:
 
 @dataclass
 class Inserted:
-    """What a model remembers of an insertion.
+    """The record of an insertion, kept on the model.
 
     filler     the id that stands for a virtual token        first    the position of the model's first token
-    causal     whether its attention is; None: it does not say        nested    the encoder of a larger model
+    causal     whether its attention is; None: unknown        nested    the encoder of a larger model
     most       rows of its table of positions; None: it has none
     decoder    what a decoder's mask and positions are called by: "decoder_" in an encoder-decoder
     trained    which parameters required gradients before the base was frozen; None: it was not
@@ -66,7 +66,7 @@ class Inserted:
 
 
 def _entries(op: str, cache: Any) -> Any:
-    """How many entries a cache holds: a tensor on the device where a static cache counts there."""
+    """How many entries a cache holds: a tensor on the device if a static cache counts there."""
     linear = getattr(cache, "is_linear", None)
     rule = "hold keys and values; a recurrent model generates with use_cache=False"
     _checks.require(not (linear and all(linear)), op, "cache", rule, type(cache).__name__)
@@ -74,12 +74,12 @@ def _entries(op: str, cache: Any) -> Any:
 
 
 def length(op: str, cache: Any) -> int:
-    """How many entries a cache holds; waits for the device where it counts there."""
+    """How many entries a cache holds; waits for the device if it counts there."""
     return 0 if cache is None else int(_entries(op, cache))
 
 
 def started(op: str, cache: Any, first: bool) -> bool:
-    """Whether virtual tokens are in the cache already; ``first``: it might be the first call of a generation."""
+    """Whether virtual tokens are in the cache already; ``first``: it may be the first call of a generation."""
     if cache is None:
         return False
     entries = _entries(op, cache)
@@ -87,29 +87,29 @@ def started(op: str, cache: Any, first: bool) -> bool:
 
 
 def tokens(kwargs: dict[str, Any], prefix: str = "") -> torch.Size | None:
-    """[..., T] of the ids or embeddings of a call."""
+    """The shape [..., T] of the ids or embeddings of a call."""
     ids, embeddings = kwargs.get(f"{prefix}input_ids"), kwargs.get(f"{prefix}inputs_embeds")
     return ids.shape if ids is not None else None if embeddings is None else embeddings.shape[:-1]
 
 
 def check_room(record: Inserted, cache: Any, T: int) -> None:
-    """The table of positions and a static cache must have room for the virtual tokens too."""
+    """Check that the table of positions and a static cache have room for the virtual tokens too."""
     op, needed = record.op, record.module.num_virtual_tokens + T
     fits = record.most is None or needed <= record.most
     rule = f"have at most {(record.most or 0) - needed + T} tokens beside the virtual ones, for {record.most} positions"
     _checks.require(fits, op, "input_ids", rule, T)
     cache = getattr(cache, "self_attention_cache", cache)
     ask = getattr(cache, "get_max_length", None) or getattr(cache, "get_max_cache_shape", None)
-    # A layer that slides holds what it must, and one that grows says -1.
+    # A sliding-window layer holds any length, and a growing one reports -1.
     most = -1 if ask is None or any(getattr(cache, "is_sliding", [])) else ask()
     full = most is not None and 0 < most < needed
     _checks.require(not full, op, "cache", f"have room for {needed} entries, the virtual tokens included", most)
 
 
 def lengthen(record: Inserted, kwargs: dict[str, Any], seen: int | None) -> None:
-    """Mask and positions of a call whose cache holds the virtual tokens.
+    """Lengthen mask and positions of a call whose cache holds the virtual tokens.
 
-    seen       real tokens, those of this call included; None: the mask is a caller's of any length
+    seen       real tokens, those of this call included; None: a caller's mask of any length
     """
     P, name = record.module.num_virtual_tokens, record.decoder + "attention_mask"
     mask = kwargs.get(name)
@@ -128,13 +128,13 @@ def check_mask(record: Inserted, mask: object) -> None:
 
 
 class Host:
-    """The mixin of a changed class. ``_source``: the class that the model had."""
+    """The mixin of a changed class. ``_source``: the model's original class."""
 
     METHODS: ClassVar[dict[str, str]] = {}
     """A method of the model -> ours, which gets that of ``_source``, bound, and the arguments by name."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """As any module, but made anew from the class that it had: the subclass has no name to be found under."""
+        """As any module, but rebuilt from its original class: the subclass has no name by which to find it."""
         reduced = nn.Module.__reduce_ex__(self, max(protocol, 2))
         return _remake, (type(self)._source, type(self)._kind), *reduced[2:]
 
@@ -168,7 +168,7 @@ def _method(inner: Callable[..., Any], ours: str) -> Callable[..., Any]:
 
 
 def renamed(kwargs: dict[str, Any], name: str) -> Any:
-    """The cache of a call under the name that the model's forward has for it."""
+    """Move the cache of a call to the name that the model's forward has for it, and return it."""
     for other in CACHE_NAMES[:2]:
         if other != name and kwargs.get(other) is not None:
             kwargs[name] = kwargs.pop(other)
@@ -176,7 +176,7 @@ def renamed(kwargs: dict[str, Any], name: str) -> Any:
 
 
 def roomier(model: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """A cache of fixed size is made with room for the virtual tokens."""
+    """Enlarge a cache of fixed size by the virtual tokens."""
     record: Inserted = getattr(model, RECORD)
     if record.module.enabled and "max_cache_length" in kwargs:
         kwargs["max_cache_length"] += record.module.num_virtual_tokens
@@ -184,16 +184,16 @@ def roomier(model: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
 
 def started_inputs(record: Inserted, inner: Callable[..., Any], kwargs: dict[str, Any], counted: bool = True) -> Any:
-    """The inputs of a decoding step, or of a text that goes on where a cache ends."""
+    """The inputs of a decoding step, or of a text that continues a cache."""
     position = kwargs.pop(CACHE_POSITION, None)
     lengthen(record, kwargs, None)
     if counted and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
-        # Counted from the cache's length, which has the virtual tokens in it.
+        # Counted from the cache's length, which includes the virtual tokens.
         kwargs["next_sequence_length"] += record.module.num_virtual_tokens
     if position is None:
         inputs = inner(**kwargs)
     else:
-        # It slices the caller's ids as well, so it moves afterwards, and a 4-D mask is left to the forward.
+        # ``inner`` also slices the caller's ids by position, so it is moved afterwards; forward makes the 4-D mask.
         inputs = inner(**kwargs, cache_position=position)
         inputs[CACHE_POSITION] = position + record.module.num_virtual_tokens
         inputs[record.decoder + "attention_mask"] = kwargs.get(record.decoder + "attention_mask")

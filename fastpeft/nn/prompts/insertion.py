@@ -30,10 +30,10 @@ def insert_prompt(model: Any, prompt: Prompt, *, freeze_base: bool = True) -> An
                ``model.prompt``, on their device and in the model's mode
     freeze_base    no parameter that the model had requires gradients afterwards
 
-    The forward and ``generate`` take what they took, and see P + T tokens: masks (2-D, or 4-D bool or added) get what
-    lets every token see the prompt, labels of one value a token get -100, span positions and ``position_ids`` move up
-    by P. Logits have P + T rows; those of an encoder-decoder as many as before. A cache holds the prompt after its
-    first call. ``prompt.disable()`` leaves it out.
+    The forward and ``generate`` take the same arguments as before and see P + T tokens: masks (2-D, or 4-D bool or
+    additive) are extended so that every token sees the prompt, labels of one value a token get -100, span positions and
+    ``position_ids`` move up by P. Logits have P + T rows; in an encoder-decoder as many as before. After its first call
+    a cache holds the prompt. ``prompt.disable()`` leaves the prompt out.
     Raises     ValueError: width, a second insertion, a name or forward in use.  TypeError: types.
                Nothing is changed then
     """
@@ -72,7 +72,7 @@ def insert_prefix(model: Any, prefix: Prefix, *, freeze_base: bool = True) -> An
     Real tokens' positions start at P. Outputs have as many rows as before. A layer with a sliding window sees the
     prefix as far as its window reaches. A cache holds the prefix after its first call; ``generate`` takes any cache.
     Under gradient checkpointing, which drops caches, every recomputed layer is handed its part of the prefix: the
-    gradient is the same; reentrant checkpointing has none and is refused.
+    gradient is the same; reentrant checkpointing would give none and is refused.
     Raises     ValueError: heads, width or layers, a model without such a cache, a second insertion.  TypeError: types.
                Nothing is changed then
     """
@@ -102,7 +102,7 @@ def remove_prompt(model: Any) -> Any:
     """Take out what ``insert_prompt`` or ``insert_prefix`` put into ``model``, prompt or prefix; return ``model``.
 
     Classes, forward, state-dict keys, hooks and ``requires_grad`` are as they were before the insertion; the prompt
-    itself stays what it has become.
+    itself keeps its trained values.
     Raises     ValueError: there is none.  TypeError: not a module
     """
     op = "remove_prompt"
@@ -138,7 +138,7 @@ def _check_model(op: str, model: Any, name: str, freeze_base: object) -> None:
 
 
 def _check_forward(op: str, model: Any) -> None:
-    """The class of a model is changed, which a forward of the instance's own would hide."""
+    """Refuse a forward set on the instance: it would hide that of the changed class."""
     own = "forward" in model.__dict__
     rule = "run its class's forward; insert before accelerate's hooks, or anything else, replace it"
     _checks.require(not own, op, "model", rule, "one set on the instance")
@@ -164,7 +164,7 @@ def _first(model: nn.Module) -> int:
 
 
 def _most(model: nn.Module) -> int | None:
-    """How many tokens a learned table of positions knows, where there is one."""
+    """How many tokens a learned table of positions has, if there is one."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding):
             return module.num_embeddings - (getattr(module, "offset", 0) or _first(model))
@@ -172,7 +172,7 @@ def _most(model: nn.Module) -> int | None:
 
 
 def _filler(config: Any) -> int:
-    """An id that no part of a model takes for a special one."""
+    """An id that no part of a model treats as a special one."""
     special: set[int] = set()
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
@@ -186,13 +186,13 @@ def _one(config: Any, *names: str) -> int | None:
 
 
 def _cached(config: Any) -> Any:
-    """The part of a config that says what the prefixed self-attentions cache."""
+    """The part of a config that describes the cache of the prefixed self-attentions."""
     both = bool(config.is_encoder_decoder)
     return (getattr(config, "decoder", None) or config) if both else config.get_text_config(decoder=True)
 
 
 def prefix_sizes(config: Any) -> dict[str, int]:
-    """num_layers, num_kv_heads and head_dim of a model's prefix, by its config."""
+    """num_layers, num_kv_heads and head_dim of a model's prefix, from its config."""
     both, text = bool(config.is_encoder_decoder), _cached(config)
     own = ("num_decoder_layers", "decoder_layers") if both else ()
     layers = _one(text, *own, "num_hidden_layers", "num_layers") or 0
@@ -206,7 +206,7 @@ def prefix_sizes(config: Any) -> dict[str, int]:
 
 
 def _check_shape(op: str, config: Any, prefix: Prefix) -> None:
-    """The layers, heads and head size of what the model caches."""
+    """Check layers, heads and head size against the model's cache."""
     text = _cached(config)
     uneven = [name for name in _UNEVEN if getattr(text, name, None) is not None]
     _checks.require(not uneven, op, "model", "cache keys and values of one size in every layer", uneven)

@@ -1,4 +1,4 @@
-"""P-tuning: soft prompts that a small network computes, which is trained in their place."""
+"""P-tuning: soft prompts computed by a small network, which is trained instead of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PromptEncoder(Prompt):
     token_dim    width of the model's word embeddings; also ``embedding_dimension``, ``embedding_dim``
     encoder      "mlp": ``num_layers`` hidden layers of ``hidden_size`` with ReLU between · "lstm": a bidirectional LSTM
                  of ``num_layers`` layers over the P tokens, then one hidden layer of 2 · hidden_size
-    hidden_size  token_dim where not given; also ``hidden_dimension``, ``encoder_hidden_size``
+    hidden_size  default token_dim; also ``hidden_dimension``, ``encoder_hidden_size``
     num_layers   2; also ``encoder_num_layers``
-    dropout      in [0, 1), on the expanded output while training, a mask of its own for every sample (PEFT's drops
-                 between the layers of the LSTM, which it therefore runs once for every sample)
+    dropout      in [0, 1), on the expanded output while training, a separate mask for every sample (PEFT's acts between
+                 the layers of the LSTM, which it therefore runs once for every sample)
     inference_mode    made as ``bake()`` leaves it: an embedding alone, to load a baked state dict into
     Output       (batch_size) -> [B, P, token_dim]; see ``forward``
     State        embedding.weight [P, token_dim], mlp_head.{0, 2, …}, lstm_head.…: PEFT's, whose state dicts load
@@ -96,8 +96,8 @@ class PTuningEmbedding(Prompt):
 
     num_virtual_tokens     P >= 1
     embedding_dimension    d, the width of the model's word embeddings; also ``embedding_dim``, ``token_dim``
-    hidden_dimension       rows of W₁; d where not given; also ``hidden_dim``, ``hidden_size``
-    dropout_probability    in [0, 1), a mask of its own for every sample while training; also ``dropout``
+    hidden_dimension       rows of W₁; default d; also ``hidden_dim``, ``hidden_size``
+    dropout_probability    in [0, 1), a separate mask for every sample while training; also ``dropout``
     inference_mode         made as ``bake()`` leaves it: an embedding alone
     Output     (batch_size) -> [B, P, d]; see ``forward``
     State      virtual_embeddings [P, d], mlp.{0, 2}, layer_norm; baked: embedding.weight [P, d]

@@ -59,7 +59,7 @@ class Prefix(VirtualTokens):
     def past_key_values(self, batch_size: int = 1) -> Any:
         """transformers' DynamicCache that holds the prefix, for models that are called with one.
 
-        Every sample's copy is made here. ``insert_prefix`` does this and what belongs to it: masks and positions.
+        This copies the prefix for every sample. ``insert_prefix`` does the same, with masks and positions to match.
         """
         from transformers import DynamicCache
 
@@ -92,7 +92,7 @@ class Prefix(VirtualTokens):
 
     @torch.no_grad()
     def copy_from_tokens(self, model: Any, input_ids: torch.Tensor) -> None:
-        """Start from what ``model`` caches for P real tokens, which it reads alone, in eval mode and once.
+        """Start from the keys and values of P real tokens, on which ``model`` runs alone, in eval mode and once.
 
         model      a transformers model that this prefix fits, before or after the insertion
         input_ids  [P] or [1, P], any integer dtype
@@ -104,7 +104,7 @@ class Prefix(VirtualTokens):
         ids = torch.as_tensor(input_ids).reshape(1, -1).to(model.get_input_embeddings().weight.device)
         _checks.require(self._plain(), self._op, "prefix", "be parameters alone", "one that a projection computes")
         _checks.require(ids.shape[1] == P, self._op, "input_ids", f"have {P} tokens", list(ids.shape))
-        # An encoder returns no cache, but its attentions fill the one that they are given.
+        # An encoder returns no cache, but its attentions fill one that is passed in.
         reads = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
         known = inspect.signature(type(reads).forward).parameters
         name = next((each for each in CACHE_NAMES[:2] if each in known), None)
@@ -142,7 +142,7 @@ class PrefixTuning(Prefix):
                       also ``num_kv_heads``
     head_dimension    size of a head; also ``head_dim``
     prefix_length     P >= 1; also ``num_virtual_tokens``
-    dropout_probability    in [0, 1), a mask of its own for every sample while training; also ``dropout``
+    dropout_probability    in [0, 1), a separate mask for every sample while training; also ``dropout``
     Output     get_prefix_states(layer) -> key, value, each [P, heads, size]; past_key_values(batch_size) -> Cache
     State      prefix_embeddings.{layer} [P, 2 · heads · size], N(0, 1); baked: embedding.weight
     Raises     ValueError: a size.  TypeError: a type, an unknown option
@@ -210,8 +210,8 @@ class PrefixEncoder(Prefix):
     num_kv_heads    its key/value heads; also ``num_heads``
     head_dim        size of a head; also ``head_dimension``
     projection_dim  rows of W₁; None trains the table itself; also ``encoder_hidden_size``
-    token_dim       width of E; heads · size where not given, as PEFT has it
-    dropout         in [0, 1), a mask of its own for every sample while training; also ``dropout_probability``
+    token_dim       width of E; default heads · size, as in PEFT
+    dropout         in [0, 1), a separate mask for every sample while training; also ``dropout_probability``
     inference_mode  made as ``bake()`` leaves it: the table alone, to load a baked state dict into
     Output     (batch_size) -> [B, P, layers · 2 · heads · size]; past_key_values(batch_size) -> Cache;
                get_prefix_states(layer) -> key, value, each [P, heads, size]

@@ -48,7 +48,7 @@ class PrefixHost(Host):
         cache = kwargs[record.cache_name] = _new_cache(self) if made else cache
         _fill(cache, states)
         if not record.decoder and not record.causal and kwargs.get("attention_mask") is None:
-            # An encoder's mask is as long as its keys, or it is made as long as its queries.
+            # Without a mask an encoder makes one as long as its queries, but it must be as long as its keys.
             kwargs["attention_mask"] = torch.ones(B, T, dtype=torch.int64, device=like.device)
         self._count_embeddings(kwargs)
         lengthen(record, kwargs, T)
@@ -63,7 +63,7 @@ class PrefixHost(Host):
         return output
 
     def _states(self: Any, prefix: Prefix, B: int) -> Any:
-        """In the dtype that the model computes in, on the device of its embeddings."""
+        """The prefix's states in the model's compute dtype, on the device of its embeddings."""
         weight = self.get_input_embeddings().weight
         dtype = weight.dtype if weight.is_floating_point() else self.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -71,7 +71,7 @@ class PrefixHost(Host):
         return prefix.states(B, dtype)
 
     def _count_embeddings(self: Any, kwargs: dict[str, Any]) -> None:
-        """RoBERTa counts its positions from ids with the cache's length, but from embeddings without."""
+        """RoBERTa adds the cache's length to positions that it counts from ids, but not to those from embeddings."""
         if kwargs.get("inputs_embeds") is None or kwargs.get("position_ids") is not None:
             return
         for module in self.modules():
@@ -104,7 +104,7 @@ def _new_cache(model: Any) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     if model.config.is_encoder_decoder:
-        # Without a config, whose number of layers may be the encoder's.
+        # No config is passed: its number of layers may be the encoder's.
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 

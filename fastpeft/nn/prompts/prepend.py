@@ -1,4 +1,4 @@
-"""What a sequence with P virtual tokens before it needs: masks, labels and positions that are P longer."""
+"""Masks, labels and positions for a sequence with P virtual tokens before it: all are P longer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IGNORED = -100
 
 
 def ones_left(mask: torch.Tensor, P: int) -> torch.Tensor:
-    """A mask [..., T], 1 where a token counts, with P that count before it."""
+    """A mask [..., T], 1 where a token counts, with P ones before it."""
     return torch.cat([mask.new_ones(*mask.shape[:-1], P), mask], dim=-1)
 
 
@@ -30,31 +30,31 @@ def positions_left(positions: torch.Tensor, P: int, first: int = 0) -> torch.Ten
 
 
 def _constant(mask: torch.Tensor, shape: tuple[int, ...], seen: bool) -> torch.Tensor:
-    """An attention mask of one value: True and False, or 0 and the dtype's lowest where it is added to the scores."""
+    """An attention mask of one value: True or False; if additive, 0 or the dtype's lowest."""
     if mask.dtype == torch.bool:
         return mask.new_full(shape, seen)
     return mask.new_full(shape, 0.0 if seen else torch.finfo(mask.dtype).min)
 
 
 def prefix_columns(mask: torch.Tensor, P: int) -> torch.Tensor:
-    """An attention mask [..., queries, keys], bool or added, with P keys before the others that every query sees."""
+    """An attention mask [..., queries, keys], bool or additive, with P keys before the others that every query sees."""
     return torch.cat([_constant(mask, (*mask.shape[:-1], P), True), mask], dim=-1)
 
 
 def prompt_rows_and_columns(mask: torch.Tensor, P: int, causal: bool) -> torch.Tensor:
-    """An attention mask [..., T, T], bool or added, as one of P + T tokens: every token sees the prompt.
+    """An attention mask [..., T, T], bool or additive, extended to P + T tokens: every token sees the prompt.
 
-    The prompt's own rows see the prompt as far as it is written where attention is causal; elsewhere the whole of it
-    and every token that some token sees, so that padding stays hidden. One row [..., 1, T] stands for all of them.
+    In causal attention a row of the prompt sees the prompt up to itself; elsewhere the whole prompt and every token
+    that some token sees, so that padding stays hidden. One row [..., 1, T] stands for all of them.
     """
     wide = prefix_columns(mask, P)
     if mask.shape[-2] == 1:
         return wide
     if causal:
-        own = _constant(mask, (*mask.shape[:-2], P, P), True)
+        corner = _constant(mask, (*mask.shape[:-2], P, P), True)
         later = torch.ones(P, P, dtype=torch.bool, device=mask.device).triu(1)
-        own = torch.where(later, _constant(mask, (), False), own)
-        rows = torch.cat([own, _constant(mask, (*mask.shape[:-2], P, mask.shape[-1]), False)], dim=-1)
+        corner = torch.where(later, _constant(mask, (), False), corner)
+        rows = torch.cat([corner, _constant(mask, (*mask.shape[:-2], P, mask.shape[-1]), False)], dim=-1)
     else:
         rows = wide.amax(dim=-2, keepdim=True).expand(*wide.shape[:-2], P, wide.shape[-1])
     return torch.cat([rows, wide], dim=-2)
@@ -96,11 +96,11 @@ def prepend_prompt(
     labels: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> Prepended:
-    """A prompt before a batch of embeddings, and everything else that is one value a token made as long.
+    """Put a prompt before a batch of embeddings, and lengthen every tensor of one value a token to match.
 
-    embeddings    [B, T, d], or [T, B, d] where batch_first is False, any float dtype, which the result has
-    model, batch_first    which of the two: the model's own ``batch_first`` (nn.TransformerEncoder's default is False,
-                  where a prompt put on dimension 1 would be further samples), or said here
+    embeddings    [B, T, d], or [T, B, d] where batch_first is False, any float dtype, kept
+    model, batch_first    which layout: the model's own ``batch_first`` (nn.TransformerEncoder's default is False, where
+                  a prompt on dimension 1 would be further samples), or given here
     attention_mask      [B, T], 1 where a token counts: gets ones
     key_padding_mask    [B, T], True where a token is ignored, as torch's layers take it: gets False
     labels        [B, T] of one label a token: get -100, which cross entropy ignores

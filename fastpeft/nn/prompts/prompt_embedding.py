@@ -16,7 +16,7 @@ INITS = ("random", "vocab", "text")
 
 
 class PromptEmbedding(Prompt):
-    """P embeddings that are trained in the place of the model                  Lester et al. 2021, arXiv:2104.08691
+    """P embeddings that are trained instead of the model                      Lester et al. 2021, arXiv:2104.08691
 
     num_virtual_tokens    P >= 1
     token_dim    width of the model's word embeddings; also ``embedding_dimension``, ``embedding_dim``
@@ -25,9 +25,9 @@ class PromptEmbedding(Prompt):
     text, tokenizer    for "text": a string, and what turns it into token ids: ``tokenizer(text)["input_ids"]``
     word_embeddings    for "vocab" and "text": ``model.get_input_embeddings()``, or its weight [V, token_dim]
     dropout      in [0, 1), on the output while training; also ``dropout_probability``
-    device, dtype    the word embeddings' device and at least fp32 where not given
+    device, dtype    default: the word embeddings' device, and at least fp32
     Output       (batch_size) -> [B, P, token_dim]; see ``forward``
-    Raises       ValueError: a size, an unknown init, what an init needs and has not, text without a token.
+    Raises       ValueError: a size, an unknown init, a missing argument of init, text without a token.
                  TypeError: a type, an unknown option
     """
 

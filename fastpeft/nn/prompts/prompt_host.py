@@ -1,8 +1,8 @@
 """A prompt in a model: P more tokens before those of the first call, which has no cache yet.
 
-Ids that stand for them go through the model, so that all that reads ids (heads that look for padding, positions that
-count tokens) sees P + T of them, and a hook of the embedding puts the prompt in their place. In an encoder-decoder that
-happens in the encoder, which ``generate`` calls by itself; the decoder's mask of the encoder's output is lengthened.
+Filler ids stand for them, so that all code that reads ids (heads that look for padding, positions that count tokens)
+sees P + T ids, and a hook of the embedding puts the prompt in their place. In an encoder-decoder that happens in the
+encoder, which ``generate`` calls by itself; the decoder's mask of the encoder's output is lengthened.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PromptHost(Host):
         return output
 
     def _lengthen_all(self: Any, record: Inserted, kwargs: dict[str, Any], shape: torch.Size) -> None:
-        """All that is one value a token, in the call that brings the prompt in."""
+        """Lengthen every argument of one value a token, in the call that brings the prompt in."""
         P, T = record.module.num_virtual_tokens, shape[-1]
         mask = kwargs.get("attention_mask")
         if mask is not None and not (record.nested and mask.shape[-1] == P + T):
@@ -104,7 +104,7 @@ class PromptHost(Host):
             return started_inputs(record, inner, kwargs)
         mask = kwargs.get("attention_mask")
         inputs = inner(**kwargs)
-        # A 4-D mask that was made for a static cache knows nothing of the prompt.
+        # A 4-D mask made for a static cache lacks the prompt.
         inputs["attention_mask"] = mask
         return inputs
 

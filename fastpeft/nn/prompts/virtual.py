@@ -1,4 +1,4 @@
-"""Virtual tokens: what prompts and prefixes share."""
+"""Virtual tokens: the common base of prompts and prefixes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpeft.ops import _checks
 _Self = TypeVar("_Self", bound="VirtualTokens")
 
 
-# One option, as the documents, PEFT and we spell it.
+# The spellings of one option, ours and PEFT's.
 SPELLINGS = (
     ("num_virtual_tokens", "prefix_length"),
     ("token_dim", "embedding_dimension", "embedding_dim"),
@@ -31,7 +31,7 @@ def spelled(op: str, options: dict[str, Any], known: tuple[str, ...] = (), **giv
     """The values of ``given``, in its order, each from its name or from another spelling of it in ``options``.
 
     known      the constructor's options that are spelled in one way
-    Raises     ValueError: an option under two names.  TypeError: an option that nobody knows
+    Raises     ValueError: an option under two names.  TypeError: an unknown option
     """
     groups = [next(group for group in SPELLINGS if name in group) for name in given]
     refuse_unknown(op, options, (*known, *(name for group in groups for name in group)))
@@ -105,9 +105,9 @@ class VirtualTokens(nn.Module):
 
     @torch.no_grad()
     def bake(self: _Self) -> _Self:
-        """Put the encoder's output in the place of the encoder: ``embedding.weight`` [P, width], nothing else.
+        """Replace the encoder by its output: ``embedding.weight`` [P, width], nothing else.
 
-        In place, and what PEFT's files hold. Training can go on from it, on the table itself. Returns ``self``.
+        This works in place; PEFT's files hold the same table. Training can go on from it. Returns ``self``.
         """
         if list(self.state_dict()) == ["embedding.weight"] and self.embedding.weight.shape[1] == self.width:
             self._baked = True
