@@ -21,7 +21,7 @@ _Self = TypeVar("_Self", bound="Mergeable")
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What rounding to the weight's dtype did to the update.
+    """What rounding to the weight's dtype cost the update.
 
     max_abs_error               largest |stored - exact|, in the weight's unit
     relative_error_of_update    ‖stored - exact‖ / ‖update‖ (Frobenius): 0.3 means that 30 % of it was lost; 0 if none
@@ -161,7 +161,7 @@ class Mergeable(LoRAModule):
         return self._merge((), keep_backup)
 
     def update_of(self, *condition: Any) -> Update:
-        """What ``merge`` adds to the base; ``condition`` as forward takes it."""
+        """The update that ``merge`` adds to the base; ``condition`` as forward takes it."""
         a, b = self._pair(*condition)
         return Update(a, b, float(self.scaling), self.lora_bias)
 

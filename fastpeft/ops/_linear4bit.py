@@ -1,4 +1,4 @@
-"""What autograd runs for `fastpeft.ops.linear4bit`, with and without an adapter."""
+"""The autograd function of `fastpeft.ops.linear4bit`, with and without an adapter."""
 
 from __future__ import annotations
 

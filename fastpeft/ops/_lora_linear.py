@@ -1,4 +1,4 @@
-"""What autograd runs for `fastpeft.ops.lora_linear`, and the raw operators below it."""
+"""The autograd function of `fastpeft.ops.lora_linear`, and the raw operators below it."""
 
 from __future__ import annotations
 

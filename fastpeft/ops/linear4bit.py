@@ -90,7 +90,7 @@ _Adapter = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", float]
 def _check(
     op: str, x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, adapter: _Adapter | None = None
 ) -> None:
-    """Word what is wrong; called only when ``_fits`` is False."""
+    """Raise the error for what is wrong; called only when ``_fits`` is False."""
     _checks.activation(op, x)
     _checks.require_dtype(isinstance(weight, Weight4bit), op, "weight", "be a Weight4bit", type(weight).__name__)
     shape, names = list(weight.shape), "have shape [out_features, in_features]"

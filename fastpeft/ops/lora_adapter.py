@@ -139,7 +139,7 @@ _Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", 
 
 
 def _check(given: _Given) -> None:
-    """Word what is wrong; called only when ``_fits`` is False."""
+    """Raise the error for what is wrong; called only when ``_fits`` is False."""
     op = "lora_adapter"
     x, lora_A, lora_B, lora_bias, dropout = given
     _checks.activation(op, x)

@@ -139,7 +139,7 @@ class _Shrink(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """y from h, beside x wᵀ where there is a base; saves h and b. The token passes dy back unchanged."""
+    """y from h, beside x wᵀ if there is a base; saves h and b. The token passes dy back unchanged."""
 
     @staticmethod
     def forward(

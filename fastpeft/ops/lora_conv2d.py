@@ -26,7 +26,7 @@ def _check(
     groups: int,
     dropout: float,
 ) -> None:
-    """Word what is wrong; called only when the quick test has failed."""
+    """Raise the error for what is wrong; called only when the quick test has failed."""
     _checks.activation(op, x)
     sizes = "*in" if D == 1 else f"*in (of {D} dimensions)"
     _checks.require(x.dim() in (D + 1, D + 2), op, "x", f"have shape [N, C, {sizes}] or [C, {sizes}]", list(x.shape))

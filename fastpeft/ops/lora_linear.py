@@ -19,7 +19,7 @@ def _check(
     lora_bias: torch.Tensor | None,
     dropout: float,
 ) -> None:
-    """Word what is wrong; called only when ``_fits`` is False."""
+    """Raise the error for what is wrong; called only when ``_fits`` is False."""
     op = "lora_linear"
     _checks.activation(op, x)
     _checks.matrix(op, "weight", weight, (None, None), "[out_features, in_features]")

@@ -68,7 +68,7 @@ class Weight4bit:
         return f"{_OP}({', '.join(f'{name}={value}' for name, value in parts.items())})"
 
     def absmax(self) -> torch.Tensor:
-        """fp32 [nblocks], dequantised where it is quantised itself."""
+        """fp32 [nblocks], dequantised if it is quantised itself."""
         if not self.double_quant:
             return self.scales[0]
         codes, code, scale, offset = self.scales

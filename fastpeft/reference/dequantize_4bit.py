@@ -1,4 +1,4 @@
-"""``w = code[nibble] · absmax[block]``, with absmax itself dequantised first where it is quantised."""
+"""``w = code[nibble] · absmax[block]``, with absmax itself dequantised first if it is quantised too."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ nothing of a layer:
     factors           A [R, K], B [N, R] as they act; enough for a variant that is a function of parameters
     _adapter, _linear, _linear4bit, _conv    the product, for a variant that acts on activations; they take forward's
                       arguments beside x
-    _pair             A and B of the one matrix that ``merge`` adds; a ValueError where there is none
+    _pair             A and B of the one matrix that ``merge`` adds; a ValueError if there is none
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Hyper(LoRAModule):
     task_embedding_dim    E, the size of an embedding
     Call       (x, task_embedding): (E,) or (1, E) for all rows, (N, E) with x [N, ..., K]; without it that of
                ``fastpeft.nn.task``
-    Raises     ValueError: no task_embedding, or a shape.  TypeError: one that is no float tensor.
+    Raises     ValueError: no task_embedding, or a shape.  TypeError: not a float tensor.
 
     One embedding gives one A and one B, at the cost of plain LoRA. N embeddings give N of each, applied in two batched
     products.

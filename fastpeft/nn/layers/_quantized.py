@@ -186,7 +186,7 @@ class Quantized(Mergeable):
         )
 
     def _read(self, data: torch.Tensor | None, parts: dict[str, torch.Tensor]) -> Weight4bit:
-        """The weight of a state dict; raises ValueError, TypeError where it is not one for this module."""
+        """The weight of a state dict; raises ValueError, TypeError if it does not fit this module."""
         floats = data is not None and not parts and data.is_floating_point()
         rule = "be quantised in a state dict: load the floats into the layer that from_linear is given"
         _checks.require(not floats, self._op, "weight", rule, getattr(data, "dtype", None))

@@ -84,7 +84,7 @@ class LoRARNNCell(_Cell, nn.RNNCell):
     lora_bias, lora_dropout    LoRA's own bias and dropout, where ``bias`` and ``dropout`` are torch's; the dropout acts
                 on x and on h alike
     rank, alpha, layout, scaling, use_rslora, init, backend, adapter_dtype, freeze_base    as in LoRALinear
-    Input      x [N, input_size] or [input_size]; h [N, hidden_size] or [hidden_size], zero where it is not given
+    Input      x [N, input_size] or [input_size]; h [N, hidden_size] or [hidden_size], zero if not given
     Output     h' in the shape of h; act is tanh or relu, applied once; bit-identical to the cell while disabled
     State dict weight_ih, weight_hh, bias_ih, bias_hh as in nn.RNNCell, whose checkpoints load with strict=False;
                lora_ih.lora_A, lora_ih.lora_B, lora_hh.… It is always that of the unmerged module.

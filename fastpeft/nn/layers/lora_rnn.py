@@ -100,7 +100,7 @@ class _Sequence(Parts):
         return [part for part in self._modules.values() if isinstance(part, LoRAPart)]
 
     def _hidden(self, x: torch.Tensor, hx: Any, sizes: Any, batched: bool) -> list[torch.Tensor]:
-        """[h] or [h, c], each [layers · directions, N, size]; zeros where there is no ``hx``."""
+        """[h] or [h, c], each [layers · directions, N, size]; zeros if ``hx`` is None."""
         op, lstm = type(self).__name__, self.mode == "LSTM"
         if hx is None:
             N = int(sizes[0]) if sizes is not None else x.shape[0 if self.batch_first else 1]

@@ -79,7 +79,7 @@ class VirtualTokens(nn.Module):
 
         batch_size    B; or indices [..., P] of any integer dtype, as nn.Embedding takes them: which token stands
                       where. The encoder runs once in either case
-        dtype         of the result; the encoder's own where not given. The table is cast, not its B copies
+        dtype         of the result; default: the encoder's. The table is cast, not its B copies
         Returns       [B, P, width], or [..., P, width]; without dropout the rows of a batch share their memory
         Raises        TypeError: neither.  ValueError: B < 0.  IndexError: an index that is out of range
         """
