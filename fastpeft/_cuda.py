@@ -1,10 +1,10 @@
 """The launchers of csrc/cuda/ under the names of the dispatch table.
 
-ImportError where the extension was built without CUDA, for other GPUs than there are, or for a later driver.
+Importing raises ImportError if the extension was built without CUDA, for other GPUs, or for a later driver.
 
-CUDA computes what reads a packed weight: dequantise, the products of few rows forward and backward, and the forward
-product of up to 512 rows in 16 bits. kernels/linear4bit.py composes these four with Triton's passes over activations
-and the vendor's GEMM on the dequantised weight.
+The CUDA kernels are those that read a packed weight: dequantise, the products of few rows forward and backward, and the
+forward product of up to 512 rows in 16 bits. kernels/linear4bit.py composes these four with Triton's passes over
+activations and the vendor's GEMM on the dequantised weight.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ MID_ROWS = 512
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its rows do not begin at multiples of 16 bytes: it is small beside the weight."""
+    """x, copied if its rows are not 16-byte aligned: x is small compared with the weight."""
     fits = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) <= 1 << 23
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def takes(K: int, packed: torch.Tensor) -> bool:
-    """Whether the products of few rows take such a weight."""
+    """Whether the products of few rows support such a weight."""
     return K % 32 == 0 and packed.data_ptr() % 8 == 0
 
 
 def use_mid(x: torch.Tensor, packed: torch.Tensor, N: int, block_size: int) -> bool:
-    """Whether the packed weight is multiplied as it is by these rows, more than `use_small` takes."""
+    """Whether these rows, too many for `use_small`, multiply the packed weight without dequantising it."""
     (M, K), few = x.shape, MAX_M
     if not few < M <= MID_ROWS or N == 0 or block_size < 64 or K % 64 or packed.data_ptr() % 16:
         return False
-    M = -(-M // MID_TILE[0]) * MID_TILE[0]  # whole tiles, so that a new batch length asks nothing new
+    M = -(-M // MID_TILE[0]) * MID_TILE[0]  # whole tiles, so that a new batch length needs no new choice
     return choose_mid(M, N, K, x.dtype, block_size, arch_of(x))
 
 
@@ -116,7 +116,7 @@ def linear4bit_fwd_strategy(
     x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, N: int,
     *rest: Any,
 ) -> str:  # fmt: skip
-    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    """What ``linear4bit_fwd`` does with these arguments, in words."""
     if use_mid(x, packed, N, block_size):
         return "mid: one kernel reads the packed weight once for every 128 rows"
     weight = (packed, scales, quant_type, block_size)

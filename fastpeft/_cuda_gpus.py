@@ -9,7 +9,7 @@ import torch
 from fastpeft._extension import _C
 from fastpeft._installed import left_out
 
-# Embedded GPUs run only machine code compiled for their own architecture, and none of a desktop GPU's.
+# Embedded GPUs run only machine code compiled for their own architecture, not a desktop GPU's.
 _EMBEDDED = {(8, 7), (11, 0)}
 
 

@@ -1,7 +1,7 @@
 """The compiled extension ``_C`` of this very package, checked before it is used.
 
-ImportError that says why where there is none, where it is another checkout's or does not load; RuntimeError where it
-was built from another version.
+Importing raises ImportError, with the reason, if there is no extension, it is another checkout's or it does not load;
+RuntimeError if it was built from another version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if _NAME not in sys.modules:
     _spec = importlib.util.find_spec(_NAME)
     if _spec is None or _spec.origin is None:
         raise ImportError(_installed.absent(), name=_NAME)
-    # The finder of an editable installation gives that of its own checkout to every other.
+    # The finder of an editable installation offers its own checkout's extension to every other checkout.
     if (_folder := Path(_spec.origin).parent.resolve()) != _installed.HERE:
         raise ImportError(f"{_installed.absent()}; that in {_folder} is another checkout's", name=_NAME)
 

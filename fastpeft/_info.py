@@ -1,4 +1,4 @@
-"""What is installed and able to serve, what it keeps, and what a call of a module will do."""
+"""What is installed and can serve, what memory it keeps, and what a call of a module will do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastpeft.ops import _library
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, and for each backend what it can serve here or what it lacks."""
+    """Versions, and for each backend what it can serve here or what it is missing."""
 
     versions: dict[str, str]
     backends: dict[str, str]
@@ -53,10 +53,10 @@ def info() -> Info:
 
 
 def release_workspace() -> int:
-    """Give the system back what the CPU kernels keep between calls, 64 MiB at most; returns how many bytes that was.
+    """Free the memory that the CPU kernels keep between calls, 64 MiB at most; returns the number of bytes freed.
 
-    They are the scratch buffers of 64 KiB and more. A fresh one costs more in page faults than the arithmetic in it, so
-    that they are kept; later calls allocate them anew. On a GPU they are torch's: ``torch.cuda.empty_cache()``.
+    These are scratch buffers of 64 KiB and more. They are kept because a fresh buffer costs more in page faults than
+    the arithmetic in it; later calls allocate new ones. On a GPU torch keeps them: ``torch.cuda.empty_cache()``.
     """
     if dispatch.unmet("lora_linear_fwd", "cpp", "cpu", torch.float32) is not None:
         return 0
@@ -65,7 +65,7 @@ def release_workspace() -> int:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The operator calls of one forward pass; empty where no layer of the module is ours or every one stepped aside."""
+    """The operator calls of one forward pass; empty if no layer is ours, or every layer left its call to PEFT."""
 
     calls: tuple[_library.Call, ...]
 
@@ -76,9 +76,9 @@ class Explanation:
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Run ``module(*args, **kwargs)`` once without gradients and report each operator call that it makes.
 
-    The state of torch's generators is put back. Any module will do, a whole model too; equal calls are counted once.
+    The state of torch's generators is restored. Any module will do, even a whole model; equal calls are listed once.
 
-    Returns    an `Explanation`, whose ``calls`` are told apart by shape, dtype, backend and strategy; print it
+    Returns    an `Explanation`, whose ``calls`` differ in shape, dtype, backend or strategy; print it
     Raises     what the module raises
     """
     seen: Counter[_library.Call] = Counter()

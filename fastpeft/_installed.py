@@ -1,4 +1,4 @@
-"""What of this package is installed: what its build left out, and what lies elsewhere. Loads no extension."""
+"""What of this package is installed, what its build left out, and what it hides. Loads no extension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILD = "pip install --no-build-isolation"
 
 
 def left_out() -> dict[str, str]:
-    """The parts that the build of this package left out, and why; empty where all is there or nothing was built."""
+    """The parts that the build of this package left out, and why; empty if all are there or nothing was built."""
     try:
         record = json.loads((HERE / "_build.json").read_text())
     except FileNotFoundError:
@@ -23,7 +23,7 @@ def left_out() -> dict[str, str]:
 
 
 def hidden() -> Path | None:
-    """The installed package with an extension that this one, a checkout without an extension, hides; or None."""
+    """The installed package with an extension that this checkout, which has none, hides; or None."""
     if not SOURCES.is_dir() or any(HERE.glob("_C*")):
         return None
     for found in importlib.metadata.distributions(name="fastpeft"):
@@ -34,7 +34,7 @@ def hidden() -> Path | None:
 
 
 def absent() -> str:
-    """Why there is no extension in this package, and what to do."""
+    """Why this package has no extension, and what to do."""
     why = left_out().get("C++ kernels")
     if SOURCES.is_dir():
         other = hidden()
@@ -47,6 +47,6 @@ def absent() -> str:
 
 
 def warn_of_hidden() -> None:
-    """Warn where a checkout without an extension hides an installed package with one: no later error would tell."""
+    """Warn if a checkout without an extension hides an installed package with one: no later error would say so."""
     if hidden():
         warnings.warn(f"fastpeft: the compiled extension is {absent()}", RuntimeWarning, stacklevel=3)

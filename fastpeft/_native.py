@@ -1,6 +1,6 @@
 """The C++ launchers of csrc/, under the names of the dispatch table.
 
-ImportError where the extension was not built, RuntimeError where it was built from another version.
+Importing raises ImportError if the extension was not built, RuntimeError if it was built from another version.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ try:
     linear4bit_path = _C.linear4bit_path
     kept_bytes = _C.kept_bytes
     release_kept = _C.release_kept
-except AttributeError as missing:  # not an ImportError, which would pass for an extension that was never built
+except AttributeError as missing:  # not an ImportError, which would look like an extension that was never built
     raise RuntimeError(
         f"fastpeft: the compiled extension must be of this version, got one of another ({missing}): "
         f"build it again (pip install --no-build-isolation .) or remove {_C.__file__}"
@@ -48,8 +48,8 @@ NATIVE = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
-# A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of
-# its speed.
+# A processor without bf16 (fp16) arithmetic multiplies in fp32: torch's own products there run at a hundredth of the
+# speed of fp32.
 _C.set_native_gemm(NATIVE["bfloat16"], NATIVE["float16"])
 
 
@@ -61,7 +61,7 @@ _FOURBIT = {
 
 
 def lora_linear_fwd_strategy(x: torch.Tensor, *_: Any) -> str:
-    """What ``lora_linear_fwd`` of these arguments does, in words."""
+    """What ``lora_linear_fwd`` does with these arguments, in words."""
     name = str(x.dtype).removeprefix("torch.")
     if NATIVE.get(name, True):
         return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
@@ -71,5 +71,5 @@ def lora_linear_fwd_strategy(x: torch.Tensor, *_: Any) -> str:
 def linear4bit_fwd_strategy(
     x: torch.Tensor, packed: torch.Tensor, scales: list[torch.Tensor], quant_type: str, block_size: int, *_: Any
 ) -> str:
-    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    """What ``linear4bit_fwd`` does with these arguments, in words."""
     return _FOURBIT[linear4bit_path(*x.shape, str(x.dtype).removeprefix("torch."), block_size)]

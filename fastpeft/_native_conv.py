@@ -1,7 +1,8 @@
 """A convolution's thin products on the CPU, under the names of the dispatch table: the vendor's convolutions.
 
-They take no dropout. So csrc writes the dropped x of a few images at a time, a piece that a cache holds, and adds the
-masked share of dx from such a piece. Inside all is channels-last, where the vendor's thin products take half the time.
+The vendor's convolutions have no dropout. So csrc writes the dropped x of a few images at a time, a piece that fits a
+cache, and adds the masked share of dx piece by piece. Inside, everything is channels-last, where the vendor's thin
+products take half the time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from fastpeft._native import NATIVE, dropout_rows
 
-# Bytes of the pieces of x and dx that are copied.
+# Bytes of a piece of x or dx that is copied.
 _PIECE = 4 << 20
 _SLOW = {torch.float16: not NATIVE["float16"], torch.bfloat16: not NATIVE["bfloat16"]}
 
@@ -35,7 +36,7 @@ def _pieces(x: torch.Tensor, whole: bool) -> Iterator[slice]:
 
 
 def _operand(x: torch.Tensor, piece: slice, p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """Images of x as the vendor multiplies them: masked, and in fp32 where that is the faster product."""
+    """Images of x as the vendor multiplies them: masked, and in fp32 if that product is faster."""
     part = x[piece]
     if seed is not None:
         dropped = torch.empty_like(part)
@@ -46,7 +47,7 @@ def _operand(x: torch.Tensor, piece: slice, p: float, seed: torch.Tensor | None)
 
 
 def _thin(a: torch.Tensor, groups: int, like: torch.Tensor) -> torch.Tensor:
-    """a once for every group of channels, as one weight."""
+    """a, repeated for every group of channels, as one weight."""
     a = a.to(torch.float32 if _SLOW.get(like.dtype) else like.dtype)
     return a if groups == 1 else a.repeat(groups, *[1] * (a.dim() - 1))
 
@@ -108,7 +109,7 @@ def conv_grad_a(
             da += gradients(piece, _operand(x, piece, p, seed), [False, True, False])[1]
     if need_dx and N:
         for piece in _pieces(dx, False):
-            # Of its x this product reads the shape and the format alone.
+            # This product reads only the shape and the memory format of its x.
             share = _last(gradients(piece, dx[piece].to(thin.dtype), [True, False, False])[0]).to(dx.dtype)
             if seed is None:
                 dx[piece] += share

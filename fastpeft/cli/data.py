@@ -27,9 +27,9 @@ class Labelled:
 
 
 def movie_reviews(file: Path, seed: int, test_size: int = 2000) -> Labelled:
-    """Polarity of sentences from movie reviews: human ratings from -4 to 4, those nearer to zero than 0.5 left out.
+    """Polarity of sentences from movie reviews: human ratings from -4 to 4, except those within 0.5 of zero.
 
-    file: rows of id, mean rating, sentence, parted by tabs. Gives 8,072 sentences to train on and 2,000 to test on.
+    file: tab-separated rows of id, mean rating, sentence. Gives 8,072 sentences to train on and 2,000 to test on.
     """
     rows = [line.split("\t", 2) for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
     rated = [(text.strip(), float(rating)) for _, rating, text in rows]
@@ -89,10 +89,10 @@ def encoded(tokenizer: Any, examples: Sequence[tuple[str, int]], max_length: int
 
 
 def length_batches(rows: Sequence[Row], pad: int, batch_size: int, shuffle_seed: int | None = None) -> list[Batch]:
-    """Batches of sentences of like length, so that little of the work is padding.
+    """Batches of sentences of similar length, so that little of the work is padding.
 
-    With a seed (training) the batches come in random order and the rows that do not fill the last one are left out;
-    without (testing) every row is kept. A batch holds input_ids, attention_mask [B, S] and labels [B], all int64.
+    With a seed (training) the batches come in random order and rows that do not fill the last batch are dropped;
+    without one (testing) every row is kept. A batch holds input_ids, attention_mask [B, S] and labels [B], all int64.
     """
     rng, rows = random.Random(shuffle_seed), list(rows)
     if shuffle_seed is not None:
@@ -115,7 +115,7 @@ def _pad(group: list[Row], pad: int) -> Batch:
 
 
 def text_blocks(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Running text cut into blocks of `length` tokens: int64 [blocks, length]; the tail that fills none is left out."""
+    """Running text cut into blocks of `length` tokens: int64 [blocks, length]; an incomplete last block is dropped."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = len(ids) // length
     if not blocks:

@@ -1,4 +1,4 @@
-"""What is measured of a model in training: bytes kept for backward, the peak of a step."""
+"""Memory of a model in training: bytes kept for backward, the peak of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastpeft.cli.data import Batch
 
 
 def precision(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    """autocast to bf16 when asked for; otherwise the weights' own fp32."""
+    """Autocast to bf16 if requested; otherwise the weights' own fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
@@ -36,7 +36,7 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], Any]) -> int:
     Each storage counts once and whole, however many views of it are kept, because that is what stays allocated.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    held: dict[int, Tensor] = {}  # keeps each tensor alive, so that no address is handed out twice
+    held: dict[int, Tensor] = {}  # keeps each tensor alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
@@ -48,9 +48,9 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def peak_allocated(device: torch.device, run: Callable[[], Any]) -> int:
-    """Bytes of tensors that ``run()`` has allocated at most at one time, beyond what was allocated before.
+    """The most bytes of tensors that ``run()`` has allocated at one time, beyond what was allocated before.
 
-    On a GPU the allocator tells; on a CPU the profiler writes down each tensor that is made and freed.
+    On a GPU the allocator reports this; on a CPU the profiler records each tensor that is made and freed.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -59,7 +59,7 @@ def peak_allocated(device: torch.device, run: Callable[[], Any]) -> int:
         run()
         torch.accelerator.synchronize(device)
         return int(torch.accelerator.max_memory_allocated(device)) - int(before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes two lines to standard error for every profile
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise every profile writes two lines to standard error
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()
@@ -73,9 +73,9 @@ def peak_allocated(device: torch.device, run: Callable[[], Any]) -> int:
 
 
 def forget_peak() -> None:
-    """Gives freed memory back, then starts the process's peak anew; where the system lets it (Linux with glibc).
+    """Return freed memory to the system and reset the process's peak, where possible (Linux with glibc).
 
-    malloc keeps the pages of weights of a few MB after they are freed: they would count for a model that let them go.
+    malloc keeps the pages of freed weights of a few MB: they would count against a model that has freed them.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -84,9 +84,9 @@ def forget_peak() -> None:
 
 
 def peak_resident() -> int | None:
-    """Bytes of memory that this process had at most, since forget_peak where that works; None where nobody tells.
+    """Peak resident bytes of this process, since forget_peak if that works; None if the system does not tell.
 
-    Not getrusage's, which on Linux begins with the peak of the process that started this one.
+    getrusage will not do: on Linux it starts from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []

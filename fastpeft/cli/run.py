@@ -1,7 +1,7 @@
 """``python -m fastpeft script.py ...``: the script as Python runs it, with `fastpeft.patch` on.
 
-fastpeft imports torch before the script begins, and neither transformers nor PEFT: what torch reads from the
-environment as it is imported has to be set outside, what these read may be set by the script.
+fastpeft imports torch before the script begins, but neither transformers nor PEFT: environment variables that torch
+reads on import must be set outside; those of transformers and PEFT may be set by the script.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OPTIONS = ("--report", "--quiet", "-m")
 def main(arguments: Sequence[str]) -> int:
     """Run a script, a folder or zip file with a ``__main__.py``, or a module (``-m``).
 
-    ``__main__``, ``sys.argv`` and ``sys.path[0]`` are what they are under ``python script.py`` and
-    ``python -m module``; exceptions and exit statuses pass. A summary goes to stderr as the process ends, of several
-    processes from the first (``RANK``).
+    ``__main__``, ``sys.argv`` and ``sys.path[0]`` are as under ``python script.py`` and ``python -m module``;
+    exceptions and exit statuses pass through. When the process ends, a summary goes to stderr; of several processes,
+    only the first (``RANK``) prints one.
     """
     options, target, rest = _parse(list(arguments))
     module = "-m" in options
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     patched = fastpeft.patch(report=_say if "--report" in options and first else None)
     if "--quiet" not in options and first:
         atexit.register(lambda: _say(patched))
-    # Not the module that runs this: nothing of it may be among the script's globals. It stays `__main__` to the end of
-    # the process, where functions for the exit, threads and pickle still look their names up.
+    # A fresh module, so that none of our names are among the script's globals. It stays `__main__` to the end of the
+    # process, since exit handlers, threads and pickle still look names up there.
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     vars(main).update(__builtins__=builtins, **({"__annotations__": {}} if sys.version_info < (3, 14) else {}))
     if module:
@@ -53,12 +53,12 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _search(os.path.dirname(os.path.realpath(target)))
         sys.argv = [target, *rest]
-        _run_file(os.path.join(os.getcwd(), target), main)  # as CPython has it: not normalised
+        _run_file(os.path.join(os.getcwd(), target), main)  # not normalised, like CPython
     return 0
 
 
 def _parse(arguments: list[str]) -> tuple[set[str], str, list[str]]:
-    """(our options, the script or the module, what is left for it)"""
+    """(our options, the script or the module, its own arguments)"""
     options: set[str] = set()
     while arguments and arguments[0].startswith("-") and "-m" not in options:
         option = arguments.pop(0)
@@ -75,7 +75,7 @@ def _say(what: Any) -> None:
 
 
 def _search(folder: str) -> None:
-    """The first entry of the search path, which Python has set as `fastpeft` itself was started."""
+    """Set the first entry of the search path, which Python chose when `fastpeft` itself was started."""
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = folder
 

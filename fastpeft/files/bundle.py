@@ -1,4 +1,4 @@
-"""An adapter as data: what every format is read into and written from. It knows no model."""
+"""An adapter as data: every format is read into it and written from it. It knows no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Part:
     b          [N, r]
     gain       [r, 1], AdaLoRA's; None: 1
     bias       [N], or None
-    full_rank  of AdaLoRA, the rank that it began with, which its scaling goes by
+    full_rank  of AdaLoRA, the initial rank, from which its scaling is computed
     names      {"a": the name of that tensor and its file, …}, for errors
     """
 
@@ -57,7 +57,7 @@ class Bundle:
     dropout    on the input of A, or on the virtual tokens
     table      [P, width] of virtual tokens; a prefix's columns are (layer, key | value, head, size)
     sizes      of virtual tokens: num_layers, num_heads, token_dim
-    whole      {name of a tensor of the model: its value} of modules that are trained whole
+    whole      {name of a tensor of the model: its value} of fully trained modules
     modules    the names of those modules, exact or the ends of dotted names
     names      {"table" or a name in ``whole``: the name of that tensor and its file}
     """
@@ -83,9 +83,9 @@ class Bundle:
         return replace(self, kind="lora", parts=parts)
 
     def check(self, op: str) -> None:
-        """Whether every tensor is a finite float tensor, and those of a part fit one another.
+        """Check that every tensor is a finite float tensor, and that the tensors of a part fit one another.
 
-        Raises     ValueError, TypeError: which names the tensor and its file.
+        Raises     ValueError, TypeError: the text names the tensor and its file.
         """
         for part in self.parts.values():
             for name, value in part.tensors().items():
@@ -106,7 +106,7 @@ class Bundle:
             _checks.require(finite, op, self.named(key), "be finite", "inf or nan")
 
     def cast(self, op: str, dtype: torch.dtype | None) -> None:
-        """Every float tensor in ``dtype``; None leaves each in its own.
+        """Cast every float tensor to ``dtype``; None leaves each in its own.
 
         Raises     ValueError: a value that is not finite there.
         """
@@ -134,7 +134,7 @@ def check_float(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def common(op: str, what: str, values: Iterable[Any]) -> Any:
-    """The one value that all have; ValueError where they differ."""
+    """The one value that all have; ValueError if they differ."""
     listed = list(dict.fromkeys(values))
     _checks.require(len(listed) == 1, op, what, "be the same in all layers of the adapter", listed[:4])
     return listed[0]
@@ -146,7 +146,7 @@ def most_common(values: Iterable[Any]) -> Any:
 
 
 def alpha_of(scaling: float, divisor: float) -> float:
-    """α with α / divisor == scaling to the last bit, where a float has it."""
+    """α with α / divisor == scaling to the last bit, if such a float exists."""
     alpha = scaling * divisor
     near = (alpha, nextafter(alpha, inf), nextafter(alpha, -inf))
     exact = next((each for each in near if each / divisor == scaling), alpha)

@@ -3,7 +3,7 @@
 <prefix>_<module>.lora_down.weight   [r, K]; of a convolution [r, C / groups, *kernel]
 <prefix>_<module>.lora_up.weight     [N, r]; of a convolution [N, r, 1, …]
 <prefix>_<module>.lora_mid.weight    [r, r, *kernel], with lora_down [r, C, 1, …]: the Tucker form of a convolution
-<prefix>_<module>.alpha              scaling is alpha / r; none, or 0: scaling 1
+<prefix>_<module>.alpha              scaling is alpha / r; missing, or 0: scaling 1
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PARTS = {_DOWN: "a", _UP: "b", _MID: "mid", _ALPHA: "alpha"}
 def written(op: str, paths: Iterable[str]) -> dict[str, str]:
     """{a module's name with underscores: its name}.
 
-    Raises     ValueError: two modules that are written alike.
+    Raises     ValueError: two modules that have the same written name.
     """
     found: dict[str, str] = {}
     for path in paths:
@@ -41,8 +41,8 @@ def written(op: str, paths: Iterable[str]) -> dict[str, str]:
 def write(op: str, file: Path, bundle: Bundle, prefix: str, tucker: bool) -> None:
     """One safetensors file.
 
-    tucker     write convolutions of a kernel larger than 1 with a lora_mid
-    Raises     ValueError: what the format has no place for.
+    tucker     write convolutions with a kernel larger than 1 with a lora_mid
+    Raises     ValueError: something that the format cannot store.
     """
     bundle = bundle.as_lora()
     _checks.require(bundle.kind == "lora", op, "method", "be LoRA for kohya's format", bundle.kind)
@@ -63,7 +63,7 @@ def write(op: str, file: Path, bundle: Bundle, prefix: str, tucker: bool) -> Non
 
 
 def _metadata(bundle: Bundle) -> dict[str, str]:
-    """What the tools show of a file; where layers differ they say "Dynamic"."""
+    """The metadata that the tools show; "Dynamic" if layers differ."""
     ranks = {part.rank for part in bundle.parts.values()}
     alphas = {alpha_of(part.scaling, part.rank) for part in bundle.parts.values()}
     rank, alpha = (str(next(iter(each))) if len(each) == 1 else "Dynamic" for each in (ranks, alphas))
@@ -89,8 +89,8 @@ def _apart(op: str, path: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def read(op: str, file: Path, model: dict[str, nn.Module], prefix: str | None) -> Bundle:
     """The adapter in ``file``.
 
-    model      {name: module} of the model that it is for
-    prefix     whose modules are meant; None: the only one of the file
+    model      {name: module} of the model that the adapter is for
+    prefix     selects the modules; None: the only prefix in the file
     Raises     FileNotFoundError.  ValueError, TypeError: as `peft.read`.
     """
     found, _ = tensors.read(op, file)
@@ -176,7 +176,7 @@ def _part(op: str, held: dict[str, tuple[str, torch.Tensor]], module: Any) -> Pa
         _checks.require(sizes, op, label, f"have shape [{r}, {down.shape[0]}, *kernel]", list(mid.shape))
         down = torch.einsum("mn...,nc->mc...", mid.double(), down.flatten(1).double()).to(down.dtype)
     alpha = _alpha(op, held, r)
-    # A linear layer of one tool is a convolution of 1 x 1 of another.
+    # What one tool writes as a linear layer, another writes as a 1 x 1 convolution.
     kernel = _kernel(module)
     if all(size == 1 for size in (*down.shape[2:], *kernel)):
         down = down.flatten(1).view(down.shape[0], down.shape[1], *kernel)

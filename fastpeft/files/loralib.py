@@ -4,7 +4,7 @@
     <module>.lora_A [n · r, K], lora_B [n · N/m, r]     lora.MergedLinear: n of m equal parts of the output are adapted
     <module>.lora_A [r · k, C · k], lora_B [N · k, r · k]    lora.Conv1d to Conv3d: B A, reshaped, is W's update
 
-The file says neither lora_alpha nor which parts of a MergedLinear are adapted: ``alpha`` and ``enable_lora`` do.
+The file gives neither lora_alpha nor the adapted parts of a MergedLinear: pass ``alpha`` and ``enable_lora``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastpeft.ops import _checks
 
 
 def write(op: str, file: Path, bundle: Bundle, alpha: float | None) -> None:
-    """A plain dict of tensors, for ``model.load_state_dict(torch.load(file), strict=False)`` of a model of loralib's.
+    """A plain dict of tensors, for ``model.load_state_dict(torch.load(file), strict=False)`` of a loralib model.
 
-    alpha      lora_alpha of those layers, by which lora_B is scaled; None: as the layers here have it, one for all
-    Raises     ValueError: what loralib has no layer for.
+    alpha      lora_alpha of loralib's layers; lora_B is rescaled to it; None: the alpha of the layers here, one for all
+    Raises     ValueError: something that loralib has no layer for.
     """
     bundle = bundle.as_lora()
     _checks.require(bundle.kind == "lora", op, "method", "be LoRA for loralib's format", bundle.kind)
@@ -48,8 +48,8 @@ def read(
 ) -> Bundle:
     """The adapter in ``file``.
 
-    model      {name: module} of the model that it is for
-    alpha      lora_alpha of the layers that it was trained in; None: 1, loralib's default
+    model      {name: module} of the model that the adapter is for
+    alpha      lora_alpha of the layers in which it was trained; None: 1, loralib's default
     enable_lora    of their MergedLinear layers
     Raises     FileNotFoundError.  ValueError, TypeError: as `peft.read`.
     """
@@ -92,7 +92,7 @@ def _part(
     r = b.shape[1]
     if a.shape[0] == r:
         return Part(a, b, alpha / r, alpha=alpha, names=labels)
-    # n convolutions of one group each: B is block-diagonal, and zero where no part is adapted.
+    # loralib applies B as a convolution of n groups: here B is block-diagonal, and zero for parts that are not adapted.
     _checks.require(
         a.shape[0] % r == 0, op, labels["a"], f"have a multiple of {r} rows, lora_B's columns", list(a.shape)
     )
@@ -119,7 +119,7 @@ def _conv(
     alpha: float,
     labels: dict[str, str],
 ) -> Part:
-    """(B A).view of W's shape as a product of [N, k · rk] and a block-diagonal [k · rk, C · k²]: exact, of rank k²r."""
+    """(B A) viewed in W's shape, as a product of [N, k · rk] and a block-diagonal [k · rk, C · k²]: exact, rank k²r."""
     layer = getattr(module, "layer", module)
     k = kernel[0]
     served = len(kernel) == 2 and kernel[1] == k and layer.groups == 1

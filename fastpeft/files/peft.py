@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 
 _LORA = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias"}
 _ADALORA = {"lora_A": "a", "lora_B": "b", "lora_E": "gain"}
-# What is in files of other methods, or of LoRA with options that a key tells of.
+# Key parts that mark files of other methods, or of LoRA with options that are not supported.
 _FOREIGN = ("lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "ia3_l", "hada_w", "lokr_w", "vera_lambda")
 
 
@@ -35,12 +35,12 @@ def owned(name: str) -> bool:
 
 
 def write(op: str, folder: Path, bundle: Bundle, model: Any, most: int | None, said: dict[str, Any]) -> None:
-    """Into an empty ``folder``.
+    """Write into an empty ``folder``.
 
-    model      {name: module} of the model that the adapter is on
-    most       bytes a shard
-    said       ``base_model`` and ``task_type``, where they are given
-    Raises     ValueError: what PEFT has no place for.
+    model      {name: module} of the model that has the adapter
+    most       bytes per shard
+    said       ``base_model`` and ``task_type``, if given
+    Raises     ValueError: something that PEFT cannot store.
     """
     config = peft_config.make(op, bundle, model, said)
     found: dict[str, torch.Tensor] = {}
@@ -61,15 +61,15 @@ def write(op: str, folder: Path, bundle: Bundle, model: Any, most: int | None, s
 
 
 def _prefix(kind: str) -> str:
-    # Virtual tokens wrap the model itself, adapters a tuner that wraps it.
+    # PEFT wraps the model directly for virtual tokens; for adapters it wraps a tuner that wraps the model.
     return "base_model." if kind in PROMPTS else PREFIX
 
 
 def read(op: str, folder: Path) -> Bundle:
-    """The adapter in ``folder``, every tensor of it accounted for.
+    """The adapter in ``folder``, with every tensor accounted for.
 
-    Raises     FileNotFoundError.  ValueError, TypeError: a method or an option that we have not, a tensor that is
-               missing, unknown, or not what the config says.
+    Raises     FileNotFoundError.  ValueError, TypeError: an unsupported method or option, a tensor that is missing,
+               unknown, or not what the config says.
     """
     config = tensors.read_json(op, folder / CONFIG)
     where = str(folder / CONFIG)
@@ -130,7 +130,7 @@ def _read_table(
     bundle.names["table"] = f"{key} in {folder / files[key]}"
     P = peft_config.integer_in(op, where, config, "num_virtual_tokens")
     rows = table.shape[0] if table.dim() == 2 else 0
-    # Of prompts for an encoder and a decoder PEFT puts in the first half, and trains no other.
+    # For an encoder-decoder, PEFT uses and trains only the first half of the prompt.
     several = config.get("num_transformer_submodules") or 1
     rule = f"have {P} rows, as {CONFIG} says"
     _checks.require(rows in (P, P * several), op, bundle.named("table"), rule, list(table.shape))

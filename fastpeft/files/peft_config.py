@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it says, and what we say in it."""
+"""PEFT's adapter_config.json, read and written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = {
     "P_TUNING": "ptuning",
     "PREFIX_TUNING": "prefix_tuning",
 }
-# Beside the method and what its readers look up: nothing that the output depends on.
+# The method, the keys that our readers look up, and keys on which the output does not depend.
 _HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -29,21 +29,21 @@ _HARMLESS = {
     "tokenizer_kwargs", "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
     "encoder_dropout", "prefix_projection", "init_lora_weights", "bias", "ensure_weight_tying",
 }  # fmt: skip
-# Schemes that take the update's first value out of the base weight, which is another one then.
+# Schemes that subtract the update's initial value from the base weight and so change the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
-_MOST = 1e30  # and no NaN, infinity or integer that no float can hold
-_EPSILON = 1e-5  # PEFT's AdaLoRA divides by its rank and that
+_MOST = 1e30  # excludes NaN, infinity and integers that no float can hold
+_EPSILON = 1e-5  # PEFT's AdaLoRA divides by its rank plus this
 
 
 def kind_of(op: str, where: str, config: dict[str, Any]) -> str:
-    """The method, in our word.
+    """The method, under our name.
 
-    Raises     ValueError: one that we have not, or an option that changes what it computes.
+    Raises     ValueError: an unsupported method, or an option that changes what the method computes.
     """
     method = str(config.get("peft_type")).rpartition(".")[2]
     rule = f"be one of {', '.join(TYPES)}, the methods that PEFT and fastpeft share"
@@ -97,7 +97,7 @@ def _pattern(op: str, where: str, config: dict[str, Any], name: str, path: str, 
 
 
 def set_scaling(op: str, where: str, config: dict[str, Any], path: str, part: Part, kind: str) -> None:
-    """Scaling and α of one layer, and whether its rank is the one that the config has for it."""
+    """Set scaling and α of one layer, and check its rank against the config's."""
     if kind == "adalora":
         full = number_in(op, where, config, "init_r", 12)
         kept = (config.get("rank_pattern") or {}).get(f"{path}.lora_E")
@@ -117,7 +117,7 @@ def set_scaling(op: str, where: str, config: dict[str, Any], path: str, part: Pa
 def make(op: str, bundle: Bundle, model: dict[str, nn.Module], said: dict[str, Any]) -> dict[str, Any]:
     """The config of an adapter on a model of these modules, {name: module}.
 
-    Raises     ValueError: what PEFT has no word for.
+    Raises     ValueError: something that PEFT's config cannot express.
     """
     task = said.get("task_type") or _task(model[""])
     base = said.get("base_model") or getattr(getattr(model[""], "config", None), "_name_or_path", None) or None
@@ -144,7 +144,7 @@ def _fan_in_fan_out(module: Any) -> bool:
 
 
 def check_layer(op: str, path: str, module: Any, part: Part) -> None:
-    """PEFT's convolutions know neither groups nor dilation nor a padding mode."""
+    """PEFT's convolutions support neither groups nor dilation nor a padding mode."""
     layer = getattr(module, "layer", module)
     if not hasattr(layer, "padding_mode"):
         return
@@ -185,7 +185,7 @@ def _adalora(op: str, bundle: Bundle) -> dict[str, Any]:
     pattern = None
     if any(part.rank != full for part in parts.values()):
         pattern = {f"{p}.lora_E": [i < part.rank for i in range(full)] for p, part in parts.items()}
-    # A schedule of one step: nothing of it acts on an adapter that is only used.
+    # A schedule of one step: it has no effect on an adapter that is only used, not trained.
     return {
         "r": 8, "init_r": full, "target_r": full, "lora_alpha": alpha_of(scaling, full + _EPSILON),
         "rank_pattern": pattern, "tinit": 0, "tfinal": 0, "total_step": 1,
@@ -218,7 +218,7 @@ def _prompt(op: str, bundle: Bundle, model: Any) -> dict[str, Any]:
 
 
 def _targets(paths: list[str], model: list[str], saved: list[str]) -> list[str] | str:
-    """Names that mean these modules of the model and no others: the ends of their names, or all of each."""
+    """Target names that match exactly these modules of the model: the ends of their names, or their full names."""
     free = [name for name in model if not any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in saved)]
 
     def meant(names: list[str]) -> bool:
@@ -226,7 +226,7 @@ def _targets(paths: list[str], model: list[str], saved: list[str]) -> list[str] 
         return {name for name in free if name in names or name.endswith(ends)} == set(paths)
 
     short = sorted({path.rpartition(".")[2] for path in paths})
-    # PEFT takes a lone number for what it is, but a reader of the file would not.
+    # PEFT matches a lone number correctly, but it would puzzle a human reader of the file.
     if meant(short) and not any(name.isdigit() for name in short):
         return short
     if meant(paths):

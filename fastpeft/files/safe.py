@@ -1,17 +1,17 @@
-"""Files and folders that are replaced whole: written aside, flushed, and put in place in one step of the file system.
+"""Files and folders that are replaced as a whole: written to a temporary name, flushed, put in place in one step.
 
-A file is written under a temporary name beside its target and renamed over it. A folder is written as a whole beside
-its target, what it keeps of the old one included, and the two are swapped by one system call (renameat2 with
-RENAME_EXCHANGE on Linux, renamex_np on macOS). So whatever opens the path finds the old version or the new one, never
-files of both, and a process that is killed at any moment leaves one of them whole. What it had written aside stays as
-``.<name>.<random>.part``, a file with its own suffix after that; the next save of the same target removes it.
+A file is written under a temporary name beside its target and renamed over it. A new folder is written beside its
+target, including whatever it keeps of the old folder, and the two are swapped by one system call (renameat2 with
+RENAME_EXCHANGE on Linux, renamex_np on macOS). So whoever opens the path finds the old version or the new one, never
+files of both, and a process that is killed at any moment leaves one of them whole. Its temporary file or folder stays
+as ``.<name>.<random>.part`` (a file has its own suffix after that) until the next save of the same target removes it.
 
-Where a system cannot swap, the old folder is renamed to ``.<name>.old`` and the new one takes its name. A process that
-is killed between these two renames leaves the old folder whole under that other name; the next save or load of ours
-gives it its name back.
+If a system cannot swap, the old folder is renamed to ``.<name>.old`` and the new one takes its name. A process killed
+between these two renames leaves the old folder whole under that other name; our next save or load gives it its name
+back.
 
-A reader that opens the files of a folder one after the other, by their paths, can begin in the old folder and go on in
-the new one. `read_folder` reads the folder's identity before and after, and reads again where it has changed.
+A reader that opens the files of a folder one by one, by their paths, can begin in the old folder and go on in the new
+one. `read_folder` compares the folder's identity before and after, and reads again if it has changed.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ _T = TypeVar("_T")
 
 _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-# Of a folder that is swapped away while it is read; more in a row than that is no coincidence.
+# Attempts to read a folder that is swapped while being read; more in a row is no coincidence.
 _TRIES = 20
-# A temporary name that is younger may not have its lock yet.
+# A temporary name younger than this may not have its lock yet.
 _YOUNG = 60.0
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file under a temporary name, and put it in the place of ``path``.
+    """Let ``write`` fill a file under a temporary name, and move it to ``path``.
 
-    A symbolic link stays one; the file that it names is replaced. Permissions are those of the file that is replaced.
-    Raises     OSError: as the file system says; the old file is as it was then.
+    A symbolic link stays one; its target file is replaced. The new file gets the permissions of the old one.
+    Raises     OSError: as the file system says; the old file is then unchanged.
     """
     target = Path(os.path.realpath(path))
     _sweep(target)
-    # The suffix says in which form a file is written.
+    # ``write`` chooses the file format by the suffix.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=f".part{target.suffix}")
     aside = Path(name)
     try:
@@ -72,12 +72,12 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> N
 def write_folder(
     op: str, path: str | os.PathLike[str], write: Callable[[Path], None], owned: Callable[[str], bool]
 ) -> None:
-    """Let ``write`` fill a folder under a temporary name, and put it in the place of ``path``.
+    """Let ``write`` fill a folder under a temporary name, and move it to ``path``.
 
-    owned      whether a file of the old folder, by its name, is what this replaces; every other one is kept (as a hard
-               link to the same file, where the system has such)
-    Raises     ValueError: ``path`` is no folder, or one that this process works in.  OSError: as the file system says.
-               The old folder is as it was then.
+    owned      whether a file of the old folder, by its name, is to be replaced; every other file is kept (as a hard
+               link to the same file, if the system has hard links)
+    Raises     ValueError: ``path`` is not a folder, or is this process's working directory.  OSError: as the file
+               system says.  The old folder is then unchanged.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,13 +103,13 @@ def write_folder(
             _flush(aside)
             _put(aside, target)
     finally:
-        # The new folder after an error; the old one, under that name, after a swap.
+        # After an error this is the new folder; after a swap, the old one under the temporary name.
         shutil.rmtree(aside, ignore_errors=True)
     _flush(target.parent)
 
 
 def read_folder(op: str, path: str | os.PathLike[str], read: Callable[[Path], _T]) -> _T:
-    """What ``read`` makes of the folder at ``path``, all of it of one version of it.
+    """What ``read`` returns for the folder at ``path``, all of it from one version of the folder.
 
     Raises     FileNotFoundError: no folder.  Whatever ``read`` raises.
     """
@@ -139,7 +139,7 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def _keep(old: Path, new: Path, owned: Callable[[str], bool]) -> None:
-    """What is not replaced, into the new folder: hard links, which cost nothing, or copies."""
+    """Put the files that are not replaced into the new folder: as hard links, which cost nothing, or copies."""
 
     def linked(source: str, to: str) -> None:
         try:
@@ -157,19 +157,19 @@ def _keep(old: Path, new: Path, owned: Callable[[str], bool]) -> None:
 
 
 def _put(new: Path, target: Path) -> None:
-    """``new`` in the place of ``target``; what was there is at ``new`` then, or gone."""
+    """Move ``new`` to ``target``; the old folder is then at ``new``, or gone."""
     if not target.exists():
         os.rename(new, target)
     elif not _exchanged(new, target):
         old = _old(target)
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed when the new one had its name already
+        shutil.rmtree(old, ignore_errors=True)  # left by a process killed after the new folder got its name
         os.rename(target, old)
         os.rename(new, target)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system, or this file system, cannot."""
+    """Swap two names in one step; False if the system, or this file system, cannot."""
     try:
         library: Any = ctypes.CDLL(None, use_errno=True)
         first, second = os.fsencode(one), os.fsencode(other)
@@ -177,7 +177,7 @@ def _exchanged(one: Path, other: Path) -> bool:
             failed = library.renamex_np(first, second, ctypes.c_uint(_SWAP))
         else:
             failed = library.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, ctypes.c_uint(_EXCHANGE))
-    except (OSError, AttributeError, TypeError):  # no such function, or no such library
+    except (OSError, AttributeError, TypeError):  # the function or the library does not exist
         return False
     if failed:
         code = ctypes.get_errno()
@@ -191,13 +191,13 @@ def _old(target: Path) -> Path:
 
 
 def _give_back(target: Path) -> None:
-    """Its name to a folder that an interrupted save without a swap has left under the other one."""
+    """Rename a folder back that an interrupted save without a swap has left under ``.<name>.old``."""
     if not target.exists() and _old(target).is_dir():
         os.rename(_old(target), target)
 
 
 def _permissions(target: Path, usual: int, fresh: bool = False) -> int:
-    """Those of what is replaced, or of anything new: a temporary name is for its owner alone."""
+    """Permissions of the replaced file or folder, or the usual ones: a temporary name is readable by its owner only."""
     if target.exists() and not fresh:
         return target.stat().st_mode & 0o777
     mask = os.umask(0)
@@ -206,7 +206,7 @@ def _permissions(target: Path, usual: int, fresh: bool = False) -> int:
 
 
 def _opened(path: Path) -> int | None:
-    """Some systems cannot open a folder."""
+    """A handle of the path; None on systems that cannot open a folder."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError:
@@ -214,7 +214,7 @@ def _opened(path: Path) -> int | None:
 
 
 def _flush(path: Path) -> None:
-    """Contents and names onto the disk."""
+    """Flush contents and names to the disk."""
     handle = os.open(path, os.O_RDWR) if path.is_file() else _opened(path)
     if handle is not None:
         try:
@@ -225,7 +225,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(handle: int | None) -> Iterator[None]:
-    """Hold a lock that tells `_sweep` of a living writer; the system drops it with the process."""
+    """Hold a lock that shows `_sweep` a living writer; the system releases it when the process ends."""
     try:
         if fcntl is not None and handle is not None:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -237,10 +237,10 @@ def _locked(handle: int | None) -> Iterator[None]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed writers of ``target`` have left: temporary names, a minute old, that nobody has locked."""
+    """Remove what killed writers of ``target`` left: temporary names that are a minute old and not locked."""
     if fcntl is None or not target.parent.is_dir():
         return
-    # Eight letters, digits or underscores: what tempfile draws.
+    # tempfile draws eight letters, digits or underscores.
     ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.part({re.escape(target.suffix)})?")
     for entry in target.parent.iterdir():
         handle = _opened(entry) if ours.fullmatch(entry.name) else None

@@ -16,7 +16,7 @@ TORCH = (".pt", ".pth", ".bin")
 SAFE = ".safetensors"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# A config or an index is some kilobytes; nobody reads gigabytes of JSON by mistake.
+# A config or an index is some kilobytes; the limit keeps us from reading gigabytes of JSON by mistake.
 _LONGEST_JSON = 2**26
 
 
@@ -33,12 +33,12 @@ def safetensors(op: str) -> Any:
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU: views of one storage are refused by safetensors, and written whole by torch."""
+    """Copies on the CPU: safetensors refuses views of one storage, and torch writes the whole storage."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def write(op: str, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """``tensors`` into ``file``, in the form that its suffix names: torch's archive of a plain dict, or safetensors.
+    """Write ``tensors`` into ``file``; its suffix selects torch's archive of a plain dict, or safetensors.
 
     metadata   strings of the header; only safetensors has one
     """
@@ -49,7 +49,7 @@ def write(op: str, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[
 
 
 def read(op: str, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of ``file``, on the CPU, and the strings of its header; nothing of it is executed.
+    """The tensors of ``file``, on the CPU, and the strings of its header; nothing in the file is executed.
 
     Raises     FileNotFoundError.  ValueError: damaged, or no tensors by name.  ImportError: no safetensors.
     """
@@ -77,7 +77,7 @@ def read(op: str, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def size_in_bytes(op: str, size: int | str | None) -> int | None:
-    """Of "200MB" or the like; kilo is 1000, kibi 1024."""
+    """Bytes of "200MB" or the like; kilo is 1000, kibi 1024."""
     if size is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
@@ -90,7 +90,7 @@ def size_in_bytes(op: str, size: int | str | None) -> int | None:
 
 
 def shards(tensors: dict[str, torch.Tensor], most: int | None) -> list[dict[str, torch.Tensor]]:
-    """The tensors in their order, parted where the next one would make a part larger than ``most`` bytes."""
+    """The tensors in their order, in parts of at most ``most`` bytes; a larger tensor is a part of its own."""
     parts: list[dict[str, torch.Tensor]] = [{}]
     held = 0
     for name, tensor in tensors.items():
@@ -106,7 +106,7 @@ def shards(tensors: dict[str, torch.Tensor], most: int | None) -> list[dict[str,
 def write_sharded(
     op: str, folder: Path, stem: str, tensors: dict[str, torch.Tensor], most: int | None, metadata: dict[str, str]
 ) -> None:
-    """``{stem}.safetensors``; or ``{stem}-00001-of-0000n.safetensors`` and an index that says what is where."""
+    """Write ``{stem}.safetensors``, or ``{stem}-00001-of-0000n.safetensors`` and an index of tensor to file."""
     parts = shards(tensors, most)
     if len(parts) == 1:
         write(op, folder / f"{stem}{SAFE}", tensors, metadata)
@@ -121,9 +121,9 @@ def write_sharded(
 
 
 def read_sharded(op: str, folder: Path, stem: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, {name: the file that it was in}) of ``{stem}`` in ``folder``: one file, shards, or torch's archive.
+    """(tensors, {name: the file that held it}) of ``{stem}`` in ``folder``: one file, shards, or torch's archive.
 
-    Raises     FileNotFoundError: none.  ValueError: damaged, or an index that the shards do not agree with.
+    Raises     FileNotFoundError: no such file.  ValueError: damaged, or an index that contradicts the shards.
     """
     index = folder / f"{stem}{SAFE}.index.json"
     for file in (folder / f"{stem}{SAFE}", folder / f"{stem}.bin"):

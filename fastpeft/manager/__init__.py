@@ -1,11 +1,10 @@
 """The manager: adapters put into a model by name, counted, switched, saved, loaded, merged and taken out.
 
-``targets`` says which modules are meant, ``defaults`` which where none is named; ``methods`` which class adapts a
-module; ``placing`` puts in and takes out, all or nothing; ``prompts`` is the same for virtual tokens. The manager is
-one class in several files, each the base of the next: ``account``, ``applying``, ``merging``, ``saving`` (over
-``archive`` and ``options``), ``words``, ``checkpointing``, ``manager``. ``exchange`` is the formats of other libraries,
-from a manager (``outgoing``) and into one (``incoming``). No arithmetic of an adapter, and no format of a file, may
-enter here.
+``targets`` resolves names to modules, ``defaults`` chooses modules if none are named, ``methods`` says which class
+adapts a module; ``placing`` puts adapters in and takes them out, all or none; ``prompts`` does so for virtual tokens.
+The manager is one class in several files, each the base of the next: ``account``, ``applying``, ``merging``, ``saving``
+(over ``archive`` and ``options``), ``words``, ``checkpointing``, ``manager``. ``exchange`` converts to other libraries'
+formats (``outgoing``) and from them (``incoming``). An adapter's arithmetic and file formats do not belong here.
 """
 
 from fastpeft.manager.exchange import load_adapter, save_adapter

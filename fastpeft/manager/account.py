@@ -1,4 +1,4 @@
-"""What a manager has put into its model: names, trained parameters, counts, switches."""
+"""The account of what a manager has put into its model: names, trained parameters, counts, switches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OP = "EfficientFineTuningManager"
 
 
 class Disabled:
-    """What ``disable()`` returns: used in a ``with``, it enables again what it has disabled."""
+    """Returned by ``disable()``: used in a ``with``, it enables again what was disabled."""
 
     def __init__(self, modules: list[Any]) -> None:
         self._modules = modules
@@ -35,11 +35,11 @@ class Disabled:
 
 
 class Account:
-    """The adapters of one model: the part of the manager that the others read.
+    """The adapters of one model: the part of the manager that its other parts read.
 
     entries    one for each adapter and module
     methods    {adapter: {"method", "options", "each"}}: how to apply it again
-    saved_modules    {path: module} of what is trained whole
+    saved_modules    {path: module} of fully trained modules
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,16 +48,16 @@ class Account:
         self.entries: list[Entry] = []
         self.methods: dict[str, dict[str, Any]] = {}
         self.saved_modules: dict[str, nn.Module] = {}
-        # By name: a parameter that is replaced (quantised) is not kept alive.
+        # By name, so that a replaced (quantised) parameter is not kept alive.
         self._flags: dict[str, bool] | None = None
 
     def _flags_now(self) -> dict[str, bool]:
         return {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
 
     def _freeze(self, flags: dict[str, bool]) -> None:
-        """Once, at the first adapter: nothing of the model is trained but adapters that are in it already.
+        """Freeze the model, once, at the first adapter: only adapters that it already has stay trained.
 
-        flags      what required gradients before that adapter was put in
+        flags      ``requires_grad`` of every parameter before the first adapter was put in
         """
         if self._flags is not None:
             return
@@ -70,14 +70,14 @@ class Account:
                 parameter.requires_grad_(False)
 
     def _thaw(self) -> None:
-        """``requires_grad`` as it was before the first adapter."""
+        """Restore ``requires_grad`` as it was before the first adapter."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if self._flags is not None and name in self._flags:
                 parameter.requires_grad_(self._flags[name])
         self._flags = None
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is given: every parameter that requires a gradient, once."""
+        """The parameters for an optimizer: every one that requires a gradient, once."""
         held = (entry.module for entry in self.entries if entry.place == "held")
         every = [p for module in (self.model, *held) for p in module.parameters() if p.requires_grad]
         return list({id(p): p for p in every}.values())
@@ -87,7 +87,7 @@ class Account:
         return sum(p.numel() for p in self.get_trainable_parameters())
 
     def summary(self) -> str:
-        """A table as text: adapter, method, modules, trained parameters; and the share of all."""
+        """A table as text: adapter, method, modules, trained parameters; and the trained share of all parameters."""
         rows: list[counts.Row] = []
         seen: set[int] = set()
         for name, record in self.methods.items():
@@ -106,16 +106,16 @@ class Account:
         return f"{type(self).__name__}({type(self.model).__name__})\n{self.summary()}"
 
     def _of(self, names: str | Iterable[str] | None = None) -> list[Entry]:
-        """The entries of these adapters, of all where it is None."""
+        """The entries of these adapters; None: of all."""
         wanted = list(self.methods) if names is None else [names] if isinstance(names, str) else list(names)
         for name in wanted:
             _checks.require(name in self.methods, _OP, "adapter", f"be one of {sorted(self.methods)}", repr(name))
         return [entry for entry in self.entries if entry.adapter in wanted]
 
     def enable(self, names: str | Iterable[str] | None = None) -> None:
-        """Let the adapters of these names act, or all. What is merged on their modules is unmerged first.
+        """Let the adapters of these names, or all, act. Adapters merged on their modules are unmerged first.
 
-        Which of them are trained is what ``switch`` last said.
+        The last ``switch`` decides which of them are trained.
         """
         entries = self._of(names)
         self._unmerge(entries)
@@ -126,7 +126,7 @@ class Account:
     def disable(self, names: str | Iterable[str] | None = None) -> Disabled:
         """Take the adapters of these names, or all, out of every later call; or out of a ``with`` block only.
 
-        What is merged on their modules is unmerged first.
+        Adapters merged on their modules are unmerged first.
         """
         entries = self._of(names)
         self._unmerge(entries)
@@ -136,7 +136,7 @@ class Account:
         return Disabled(acting)
 
     def switch(self, names: str | Iterable[str]) -> None:
-        """Let the adapters of these names act and be trained, and no others of this manager."""
+        """Let only the adapters of these names, of all in this manager, act and be trained."""
         wanted = self._of(names)
         others = [entry for entry in self.entries if entry not in wanted]
         self.enable(names)
@@ -151,7 +151,7 @@ class Account:
                 parameter.requires_grad_(True)
 
     def _units(self, entries: list[Entry]) -> list[Any]:
-        """What is merged as one: a stack with its layer, or a layer alone."""
+        """The units of merging: a stack with its layer, or a layer alone."""
         stacks = [module for module in self.model.modules() if isinstance(module, AdapterStack)]
         stack_of = {id(child): stack for stack in stacks
                     for child in (stack.layer, *stack.parallel.values(), *stack.serial.values())}  # fmt: skip

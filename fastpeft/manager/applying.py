@@ -1,4 +1,4 @@
-"""Adapters of any method put into the model: names, targets, freezing, the record of it."""
+"""Putting adapters of any method into the model: names, targets, freezing, the record."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Applying(Account):
         each: dict[str, Any],
         spared: dict[str, nn.Module] | None = None,
     ) -> list[Entry]:
-        """Put an adapter in, freeze the model before the first one, and take note of it.
+        """Put an adapter in, freeze the model before the first one, and record the adapter.
 
-        each       options of single places, by their paths
-        spared     what gets no adapter, nor anything below it
+        each       options of individual modules, by path
+        spared     modules that get no adapter, and nothing below them does
         """
         kind, modules = options.get("kind", ""), targets.walk(self.model)
         if wanted is None:

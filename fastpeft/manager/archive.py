@@ -1,4 +1,4 @@
-"""Tensors and what is said about them in one file: written aside and renamed, read without executing anything."""
+"""Tensors and their description in one file: written to a temporary name and renamed, read without executing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FORMAT = "fastpeft"
 
 
 def write(path: str | os.PathLike[str], held: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """The tensors ``held`` and ``about`` (JSON) into ``path``, which `files.safe` replaces whole.
+    """Write the tensors ``held`` and ``about`` (JSON) into ``path``, which `files.safe` replaces as a whole.
 
-    A path that ends in .pt, .pth or .bin gets torch's archive, which loads with weights_only=True; any other one
+    A path that ends in .pt, .pth or .bin gets torch's archive, which loads with weights_only=True; any other path gets
     safetensors.
     Raises     ImportError: safetensors is needed and not installed.  OSError: as the file system says.
     """
@@ -39,7 +39,7 @@ def write(path: str | os.PathLike[str], held: dict[str, torch.Tensor], about: di
 def read(op: str, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `write` wrote; nothing of the file is executed.
 
-    Raises     FileNotFoundError.  ValueError: no file of ours, or a damaged one.  ImportError: no safetensors.
+    Raises     FileNotFoundError.  ValueError: not our format, or a damaged file.  ImportError: no safetensors.
     """
     source = Path(path)
     if not source.is_file():

@@ -17,18 +17,18 @@ class Checkpointing(Words):
     """gradient_checkpointing_enable and enable_input_require_grads."""
 
     def gradient_checkpointing_enable(self, use_reentrant: bool = False, **options: Any) -> None:
-        """The model's own gradient checkpointing.
+        """Enable the model's own gradient checkpointing.
 
-        use_reentrant    False: a frozen input stops no gradient. True: one would, so that the embeddings' outputs are
-                   made to require gradients first
+        use_reentrant    False: a frozen input stops no gradient. True: it would, so the embeddings' outputs are made
+                   to require gradients first
         options    of ``torch.utils.checkpoint.checkpoint``
         A model without ``gradient_checkpointing_enable`` gets ``gradient_checkpointing = True`` on the modules that
         have this attribute.
-        Raises     ValueError: there is neither.
+        Raises     ValueError: the model has neither.
         """
         if use_reentrant:
             self.enable_input_require_grads()
-        # transformers gave the method a new name, and will drop the old one.
+        # transformers has renamed the method and will drop the old name.
         for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
             enable = getattr(self.model, name, None)
             if callable(enable):
@@ -43,7 +43,7 @@ class Checkpointing(Words):
     def enable_input_require_grads(self) -> None:
         """Let the outputs of the embeddings, and float inputs of the model, require gradients.
 
-        Reentrant checkpointing, torch's old form, passes no gradient to a block of which no input requires one.
+        Reentrant checkpointing, torch's old form, passes no gradient to a block unless one of its inputs requires one.
         """
         own = getattr(self.model, "enable_input_require_grads", None)
         if callable(own):
@@ -66,7 +66,7 @@ def _output_requires(module: nn.Module, args: Any, output: torch.Tensor) -> None
 
 
 def _inputs_require(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The caller's own tensors are left as they are."""
+    """The inputs, made to require gradients; the caller's own tensors stay unchanged."""
     if not torch.is_grad_enabled():
         return args
     return tuple(

@@ -1,4 +1,4 @@
-"""How many parameters a model has and trains, each counted once, and a table of them."""
+"""Counts of a model's parameters and of the trained ones, each counted once, and a table of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def distinct(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def elements(parameter: torch.Tensor) -> int:
-    """Of a weight of 4 bits, a byte is two elements."""
+    """The number of elements; a byte of a 4-bit weight counts as two."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
@@ -29,7 +29,7 @@ class Row:
 
 
 def table(rows: Iterable[Row], parameters: Iterable[torch.Tensor]) -> str:
-    """The rows, what is trained in all, and its share."""
+    """The rows, the total of trained parameters, and its share."""
     every = distinct(parameters)
     total = sum(elements(p) for p in every)
     trained = sum(p.numel() for p in every if p.requires_grad)

@@ -1,4 +1,4 @@
-"""What a method adapts where no targets are named."""
+"""The modules that a method adapts if no targets are named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MLPS = ("linear2", "mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_
 
 
 def of(op: str, method: str, model: nn.Module, modules: dict[str, nn.Module], kind: str) -> list[str]:
-    """The paths for a method: of an `Adapter` known output projections, else linear layers and attentions but the head.
+    """The paths for a method: known output projections for `Adapter`, else linear layers and attentions but the head.
 
     Raises     ValueError: the model has none.
     """
@@ -27,12 +27,12 @@ def of(op: str, method: str, model: nn.Module, modules: dict[str, nn.Module], ki
                  and any(path == name or path.endswith(f".{name}") for name in wanted)]  # fmt: skip
         if kind != "houlsby":
             names = [path for path in names if not any(path.endswith(name) for name in _ATTENTIONS)]
-        # An attention of torch stands for its own out_proj.
+        # A torch attention is listed in place of its own out_proj.
         names = [path for path in names if path.rpartition(".")[0] not in names]
     else:
         head = _head(model, modules)
         names = [path for path, module in modules.items() if path and path not in head and methods.sizes(module)]
-        if method == "lora":  # an attention is adapted as a whole, its inputs too
+        if method == "lora":  # an attention is adapted as a whole, including its inputs
             whole = [path for path, module in modules.items() if path and methods.is_attention(module)]
             names = [path for path in names if path.rpartition(".")[0] not in whole] + whole
     _checks.require(bool(names), op, "target_modules", "be given for this model", None)
@@ -40,7 +40,7 @@ def of(op: str, method: str, model: nn.Module, modules: dict[str, nn.Module], ki
 
 
 def _head(model: Any, modules: dict[str, nn.Module]) -> set[str]:
-    """The output layer, which is no part of the body: transformers' own word, or a last linear child of the model."""
+    """The output layer, which is not part of the body: as transformers names it, or the model's last linear child."""
     linear = [path for path, module in modules.items() if path and methods.sizes(module)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {path for path, module in modules.items() if head is not None and module is head}

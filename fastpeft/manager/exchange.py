@@ -37,23 +37,23 @@ def save_adapter(
     max_shard_size: int | str | None = None,
     **options: Any,
 ) -> None:
-    """One adapter of a model as another library keeps it; docs/files.md says what converts.
+    """Save one adapter of a model in another library's format; docs/files.md says what converts.
 
     source     a manager; or a model with adapted layers, or with an inserted prompt or prefix
-    path       "peft": a folder, made or replaced as a whole, other files in it kept. "kohya": a .safetensors file.
+    path       "peft": a folder, made or replaced as a whole; its other files are kept. "kohya": a .safetensors file.
                "loralib": a .pt file
     adapter    its name; None: the only one
     dtype      of the float tensors; None: as they are
     max_shard_size    of PEFT's weights, bytes or "200MB"; larger ones become several files and an index, which
                fastpeft reads, and PEFT does not
-    options    "peft": base_model (a name or folder), task_type; both from the model where not given · "kohya": prefix
-               ("lycoris"; sd-scripts goes by lora_unet, lora_te1, …), tucker (False; True writes lora_mid) ·
+    options    "peft": base_model (a name or folder), task_type; both from the model if not given · "kohya": prefix
+               ("lycoris"; sd-scripts expects lora_unet, lora_te1, …), tucker (False; True writes lora_mid) ·
                "loralib": alpha, the lora_alpha of the layers that will read it · "peft" and "loralib": modules_to_save,
-               names of modules that are written whole beside those that the manager has as such
-    A merged adapter is written as it is unmerged; masks and gains of sparse, pruned and AdaLoRA forms but "svd" are
-    written into A.
-    Nothing is written before all of it is checked, and a crash at any moment leaves the old file, or folder, whole.
-    Raises     ValueError: an adapter that the format has no place for, a value that is not finite, an argument.
+               names of modules to write whole, in addition to those that the manager trains whole
+    A merged adapter is written in its unmerged form. Masks and gains of sparse, pruned and AdaLoRA adapters (except
+    form "svd") are written into A.
+    Everything is checked before anything is written, and a crash at any moment leaves the old file, or folder, whole.
+    Raises     ValueError: an adapter that the format cannot store, a value that is not finite, an argument.
                TypeError.  ImportError: no safetensors.  OSError.
     """
     op = "save_adapter"
@@ -93,21 +93,21 @@ def load_adapter(
     method: str | None = None,
     **options: Any,
 ) -> EfficientFineTuningManager:
-    """An adapter that another library, or ``save_adapter``, has saved, into a model; returns the model's manager.
+    """Load an adapter that another library, or ``save_adapter``, saved into a model; returns the model's manager.
 
-    target     a model, or the manager of one that has adapters; a further adapter adds to those
-    path       PEFT's folder; a file of kohya's or LyCORIS'; a state dict of loralib's
-    adapter    the name that it gets; an adapter of that name, or a manager's only one, takes the values instead. None:
-               "default" in a model without adapters
-    format     "peft", "kohya" or "loralib"; None: what the path holds
-    method     "qlora" quantises the layers of a file of LoRA first; None: as the file says
-    options    "kohya": prefix, of a file for several models · "loralib": alpha, the lora_alpha of its layers (1), and
-               enable_lora of its MergedLinear · of the adapter's class, but not what the file says: adapter_dtype,
-               dropout, quant_type, …
+    target     a model, or the manager of a model with adapters, to which a new adapter is added
+    path       PEFT's folder; a kohya or LyCORIS file; a loralib state dict
+    adapter    the name of the new adapter; an existing adapter of that name, or a manager's only one, takes the values
+               instead. None: "default" in a model without adapters
+    format     "peft", "kohya" or "loralib"; None: detected from the path
+    method     "qlora" quantises the layers of a LoRA file first; None: as the file says
+    options    "kohya": prefix, for a file with several models · "loralib": alpha, the lora_alpha of its layers (1), and
+               enable_lora of its MergedLinear · options of the adapter's class that the file does not give:
+               adapter_dtype, dropout, quant_type, …
     The model is frozen, and the adapter trained, as by the manager's ``apply_…``.
     Raises     FileNotFoundError.  ValueError, TypeError: a damaged or foreign file, an unknown method or option, a
-               missing or unknown tensor, a shape that is not the model's, a value that is not finite: the text names
-               file, key, rule and value, and nothing has been changed.  ImportError: no safetensors.
+               missing or unknown tensor, a shape that does not fit the model, a value that is not finite: the text
+               names file, key, rule and value, and nothing has been changed.  ImportError: no safetensors.
     """
     op = "load_adapter"
     _checks.one_of(op, "format", format, (None, *FORMATS))
@@ -135,7 +135,7 @@ def _alpha(op: str, options: dict[str, Any]) -> float | None:
 
 
 def _found(op: str, path: Path) -> str:
-    """The format of what is at ``path``."""
+    """The format of the file or folder at ``path``."""
     if not path.is_file():
         return "peft"
     found, _ = tensors.read(op, path)

@@ -1,4 +1,4 @@
-"""A `Bundle` into a model: everything is checked against the model before anything of it changes."""
+"""Putting a `Bundle` into a model: everything is checked against the model before the model changes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastpeft.nn.prompts import PrefixTuning
 from fastpeft.nn.prompts.insertion import prefix_sizes
 from fastpeft.ops import _checks
 
-# What the file says, and nobody else may.
+# Options that only the file may set.
 _SAID = {"rank", "alpha", "scaling", "use_rslora", "bias", "lora_bias", "init", "form", "max_rank", "min_rank"}
 
 
 def put(
     op: str, manager: EfficientFineTuningManager, bundle: Bundle, name: str, method: str | None, options: dict[str, Any]
 ) -> None:
-    """The adapter into the manager's one of that name, or as a new one.
+    """Load the adapter into the manager's adapter of that name, or add it as a new one.
 
     Raises     ValueError, TypeError: a module, shape, method or name that does not fit; nothing has been changed then.
     """
@@ -64,7 +64,7 @@ def put(
 
 
 def _check_part(op: str, path: str, module: nn.Module | None, part: Part) -> None:
-    """That the layer is one, and of these sizes."""
+    """Check that the module is an adaptable layer, of these sizes."""
     _checks.require(module is not None, op, part.named("a"), "name a module of the model", repr(path))
     assert module is not None
     layer: Any = methods.bare(module)
@@ -87,7 +87,7 @@ def _check_part(op: str, path: str, module: nn.Module | None, part: Part) -> Non
 
 
 def _fitting(op: str, manager: EfficientFineTuningManager, bundle: Bundle, name: str) -> list[Entry]:
-    """The entries of an adapter that takes these values."""
+    """The entries of an existing adapter that these values fit."""
     entries = manager._of(name)
     if bundle.kind in PROMPTS:
         module: Any = entries[0].module
@@ -125,7 +125,7 @@ def _fitting(op: str, manager: EfficientFineTuningManager, bundle: Bundle, name:
 
 
 def _whole(op: str, manager: EfficientFineTuningManager, bundle: Bundle) -> dict[str, nn.Module]:
-    """{name: module} of what the file brings whole; each has all of its tensors there, of its shapes."""
+    """{name: module} of the whole modules in the file; each has all of its tensors there, in its shapes."""
     if not bundle.whole:
         return {}
     modules = targets.walk(manager.model)
@@ -225,7 +225,7 @@ def _insert(
 
 
 def _check_range(op: str, module: Any, bundle: Bundle, part: Part | None) -> None:
-    """That no value overflows in the dtype of the adapter."""
+    """Check that no value overflows in the dtype of the adapter."""
     if part is None:
         assert bundle.table is not None
         _check_finite(op, bundle.named("table"), bundle.table, next(module.parameters()).dtype)
@@ -240,7 +240,7 @@ def _check_finite(op: str, name: str, value: torch.Tensor, dtype: torch.dtype) -
 
 
 def _fill(module: Any, bundle: Bundle, part: Part | None) -> None:
-    """The values into an adapter that they fit."""
+    """Copy the values into an adapter that they fit."""
     if part is None:
         assert bundle.table is not None
         if isinstance(module, PrefixTuning):

@@ -1,4 +1,4 @@
-"""EfficientFineTuningManager, and a function for each of its methods."""
+"""EfficientFineTuningManager, and a function for each of its ``apply_…`` methods."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fastpeft.nn import task
 
 
 class EfficientFineTuningManager(Checkpointing):
-    """Adapts ``model`` in place and keeps account of what it put in.
+    """Adapts ``model`` in place and keeps account of its adapters.
 
-    model      any nn.Module. The first adapter freezes it; only adapters and what ``modules_to_save`` names are trained
-               from then on. ``manager.model`` is the same object
-    Every ``apply_…`` returns the manager and takes, beside the options of its class:
+    model      any nn.Module. The first adapter freezes it; from then on only adapters and the modules named in
+               ``modules_to_save`` are trained. ``manager.model`` is the same object
+    Every ``apply_…`` returns the manager and takes, besides the options of its class:
         target_modules    a name or several: of a module, the end of its dotted name, or a regular expression for the
                           whole of it; a container means what it holds. None: every linear layer but the head
-        adapter_name      default: the method's name, numbered where it is taken. Adapters on one module add up
-        modules_to_save   names of modules that are trained whole and saved along, as a head; they get no adapter
+        adapter_name      default: the method's name, numbered if taken. Updates of adapters on one module add up
+        modules_to_save   names of modules, such as a head, that are fully trained and saved too; they get no adapter
     ``self_attn.out_proj`` of an nn.MultiheadAttention, which torch reads and never calls, is called from then on, and
-    torch's encoders take no fast path that would pass adapters by.
+    torch's encoders do not take their fast path, which would skip adapters.
     Raises     TypeError: no module, or an unknown option.  ValueError: targets that match nothing, a range, a taken
-               name, and what the classes refuse. The model is as it was then.
+               name, and what the classes refuse. The model is then unchanged.
     """
 
     def task(self, condition: Any) -> AbstractContextManager[None]:
-        """``with manager.task(ids):`` what every conditional or hyper LoRA in a call inside is given: task ids, or
-        embeddings. A backward pass that recomputes belongs inside too."""
+        """``with manager.task(ids):`` gives task ids, or embeddings, to every conditional or hyper LoRA called inside.
+        A backward pass that recomputes belongs inside too."""
         return task(condition)
 
 

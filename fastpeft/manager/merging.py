@@ -1,4 +1,4 @@
-"""Adapters into the base weights, into one another, and out of the model."""
+"""Merging adapters into the base weights, combining them, and taking them out of the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Merging(Applying):
     """merge, unmerge, combine, delete, unload."""
 
     def merge(self) -> nn.Module:
-        """Add every enabled update into its base weight, all of one module's with one rounding; returns the model.
+        """Add every enabled update to its base weight, all updates of a module with one rounding; returns the model.
 
-        ``unmerge()`` gives the base's own bits back, and so does ``train()``.
+        ``unmerge()`` restores the base bit for bit, and so does ``train()``.
         Raises     ValueError: an update that is not one matrix (a prompt, an `Adapter`, a gate, a task), or a base that
-                   takes none; nothing has been merged then.
+                   accepts no update; nothing has been merged then.
         """
         for entry in self.entries:
             rule = "be taken out, or disabled, for merge(): its update is no matrix"
@@ -54,12 +54,12 @@ class Merging(Applying):
         return own or any(each.enabled for each in (*unit.parallel.values(), *unit.serial.values()))
 
     def unmerge(self) -> nn.Module:
-        """The base's own bits again; returns the model."""
+        """Restore the base bit for bit; returns the model."""
         self._unmerge(self.entries)
         return self.model
 
     def delete(self, name: str) -> None:
-        """Take out the adapter of that name alone; what is merged on its modules is unmerged first."""
+        """Take out only the adapter of that name; adapters merged on its modules are unmerged first."""
         entries = self._of(name)
         self._unmerge(entries)
         self._take_out(entries)
@@ -68,9 +68,9 @@ class Merging(Applying):
             self.unload()
 
     def unload(self) -> nn.Module:
-        """Take every adapter out: the model's own modules again, merged where they were merged; returns the model.
+        """Take every adapter out and restore the model's own modules; merged updates stay in; returns the model.
 
-        A weight of 4 bits comes back dequantised. What ``modules_to_save`` named stays as it was trained. Every
+        A 4-bit weight comes back dequantised. Modules named in ``modules_to_save`` keep their trained values. Every
         parameter's ``requires_grad`` is as it was before the first adapter.
         """
         self._take_out(list(self.entries))
@@ -89,11 +89,11 @@ class Merging(Applying):
     def combine(
         self, names: Sequence[str], weights: Sequence[float] | None = None, adapter_name: str = "combined"
     ) -> Merging:
-        """A new LoRA adapter whose update is Σ weightₙ · updateₙ of the adapters ``names``, exactly, by stacking ranks.
+        """Make a LoRA adapter whose update is exactly Σ weightₙ · updateₙ of the adapters ``names``, by stacking ranks.
 
         weights    one each, of either sign; default: 1
-        The new adapter acts and is trained, and those of ``names`` are disabled, as by ``switch``; they stay as they
-        are. Dropout is 0.
+        The new adapter acts and is trained; the adapters ``names`` are disabled, as by ``switch``, and otherwise
+        unchanged. Dropout is 0.
         Raises     ValueError: names, an update that is not one matrix, or one on a module that takes no further adapter
                    (a convolution, a recurrent layer, an attention's inputs); nothing has been changed then.
         """

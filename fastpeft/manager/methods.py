@@ -1,4 +1,4 @@
-"""The methods that a manager can apply, and the class that each has for a kind of module."""
+"""The methods that a manager can apply, and the class that each uses for a kind of module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastpeft.ops import _checks
 
 @dataclass(frozen=True)
 class Kind:
-    """The class over a linear layer, and that of the adapter beside one; None where there is no such."""
+    """The class that replaces a linear layer, and the class of an adapter beside it; None if there is none."""
 
     linear: type[nn.Module]
     beside: type[nn.Module] | None
@@ -35,7 +35,7 @@ LINEAR: dict[str, Kind] = {
     "attention_guided_lora": Kind(fast.AttentionGuidedLoRALinear, fast.AttentionGuidedLoRALayer),
 }
 
-# What plain LoRA serves beside linear layers and attentions, each class of torch by ours over it.
+# What plain LoRA adapts besides linear layers and attentions: torch's class -> our class over it.
 OTHERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: fast.LoRAConv1d,
     nn.Conv2d: fast.LoRAConv2d,
@@ -50,17 +50,17 @@ OTHERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def is_attention(module: nn.Module) -> bool:
-    """A plain attention of torch, whose out_proj is read and never called."""
+    """Whether this is torch's own attention, whose out_proj is read but never called."""
     return type(module) is nn.MultiheadAttention
 
 
 def is_read(module: nn.Module) -> bool:
-    """The out_proj of an attention of torch: its attention is adapted in its place."""
+    """Whether this is the out_proj of a torch attention: the attention is adapted in its place."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def never_called(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of the out_proj of attentions that are neither torch's own nor ours: nobody knows who reads them."""
+    """The ids of the out_proj of attentions that are neither torch's own nor ours: their readers are unknown."""
     attentions = (each for each in modules if isinstance(each, nn.MultiheadAttention) and not is_attention(each))
     return {id(each.out_proj) for each in attentions if not isinstance(each, fast.LoRAMultiheadAttention)}
 
@@ -71,7 +71,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """in and out of a module that is linear in its last dimension; None of any other one."""
+    """(in, out) of a module that is linear in its last dimension; None for any other module."""
     layer = bare(module)
     if isinstance(layer, (nn.Linear, fast.LoRALinear, fast.QLoRALinear)):
         return layer.in_features, layer.out_features
@@ -83,7 +83,7 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def takes_place(module: nn.Module) -> bool:
-    """An nn.Linear that computes what nn.Linear computes: an adapted layer may stand in its place."""
+    """Whether this nn.Linear computes what nn.Linear computes, so that an adapted layer may replace it."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -111,13 +111,13 @@ def described(method: str, kind: str = "") -> str:
 
 
 def beside(op: str, method: str, module: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """A further adapter for a layer that has one, or that nothing can stand in for: of its sizes, on its device.
+    """Another adapter for a layer that has one, or that cannot be replaced: of the layer's sizes, on its device.
 
-    Raises     ValueError: a method that has no adapter alone.
+    Raises     ValueError: a method without a separate adapter.
     """
     alone, layer, fits = LINEAR[method].beside, bare(module), sizes(module)
     if method == "qlora" and isinstance(layer, fast.QLoRALinear):
-        alone = fast.LoRALayer  # the base is in 4 bits already
+        alone = fast.LoRALayer  # the base is already in 4 bits
     rule = f"name plain nn.Linear layers for {method}, without an adapter"
     _checks.require(alone is not None and fits is not None, op, "target_modules", rule, type(layer).__name__)
     assert alone is not None and fits is not None
@@ -130,7 +130,7 @@ def beside(op: str, method: str, module: nn.Module, options: dict[str, Any]) -> 
 
 
 def behind(op: str, module: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """The bottleneck adapter for ``module``'s output, or, for kind "parallel", beside it.
+    """The bottleneck adapter on the output of ``module``, or, for kind "parallel", beside ``module``.
 
     Raises     ValueError: a parallel adapter on a layer that is not square.
     """
@@ -157,7 +157,7 @@ def device_of(layer: nn.Module) -> torch.device | None:
 
 
 def dtype_of(op: str, layer: nn.Module, asked: torch.dtype | None = None) -> torch.dtype:
-    """Of a new adapter: what is asked for, else the layer's, and fp32 beside a half precision or a packed weight."""
+    """The dtype of a new adapter: the requested one, else the layer's; fp32 for a half-precision or packed weight."""
     held = getattr(layer, "lora_A", None)
     held = held if isinstance(held, torch.Tensor) else _parameter(layer)
     return adapter_dtype(op, asked, held if held is not None and held.is_floating_point() else None)

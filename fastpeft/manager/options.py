@@ -10,7 +10,7 @@ _DTYPE = "torch.dtype:"
 
 
 def to_json(options: dict[str, Any]) -> dict[str, Any] | None:
-    """None where an option is neither plain data nor a dtype (a schedule that is a function)."""
+    """None if an option is neither plain data nor a dtype (a schedule that is a function)."""
     out: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, torch.dtype):
@@ -29,7 +29,7 @@ def _plain(value: Any) -> bool:
 
 
 def from_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Raises AttributeError, TypeError: no options of ours."""
+    """The options again. Raises AttributeError, TypeError: not options of ours."""
     return {name: _value(value) for name, value in options.items()}
 
 

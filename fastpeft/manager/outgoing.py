@@ -25,14 +25,14 @@ DEFAULT = "default"
 
 
 def manager_of(op: str, source: Any) -> EfficientFineTuningManager:
-    """The manager itself; or one that takes account of the adapters that a model has already.
+    """The manager itself; or a new one that accounts for the adapters that a model already has.
 
-    What stands in the place of a layer is its adapter "default", what is stacked on one has its own name.
-    Raises     TypeError: neither a manager nor a model.  ValueError: a model of PEFT's.
+    A module that replaces a layer is the layer's adapter "default"; a stacked adapter has its own name.
+    Raises     TypeError: neither a manager nor a model.  ValueError: a PEFT model.
     """
     if isinstance(source, EfficientFineTuningManager):
         return source
-    # What torch.compile or DDP has put around a model is no part of its names.
+    # The wrappers of torch.compile and DDP are not part of a model's names.
     while hasattr(source, "_orig_mod") or isinstance(source, nn.parallel.DistributedDataParallel):
         source = getattr(source, "_orig_mod", None) or source.module
     _checks.require_dtype(
@@ -77,9 +77,9 @@ def own_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None, saved: dict[str, nn.Module]) -> Bundle:
-    """The adapter of that name, or the only one, with the modules ``saved`` whole.
+    """The adapter of that name, or the only one, with the modules ``saved`` as whole modules.
 
-    Raises     ValueError: none, several without a name, or one that no format of others can hold.
+    Raises     ValueError: no adapter, several but no name, or one that no other library's format can hold.
     """
     known = sorted(manager.methods)
     _checks.require(bool(known), op, "source", "have adapters", "none")
@@ -108,9 +108,9 @@ def bundle_of(op: str, manager: EfficientFineTuningManager, adapter: str | None,
 
 
 def check_untied(op: str, model: nn.Module, bundle: Bundle) -> None:
-    """That a whole module's Parameters are its own: of a tied one PEFT makes a copy, and the other stays as it was.
+    """Check that no whole module's Parameter is tied: PEFT would train a copy and leave the other module unchanged.
 
-    Raises     ValueError: a tied one, unless the adapter has it under each of its names.
+    Raises     ValueError: a tied Parameter, unless the adapter has it under each of its names.
     """
     held: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -135,7 +135,7 @@ def _part(op: str, entry: Entry, hosts: set[int]) -> Part:
     module: Any = entry.module
     what = f"adapter {entry.adapter!r} on {entry.path!r}"
     rule = "be LoRA on a linear layer or a convolution for the formats of others (save_efficient_weights takes any)"
-    # A LoRALayer that a model calls itself stands beside no layer that a file could name.
+    # A LoRALayer that the model calls itself is beside no layer that a file could name.
     beside = isinstance(module, LoRALayer) and entry.place == "stack"
     over = isinstance(module, Mergeable) and (hasattr(module, "kernel_size") or methods.sizes(module) is not None)
     layered = (beside or over) and id(module) not in hosts
@@ -148,7 +148,7 @@ def _part(op: str, entry: Entry, hosts: set[int]) -> Part:
         a, b = LoRAModule.factors(module)
         gain, full = module.gains.detach(), module.max_rank
     else:
-        a, b = module._pair()  # raises where the update is no matrix
+        a, b = module._pair()  # raises if the update is not a matrix
     a, b = a.detach(), b.detach()
     if hasattr(module, "kernel_size"):
         a = a.reshape(a.shape[0], -1, *module.kernel_size)

@@ -1,4 +1,4 @@
-"""Adapters put into a model and taken out again, all of them or none."""
+"""Putting adapters into a model and taking them out again, all or none."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastpeft.ops import _checks
 class Entry:
     """One adapter on one module of the model.
 
-    path       of the place, by the model's own names
-    module     the adapter; where ``place`` is "instead", the adapted layer
-    place      "instead" of a layer, "inside" an attention, in a "stack" around a layer, "inserted" into a model of
-               transformers, or "held" by the manager alone
-    names      of the module's tensors that are the adapter's, as in its state dict
-    original   the layer whose place was taken; None where it is to be made anew from the adapted one
-    before     that layer's weights, where the adapter took its first values out of them
-    fixed      names of Parameters that are the adapter's and never trained
+    path       of the adapted module, by the model's own names
+    module     the adapter; if ``place`` is "instead", the adapted layer
+    place      "instead" of a layer, "inside" an attention, in a "stack" around a layer, "inserted" into a transformers
+               model, or "held" by the manager alone
+    names      of the module's tensors that belong to the adapter, as in its state dict
+    original   the replaced layer; None if it is to be made again from the adapted one
+    before     that layer's weights, if the adapter's initial update was subtracted from them
+    fixed      names of Parameters that belong to the adapter and are never trained
     """
 
     adapter: str
@@ -50,23 +50,23 @@ class Entry:
         return {name: state[name] for name in self.names if name in state} if self.names else state
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an adapter trains while it is switched on."""
+        """The Parameters that an adapter trains while it is switched on."""
         state = {name: value for name, value in self.state().items() if name not in self.fixed}
         return [value for value in state.values() if isinstance(value, nn.Parameter)]
 
     def forget_packed(self) -> None:
-        """Drop the wide original of a packed weight, which is packed to save memory."""
+        """Drop the original of a packed weight, since packing is meant to save its memory."""
         if isinstance(self.module, QLoRALinear):
             self.original = None
 
     def switches(self) -> list[Any]:
-        """The modules that are enabled and disabled for it."""
+        """The modules to enable and disable for this entry."""
         return [*input_parts(self.module).values()] if self.place == "inside" else [self.module]  # type: ignore[arg-type]
 
 
 @dataclass
 class _Plan:
-    """What is to be put where; nothing of the model has been changed."""
+    """Which modules go where; made before anything in the model changes."""
 
     swaps: dict[int, nn.Module] = field(default_factory=dict)
     hosts: dict[int, LoRAMultiheadAttention] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class _Plan:
 class Placer:
     """Adapts modules of ``model`` with one method.
 
-    each       options of single places beside those for all, by their paths
+    each       options of individual modules, by path, besides those for all
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Placer:
         """Put an adapter on every module of ``found``.
 
         modules    of `targets.walk`
-        Raises     ValueError, TypeError: of the adapters' constructors; the model is as it was then.
+        Raises     ValueError, TypeError: from the adapters' constructors; the model is then unchanged.
         """
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
@@ -139,7 +139,7 @@ class Placer:
             self._linear(path, module, layer, options)
 
     def _before(self, layer: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Copies of the weights of a layer whose adapter takes its first values out of them."""
+        """Copies of a layer's weights, if its adapter subtracts its initial update from them."""
         init = options.get("init")
         if not isinstance(init, str) or not needs_weight(init):
             return {}
@@ -173,7 +173,7 @@ class Placer:
 
 
 def swap(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Put ``new[id(module)]`` wherever ``model`` holds a module, under all of its names, and follow chains of such."""
+    """Replace every module in ``model`` by ``new[id(module)]``, under all of its names, following chains."""
     held = [(holder, name) for holder in model.modules() for name, child in holder._modules.items() if id(child) in new]
     for holder, name in held:
         child = holder._modules[name]
@@ -183,9 +183,9 @@ def swap(model: nn.Module, new: dict[int, nn.Module]) -> None:
 
 
 def take_out(model: nn.Module, entries: list[Entry]) -> None:
-    """The places as they were before ``entries``; merged updates stay in the weights.
+    """Restore the modules as they were before ``entries``; merged updates stay in the weights.
 
-    Attentions and encoders without an adapter inside are torch's again.
+    Attentions and encoders that have no adapter left inside become torch's again.
     """
     stacks = [module for module in model.modules() if isinstance(module, AdapterStack)]
     stack_of = {id(each): stack for stack in stacks for each in (*stack.parallel.values(), *stack.serial.values())}
@@ -217,7 +217,7 @@ def _restore(layer: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 
 def _plain(entry: Entry) -> nn.Module:
-    """The original module, on the parameters that the adapted one holds by now (moved, cast or merged)."""
+    """The original module, with the adapted module's current parameters (moved, cast or merged)."""
     adapted: Any = entry.module
     if entry.original is None:
         if not adapted.merged:
@@ -232,7 +232,7 @@ def _plain(entry: Entry) -> nn.Module:
     for name, _ in [*original.named_parameters(recurse=False)]:
         original._parameters[name] = adapted._parameters[name]
     if not isinstance(adapted, Parts):
-        # A lora_bias that was merged where the base had no bias.
+        # A lora_bias was merged into a base without a bias.
         original.register_parameter("bias", adapted._parameters["bias"])
     elif isinstance(original, nn.RNNBase):
         original._init_flat_weights()

@@ -1,4 +1,4 @@
-"""Prompts and prefixes of a model's sizes, into a model of transformers or into the manager's hands."""
+"""Prompts and prefixes in a model's sizes, inserted into a transformers model or held by the manager."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LENGTH = 20
 
 
 def is_transformers(model: Any) -> bool:
-    """A model that a prompt can be inserted into."""
+    """Whether a prompt can be inserted into this model."""
     return hasattr(model, "config") and hasattr(model, "get_input_embeddings") and hasattr(model, "base_model_prefix")
 
 
@@ -33,9 +33,9 @@ def _spelled(op: str, options: dict[str, Any], name: str) -> Any:
 
 
 def made(op: str, method: str, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The prompt or prefix, and the options that make one of the same sizes.
+    """The prompt or prefix, and the options that make another one of the same sizes.
 
-    Raises     ValueError: a size that is not given and that the model does not tell.
+    Raises     ValueError: a size that is neither given nor found in the model.
     """
     rest = dict(options)
     start = {name: rest.pop(name, None) for name in ("init", "text", "tokenizer")} if method == "prefix_tuning" else {}
@@ -62,13 +62,13 @@ def made(op: str, method: str, model: nn.Module, options: dict[str, Any]) -> tup
     module = _CLASSES[method](**given, **rest)
     if start:
         _start(op, model, module, **start)
-    # Loaded values take the place of what the text gave.
+    # Loaded values will replace those computed from the text.
     first = {"init", "text", "tokenizer", "word_embeddings", "device"}
     return module, given | {name: value for name, value in rest.items() if name not in first}
 
 
 def _start(op: str, model: Any, prefix: Any, init: Any, text: Any, tokenizer: Any) -> None:
-    """Give a prefix the keys and values of a text's tokens, repeated or trimmed to its length, where asked for."""
+    """If requested, give a prefix the keys and values of a text's tokens, repeated or trimmed to its length."""
     _checks.one_of(op, "init", init, (None, "random", "text"))
     if init != "text":
         return
@@ -80,7 +80,7 @@ def _start(op: str, model: Any, prefix: Any, init: Any, text: Any, tokenizer: An
 
 
 def put_in(op: str, model: nn.Module, module: nn.Module) -> str:
-    """Insert it into a model of transformers; of any other model the manager holds it. Returns which.
+    """Insert the prompt or prefix into a transformers model, else leave it to the manager; returns which place.
 
     Raises     ValueError, TypeError: as ``insert_prompt`` and ``insert_prefix``.
     """
@@ -112,6 +112,6 @@ def _prefix_sizes(model: Any) -> dict[str, Any]:
 
 
 def _attentions(model: nn.Module) -> list[Any]:
-    """The self-attentions: nn.TransformerDecoderLayer calls its other one multihead_attn."""
+    """The self-attentions; the other attention of nn.TransformerDecoderLayer is named multihead_attn."""
     named = model.named_modules()
     return [m for name, m in named if isinstance(m, nn.MultiheadAttention) and not name.endswith("multihead_attn")]

@@ -1,4 +1,4 @@
-"""The adapters of a manager into a file and out of one: everything is checked before anything changes."""
+"""Saving a manager's adapters to a file and loading them: everything is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Saving(Merging):
     """save_efficient_weights and load_efficient_weights."""
 
     def save_efficient_weights(self, path: str | os.PathLike[str]) -> None:
-        """Every adapter, with its options, and what ``modules_to_save`` named, in one file.
+        """Save every adapter, with its options, and the modules named in ``modules_to_save`` in one file.
 
         path       ending in .pt, .pth or .bin: torch's archive, which ``torch.load`` opens with weights_only=True; any
-                   other: safetensors (``pip install fastpeft[files]``). Written aside, flushed and renamed, so that a
-                   crash leaves the old file whole.
-        A tensor that several adapters share is in it once. Merged adapters are saved as they are unmerged.
+                   other: safetensors (``pip install fastpeft[files]``). The file is written to a temporary name,
+                   flushed and renamed, so a crash leaves the old file whole.
+        A tensor that several adapters share is stored once. Merged adapters are saved in their unmerged form.
         Raises     ValueError: no adapter, or a sharded one.  ImportError: no safetensors.  OSError.
         """
         _checks.require(bool(self.methods), "save_efficient_weights", "model", "have adapters", "none")
@@ -36,13 +36,12 @@ class Saving(Merging):
         archive.write(path, tensors, self._about() | {"version": _VERSION, "ties": ties})
 
     def load_efficient_weights(self, path: str | os.PathLike[str]) -> None:
-        """What ``save_efficient_weights`` saved, into the adapters of this manager.
+        """Load what ``save_efficient_weights`` saved into the adapters of this manager.
 
-        A manager without adapters applies those of the file first, with the options that it holds. Tensors that were
-        shared are shared then. Names, methods, shapes, dtypes and values are all checked first; nothing of the file is
-        executed.
-        Raises     FileNotFoundError.  ValueError, TypeError: a file that does not fit, or that is none of ours; nothing
-                   has been changed then.
+        A manager without adapters first applies those of the file, with the options stored there. Shared tensors are
+        shared again. Names, methods, shapes, dtypes and values are all checked first; nothing in the file is executed.
+        Raises     FileNotFoundError.  ValueError, TypeError: a file that does not fit, or is not ours; nothing has been
+                   changed then.
         """
         op = "load_efficient_weights"
         tensors, about = archive.read(op, path)
@@ -95,7 +94,7 @@ class Saving(Merging):
         return modules | {f"/{path}/": module for path, module in self.saved_modules.items()}
 
     def _apply_again(self, op: str, about: dict[str, Any]) -> None:
-        """The adapters of a file, in its order; none where one cannot be applied."""
+        """Apply the adapters of a file, in its order; none of them if one cannot be applied."""
         try:
             for record in about["adapters"]:
                 name, method = record["name"], record["method"]
@@ -117,7 +116,7 @@ class Saving(Merging):
             raise
 
     def _staged(self, op: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """{prefix: state dict} of a file that fits, each loaded into a copy of its module before."""
+        """{prefix: state dict} of a file that fits; each has first been loaded into a copy of its module."""
         mine = {each["name"]: (each["method"], sorted(each["paths"])) for each in self._about()["adapters"]}
         theirs = {each["name"]: (each["method"], sorted(each["paths"])) for each in about["adapters"]}
         _checks.require(mine == theirs, op, "path", f"hold the adapters {mine}", theirs)
@@ -141,7 +140,7 @@ class Saving(Merging):
         return staged
 
     def _tie(self, ties: dict[str, str]) -> None:
-        """One Parameter for what a file has once."""
+        """Share one Parameter where the file stores a tensor once."""
         place: dict[str, tuple[dict[str, Any], str]] = {}
         for prefix, module in self._modules().items():
             for path, child in module.named_modules():
@@ -154,7 +153,7 @@ class Saving(Merging):
 
 
 def _check_about(op: str, about: dict[str, Any]) -> None:
-    """Whether what a file says about itself has the form that it must have."""
+    """Check that the file's description of itself has the required form."""
     known = about.get("version") == _VERSION
     _checks.require(known, op, "path", f"be of version {_VERSION} of this format", about.get("version"))
     adapters, ties, saved = about.get("adapters"), about.get("ties"), about.get("saved")
@@ -167,7 +166,7 @@ def _check_about(op: str, about: dict[str, Any]) -> None:
 
 
 def _check_value(op: str, name: str, value: torch.Tensor, like: torch.Tensor | None) -> None:
-    # Masks may come as bits, booleans or floats: a module says what it takes.
+    # Masks may come as bits, booleans or floats: the module decides what it accepts.
     floats = like is not None and like.is_floating_point()
     same = value.is_floating_point() or not floats
     _checks.require_dtype(same, op, name, f"have a dtype like {like.dtype if like is not None else None}", value.dtype)
@@ -177,9 +176,9 @@ def _check_value(op: str, name: str, value: torch.Tensor, like: torch.Tensor | N
 
 
 def _rehearse(op: str, prefix: str, module: nn.Module, state: dict[str, Any], own: set[str]) -> None:
-    """Load into a twin: shapes, packed masks and shrunk ranks are the module's own business.
+    """Load into a copy first: only the module itself can check shapes, packed masks and shrunk ranks.
 
-    own        the names of the adapter's tensors in ``module``; the twin has no copy of the base's
+    own        the names of the adapter's tensors in ``module``; the base's tensors are not copied
     """
     base = {id(p): nn.Parameter(p.detach().to("meta"), False) for name, p in module.named_parameters()
             if name not in own}  # fmt: skip
@@ -188,7 +187,7 @@ def _rehearse(op: str, prefix: str, module: nn.Module, state: dict[str, Any], ow
         missing, foreign = twin.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{op}: path must fit the adapter at {prefix}, got {error}") from error
-    # A table in the place of the encoder that makes it: the twin is baked, and misses nothing.
+    # A table may replace the encoder that makes it: the copy is then baked, and nothing is missing.
     gone = sorted((own & set(missing)) | (own & twin.state_dict().keys() - state.keys()))
     _checks.require(not gone and not foreign, op, "path", f"hold the tensors of the adapter at {prefix}",
                     f"{gone[:3]} missing, {foreign[:3]} unknown")  # fmt: skip

@@ -19,12 +19,12 @@ def _held(module: nn.Module, name: str) -> Any:
 
 
 def share_lora(modules: Iterable[nn.Module]) -> None:
-    """One lora_A, lora_B and lora_bias, and one mask, for LoRA modules of equal shape: those of the first.
+    """Let LoRA modules of equal shape share the first one's lora_A, lora_B, lora_bias and mask.
 
-    Gradients add up; ``parameters()``, an optimizer and the manager's files hold them once; a load and a deepcopy of
-    what holds them all leave them shared. Scalings, importances and gates stay each module's own. Build the optimizer
+    Gradients add up; ``parameters()``, an optimizer and the manager's files hold each tensor once; loading or copying a
+    module that holds all sharers keeps them shared. Scalings, importances and gates stay separate. Build the optimizer
     afterwards.
-    Raises     TypeError: no LoRA module.  ValueError: fewer than two, one without A and B of its own, other shapes,
+    Raises     TypeError: not a LoRA module.  ValueError: fewer than two, one without its own A and B, different shapes,
                layouts, dtypes or devices, or a merged module; nothing has been changed then.
     """
     op, listed = "share_lora", list(modules)

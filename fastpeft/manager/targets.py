@@ -1,4 +1,4 @@
-"""Which modules of a model a list of targets means."""
+"""Resolves a list of targets to modules of a model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Supported = Callable[[nn.Module], bool]
 
 
 def walk(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} by the names that the model gave before it was adapted, a module under each of its names.
+    """{path: module} by the model's names before it was adapted; a module is listed under each of its names.
 
-    A stack of adapters stands at its layer's path, and what is inside an adapter or an adapted layer is not there.
+    A stack of adapters is at its layer's path; modules inside an adapter or an adapted layer are not listed.
     """
     return dict(_walk(model, "", ()))
 
@@ -35,9 +35,9 @@ def _walk(module: nn.Module, path: str, holders: tuple[int, ...]) -> Iterator[tu
 
 
 def listed(op: str, targets: object, name: str = "target_modules") -> list[str]:
-    """The names that are given, one or several.
+    """The given names, one or several.
 
-    Raises     TypeError: no names.  ValueError: none.
+    Raises     TypeError: not names.  ValueError: no name.
     """
     names = [targets] if isinstance(targets, str) else targets
     rule = "be a name, a regular expression, or a list of such"
@@ -50,7 +50,7 @@ def listed(op: str, targets: object, name: str = "target_modules") -> list[str]:
 
 
 def _matching(target: str, names: Sequence[str]) -> list[str]:
-    """Exact names first, then dotted suffixes, then a regular expression for the whole name."""
+    """Names that match exactly, else by dotted suffix, else by a regular expression for the whole name."""
     exact = [name for name in names if name == target]
     suffixed = exact or [name for name in names if name.endswith("." + target)]
     if suffixed or not target:
@@ -63,7 +63,7 @@ def _matching(target: str, names: Sequence[str]) -> list[str]:
 
 
 def _close(target: str, names: Sequence[str]) -> str:
-    """The names most like ``target``, whole or from some dot on."""
+    """The names closest to ``target``, compared whole or from some dot on."""
     known = {name.split(".", cut)[-1]: None for name in names if name for cut in range(name.count(".") + 1)}
     near = difflib.get_close_matches(target, known, n=6, cutoff=0.5)
     near = [name for name in near if not any(name.endswith("." + shorter) for shorter in near)][:3]
@@ -79,13 +79,13 @@ def find(
     what: str,
     name: str = "target_modules",
 ) -> dict[str, nn.Module]:
-    """{path: module} of the ``supported`` ones of ``modules`` that ``targets`` mean, in their order, each module once.
+    """{path: module} of the ``supported`` modules that ``targets`` match, in order, each module once.
 
     modules    of `walk`
     targets    a name or several: of a module, the end of its dotted name, or a regular expression for the whole of it.
                A name of a container means all supported modules below it
-    what       what is supported, for an error
-    Raises     ValueError: a target that matches nothing, or nothing supported.  TypeError: no names.
+    what       describes the supported modules in an error
+    Raises     ValueError: a target that matches nothing, or nothing supported.  TypeError: not names.
     """
     names = list(modules)
     found: set[str] = set()

@@ -1,4 +1,4 @@
-"""One word a method: what the adapters of each are called, and their options."""
+"""One ``apply_…`` per method, with the options of its adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _Self = TypeVar("_Self", bound="Words")
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that are not None: the classes have their own defaults."""
+    """The options that are not None; for the others the classes have their own defaults."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -84,7 +84,7 @@ class Words(Saving):
         score: str | None = None,
         **options: Any,
     ) -> _Self:
-        """LoRA that is pruned on the way, on linear layers; the options of `PruningAwareLoRALinear`."""
+        """LoRA that is pruned during training, on linear layers; the options of `PruningAwareLoRALinear`."""
         given = _given(rank=rank, prune_rate=prune_rate, schedule=schedule, score=score)
         return self._apply("pruning_lora", target_modules, given | options)
 
@@ -101,8 +101,8 @@ class Words(Saving):
         task_embedding_dim: int | None = None,
         **options: Any,
     ) -> _Self:
-        """LoRA that a network makes of a task's embedding, on linear layers; the options of `HyperLoRALinear`. See
-        ``task``."""
+        """LoRA whose factors a network computes from a task's embedding, on linear layers; the options of
+        `HyperLoRALinear`. See ``task``."""
         given = _given(rank=rank, task_embedding_dim=task_embedding_dim)
         return self._apply("hyper_lora", target_modules, given | options)
 
@@ -128,9 +128,9 @@ class Words(Saving):
     ) -> _Self:
         """Bottleneck adapters; the options of `Adapter`.
 
-        target_modules    None: for kind "houlsby" every output projection of an attention and of an MLP, for "pfeiffer"
-                          of an MLP, by the names that torch's and transformers' models give them
-        kind       "houlsby", "pfeiffer": behind linear layers and attentions; "parallel": beside square linear layers
+        target_modules    None: the output projections of attentions and MLPs for kind "houlsby", of MLPs for
+                          "pfeiffer", by their names in torch's and transformers' models
+        kind       "houlsby", "pfeiffer": after linear layers and attentions; "parallel": beside square linear layers
         """
         given = _given(bottleneck=bottleneck, activation=activation, kind=kind)
         return self._apply("adapter", target_modules, given | options)
@@ -143,9 +143,9 @@ class Words(Saving):
         dropout_probability: float | None = None,
         **options: Any,
     ) -> _Self:
-        """P-tuning: a `PTuningEmbedding`, in ``.ptuning_embeddings``; into a model of transformers it is inserted.
+        """P-tuning: a `PTuningEmbedding`, in ``.ptuning_embeddings``; it is inserted into a transformers model.
 
-        Sizes that are left out are the model's: of its config, or of its nn.MultiheadAttention layers.
+        Omitted sizes are taken from the model's config or its nn.MultiheadAttention layers.
         """
         given = _given(embedding_dimension=embedding_dimension, hidden_dimension=hidden_dimension)
         given |= _given(num_virtual_tokens=num_virtual_tokens, dropout_probability=dropout_probability)
@@ -174,8 +174,8 @@ class Words(Saving):
     ) -> _Self:
         """Prefix tuning: a `PrefixTuning` of 20 tokens, in ``.prefix_tuning``; as ``apply_ptuning``.
 
-        ``init="text", text=…, tokenizer=…`` starts from the keys and values that a model of transformers has for a
-        text's tokens; a prefix drawn at random, the default, disturbs a trained model badly.
+        ``init="text", text=…, tokenizer=…`` starts from the keys and values that a transformers model computes for a
+        text's tokens; a random prefix, the default, disturbs a trained model badly.
         """
         given = _given(num_layers=num_layers, num_heads=num_heads, head_dimension=head_dimension)
         given |= _given(prefix_length=prefix_length, dropout_probability=dropout_probability)

@@ -1,4 +1,4 @@
-"""A model whose layers were adapted in place: what is trained, its state, and merging."""
+"""A model whose layers were adapted in place: the trained part, its state, and merging."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _Self = TypeVar("_Self", bound="Adapted")
 
 
 def slide_options(op: str, rank: int, options: Mapping[str, Any], *known: str) -> dict[str, Any]:
-    """The document's convention (randn, 0.01, no dropout) with ``options``; any of ``alpha`` or ``use_rslora`` asks for
-    kaiming and α/r, as everywhere.
+    """The document's convention (randn, 0.01, no dropout) with ``options``; ``alpha`` or ``use_rslora`` selects kaiming
+    and α/r, as everywhere.
 
     Raises     TypeError: an option that is neither an adapter's nor ``known``.
     """
@@ -29,9 +29,9 @@ def slide_options(op: str, rank: int, options: Mapping[str, Any], *known: str) -
 
 
 def adapt(model: nn.Module, layers: Mapping[str, nn.Module], adapted: Callable[[Any], nn.Module]) -> None:
-    """Put ``adapted(layer)`` into the place of each of ``layers`` {path: layer}; after an error nothing is changed.
+    """Replace each of ``layers`` {path: layer} by ``adapted(layer)``; after an error nothing is changed.
 
-    A layer that stands in several places is adapted once and takes all of them.
+    A layer that appears in several places is adapted once, and its adapted layer takes all of them.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     made: dict[int, nn.Module] = {}
@@ -49,12 +49,12 @@ def adapt(model: nn.Module, layers: Mapping[str, nn.Module], adapted: Callable[[
 
 
 class Adapted(nn.Module):
-    """The base class of the models: adapters and a head that are trained, over a model that is frozen."""
+    """The base class of the models: trained adapters and a trained head over a frozen model."""
 
     _head: frozenset[str]
 
     def _freeze(self, head: Iterable[torch.Tensor]) -> None:
-        """Train the adapters and ``head``, told by identity, and nothing else."""
+        """Train the adapters and ``head``, compared by identity, and nothing else."""
         wanted = {id(parameter) for parameter in head}
         self._head = frozenset(name for name, parameter in self.named_parameters() if id(parameter) in wanted)
         trained = set(self._trained())
@@ -62,7 +62,7 @@ class Adapted(nn.Module):
             parameter.requires_grad_(name in trained)
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """{name: tensor} of what training changes, frozen by hand or not."""
+        """{name: tensor} of what training changes, even if frozen by hand."""
         adapters = {
             f"{path}.{name}"
             for path, module in self.named_modules()
@@ -73,7 +73,7 @@ class Adapted(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if name in kept}
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is given: each parameter once."""
+        """The parameters for an optimizer, each once."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def count_trainable_parameters(self) -> int:
@@ -92,8 +92,8 @@ class Adapted(nn.Module):
     def load_efficient_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load what ``efficient_state_dict`` gave; a merged model is unmerged first.
 
-        Raises     ValueError: a name too many or too few, a shape, a value that is not finite.  TypeError: no
-                   tensor, or none of floats. Nothing has been changed then.
+        Raises     ValueError: an unknown or missing name, a shape, a value that is not finite.  TypeError: not a
+                   tensor, or not of floats. Nothing has been changed then.
         """
         op, own = type(self).__name__, self._trained()
         _checks.require_dtype(isinstance(state, Mapping), op, "state", "be a state dict", type(state).__name__)
@@ -114,15 +114,15 @@ class Adapted(nn.Module):
             own[name].copy_(value)
 
     def save_efficient_weights(self, path: str | os.PathLike[str]) -> None:
-        """``efficient_state_dict()`` in one file, as the manager writes its own: safetensors, or torch's archive where
-        ``path`` ends in .pt, .pth or .bin; written aside and renamed.
+        """Save ``efficient_state_dict()`` in one file, as the manager does: safetensors, or torch's archive if ``path``
+        ends in .pt, .pth or .bin; written to a temporary name and renamed.
 
         Raises     ImportError: safetensors is needed and not installed.  OSError: as the file system says.
         """
         archive.write(path, self.efficient_state_dict(), {"model": type(self).__name__})
 
     def load_efficient_weights(self, path: str | os.PathLike[str]) -> None:
-        """What ``save_efficient_weights`` saved of a model of this class and shape; a merged model is unmerged first.
+        """Load what ``save_efficient_weights`` saved from this class and shape; a merged model is unmerged first.
 
         Raises     FileNotFoundError.  ValueError: another file, another class, and as ``load_efficient_state_dict``.
                    Nothing has been changed then.
@@ -136,7 +136,7 @@ class Adapted(nn.Module):
         return [module for module in self.modules() if isinstance(module, Mergeable)]
 
     def merge(self: _Self) -> _Self:
-        """Merge every adapter that is enabled into its layer; ``train()`` and ``unmerge()`` take them out, to the bit.
+        """Merge every enabled adapter into its layer; ``train()`` and ``unmerge()`` take them out, bit for bit.
 
         Raises     ValueError: an adapter that cannot be merged now; none is merged then.
         """
@@ -153,21 +153,21 @@ class Adapted(nn.Module):
         return self
 
     def unmerge(self: _Self) -> _Self:
-        """The layers as they were before ``merge``."""
+        """Restore the layers as they were before ``merge``."""
         for module in self._mergeable():
             if module.merged:
                 module.unmerge()
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The model's own gradient checkpointing, not the reentrant one: the embeddings are frozen, and inside a
-        reentrant checkpoint whose inputs need no gradient no parameter gets one.
+        """Enable the model's own gradient checkpointing, in the non-reentrant form: the embeddings are frozen, and in
+        a reentrant checkpoint whose inputs need no gradient no parameter gets one.
 
         Raises     ValueError: a model that has none.
         """
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         for module in self.children():
-            for name in ("activation", "gradient"):  # transformers' word, and its older one
+            for name in ("activation", "gradient"):  # transformers' current name, and its older one
                 enable = getattr(module, f"{name}_checkpointing_enable", None)
                 if enable is not None:
                     enable(**{f"{name}_checkpointing_kwargs": options})

@@ -26,9 +26,9 @@ def _transformers(op: str) -> Any:
 
 
 def _loaded(op: str, name: str, classes: int | None) -> tuple[nn.Module, frozenset[str]]:
-    """The model in the folder or on the hub under ``name``, and the parameters that its checkpoint lacks.
+    """The model ``name`` from a folder or the hub, and the parameters that its checkpoint lacks.
 
-    classes    where the checkpoint is a classifier of so many, its head is loaded too
+    classes    if the checkpoint is a classifier of this many classes, its head is loaded too
     """
     library, local = _transformers(op), os.path.isdir(name)
     kind = library.AutoModel
@@ -42,14 +42,14 @@ def _loaded(op: str, name: str, classes: int | None) -> tuple[nn.Module, frozens
 
 
 def _model(op: str, model: object, classes: int | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
-    """``model``, or what it names, and the parameters of it that no checkpoint has filled."""
+    """``model``, or the model that it names, and those of its parameters that no checkpoint has filled."""
     if isinstance(model, nn.Module):
         return model, []
     rule = "be a model, a local folder or a name on the hub"
     _checks.require_dtype(isinstance(model, (str, os.PathLike)), op, "model", rule, type(model).__name__)
     assert isinstance(model, (str, os.PathLike))
     name = os.fspath(model)
-    # What is meant as a folder is never looked up on the hub.
+    # A name that means a folder is never looked up on the hub.
     folder = not isinstance(model, str) or os.path.isabs(name) or name.startswith(".")
     _checks.require(not folder or os.path.isdir(name), op, "model", "be a folder that exists", repr(name))
     loaded, missing = _loaded(op, name, classes)
@@ -63,7 +63,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 def _projections(op: str, model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear of the repeated layers of the body: q, k, v, the attention's output and both MLP layers."""
+    """Every nn.Linear in the repeated layers of the body: q, k, v, the attention's output and both MLP layers."""
     inside = set(_body(model).modules())
     stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module in inside]
     found: dict[str, nn.Module] = {
@@ -76,7 +76,7 @@ def _projections(op: str, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _outside(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``model`` that its body has not: those of its head, without what is tied to the body."""
+    """The parameters of ``model`` outside its body: those of its head, except ones tied to the body."""
     inside = {id(parameter) for parameter in _body(model).parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
@@ -86,14 +86,14 @@ class LoRABERT(Adapted):
 
     LoRABERT(model, rank=4, **options)
 
-    model      a transformers model, which is adapted in place, with its weights; or a folder or a name on the hub, of
+    model      a transformers model, which is adapted in place, with its weights; or a folder or a name on the hub, from
                which AutoModel's class is loaded
     rank       of every adapter
-    train_head whether what a given model has outside its ``base_model`` (a classifier) is trained; so is what a loaded
+    train_head whether to train what a given model has outside its ``base_model`` (a classifier), and what a loaded
                checkpoint lacks
-    options    of LoRALinear: by default init "randn", scaling 0.01 and no dropout; ``alpha`` asks for kaiming and α/r
-    Call       as the model's own: ``(**tokenizer(...))``, token_type_ids and labels included
-    Output     the model's own; the identical one before training
+    options    of LoRALinear: by default init "randn", scaling 0.01 and no dropout; ``alpha`` selects kaiming and α/r
+    Call       as the model's own: ``(**tokenizer(...))``, including token_type_ids and labels
+    Output     the model's own; before training identical to the unadapted model's
     Raises     TypeError: no model or name, an unknown option.  ValueError: no layers to adapt, a folder that does not
                exist, a range. The model is unchanged then.  ImportError: a name without transformers.
     """
@@ -121,13 +121,13 @@ class SentimentClassifier(Adapted):
 
     SentimentClassifier(model, num_classes=2, rank=4, **options)
 
-    model      as in LoRABERT. An encoder gets a head, ``classifier``, an nn.Linear behind the dropout of its config, on
-               the pooler's output or, without one, the first token's. A model that is a classifier keeps its head, and
-               that must have num_classes outputs
+    model      as in LoRABERT. An encoder gets a head, ``classifier``: an nn.Linear after the dropout of its config, on
+               the output of the pooler or, without a pooler, of the first token. A classifier keeps its head, which
+               must have num_classes outputs
     options    as in LoRABERT
     Call       ``(**tokenizer(...))``, token_type_ids included; labels [B] int64 too
     Output     logits [B, num_classes]; with labels (cross entropy, logits)
-    Raises     as LoRABERT; ValueError: a head of another number of classes.
+    Raises     as LoRABERT; ValueError: a head with another number of classes.
     """
 
     def __init__(

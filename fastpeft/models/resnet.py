@@ -32,19 +32,19 @@ class LoRAResNet(Adapted):
 
     LoRAResNet(num_classes, rank=4, model=None, **options)
 
-    num_classes    of the head, the last nn.Linear of the model; where that has other outputs, a new one takes
-               its place
+    num_classes    of the head, the last nn.Linear of the model; if its number of outputs differs, a new head
+               replaces it
     rank       of every adapter
-    model      any module of convolutions, which is adapted in place, with its weights; pretrained ones are asked for
-               where it is made, as in ``model=torchvision.models.resnet50(weights="DEFAULT")``. None makes
-               torchvision's resnet50, not pretrained: nothing is downloaded here
-    freeze_norm    batch normalisations stay in eval mode, so that training leaves their statistics, and a sample's
-               output does not depend on its batch. False lets them follow the mode; their statistics are then part of
-               ``efficient_state_dict``
-    options    of LoRAConv2d: by default init "randn", scaling 0.01 and no dropout; ``alpha`` asks for kaiming and α/r
+    model      any module of convolutions, which is adapted in place, with its weights; request pretrained weights when
+               making it, as in ``model=torchvision.models.resnet50(weights="DEFAULT")``. None makes torchvision's
+               resnet50, not pretrained: nothing is downloaded here
+    freeze_norm    batch normalisations stay in eval mode, so that training does not change their statistics and a
+               sample's output does not depend on its batch. False lets them follow the mode; their statistics are then
+               part of ``efficient_state_dict``
+    options    of LoRAConv2d: by default init "randn", scaling 0.01 and no dropout; ``alpha`` selects kaiming and α/r
     Call       as the model's own
     Output     logits [N, num_classes]: the model's own, or the ``logits`` of its output
-    Raises     TypeError: no module, an unknown option.  ValueError: no convolution or no nn.Linear in the model, a
+    Raises     TypeError: not a module, an unknown option.  ValueError: no convolution or no nn.Linear in the model, a
                range. The model is unchanged then.  ImportError: model=None without torchvision.
     """
 

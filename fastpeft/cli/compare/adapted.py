@@ -1,4 +1,4 @@
-"""A model with a method in it, and what single methods do beside a step: budgets, pruning, a start from real tokens."""
+"""A model with a method in it, and what some methods do beyond a step: budgets, pruning, a start from real tokens."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastpeft.ops import _checks
 
 @dataclass
 class Adapted:
-    """A model that a method was put into.
+    """A model with a method in it.
 
-    after_step after_step(step), before gradients are cleared: what a schedule does
+    after_step after_step(step), called before gradients are cleared: runs a schedule
     penalty    added to the loss
-    about      in words, what became of it in training
+    about      in words, what training made of the adapter
     """
 
     model: nn.Module
@@ -33,7 +33,7 @@ class Adapted:
 
 
 def adalora(model: nn.Module, target_rank: int, orthogonality: float, steps: int) -> Adapted:
-    """The budget falls from a tenth of the training on and is reached after seven tenths, then it stays."""
+    """AdaLoRA whose rank budget falls from one tenth to seven tenths of the training and then stays."""
     allocator = RankAllocator(
         model, target_rank=target_rank, tinit=steps // 10, tfinal=max(1, steps * 3 // 10), delta_t=max(1, steps // 50),
         total_step=max(steps, 2),
@@ -51,7 +51,7 @@ def adalora(model: nn.Module, target_rank: int, orthogonality: float, steps: int
 
 
 def pruned(model: nn.Module, rate: float, steps: int) -> Adapted:
-    """Twenty prunings between a fifth and four fifths of the training, their rates along a cubic curve.
+    """Prune twenty times between one fifth and four fifths of the training, with rates along a cubic curve.
 
     Source     Zhu and Gupta 2017, arXiv:1710.01878, eq. 1
     """
@@ -78,7 +78,7 @@ def sparsity(model: nn.Module) -> str:
 
 @torch.no_grad()
 def keys_and_values(model: Any, tokens: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of ``length`` real tokens in the untrained model: a pair [1, heads, P, size] a layer.
+    """Keys and values of ``length`` real tokens in the untrained model: a pair [1, heads, P, size] per layer.
 
     tokens     int64 [T >= 1], repeated or trimmed to ``length``
     """

@@ -1,4 +1,4 @@
-"""The tasks that come along: sentiment, language-model, digits."""
+"""The built-in tasks: sentiment, language-model, digits."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def _transformers(task: str) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(f"compare: --task {task} needs transformers; pip install fastpeft[compare]") from error
-    transformers.logging.set_verbosity_error()  # it warns of a new classification head, which is what is trained here
+    transformers.logging.set_verbosity_error()  # it warns about a new classification head, which is intended here
     transformers.logging.disable_progress_bar()
     return transformers
 
 
 def unmapped(model: nn.Module) -> nn.Module:
-    """Weights out of the mapped file that they were loaded from, which stays in memory whole while one is in it."""
+    """Copy weights out of their memory-mapped file, all of which stays in memory while any weight refers to it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
 
 
 def _order(seed: int, epoch: int) -> int:
-    """A seed of its own for every epoch."""
+    """A different seed for every epoch."""
     return seed + 1_000_003 * epoch
 
 
 def sentiment(args: argparse.Namespace) -> Task:
-    """Polarity of movie reviews by all-MiniLM-L6-v2; or the classes of ``--data`` by any ``--model``."""
+    """Polarity of movie reviews, with all-MiniLM-L6-v2; or the classes of ``--data``, with any ``--model``."""
     transformers = _transformers("sentiment")
     folder = args.model or str(assets.fetch(assets.MINILM, args.cache))
     if args.data:
@@ -82,7 +82,7 @@ def sentiment(args: argparse.Namespace) -> Task:
 
 
 def language_model(args: argparse.Namespace) -> Task:
-    """The next token of Shakespeare by SmolLM2-135M; or of ``--data``, a text file, by any ``--model``."""
+    """The next token of Shakespeare, with SmolLM2-135M; or of ``--data``, a text file, with any ``--model``."""
     transformers = _transformers("language-model")
     folder = args.model or str(smollm2(args.cache))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, which names the nearest option to an unknown one."""
+    """argparse's parser, which also suggests the option nearest to an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")]
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be told before anything is loaded. Raises ValueError, ImportError."""
+    """Check what can be checked before anything is loaded. Raises ValueError, ImportError."""
     for name in ("seeds", "steps", "batch_size", "max_length", "threads", "rounds"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -99,7 +99,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace, task: Task, steps: int) -> dict[str, Any]:
-    """All that a number depends on, beside method, options, seed and machine."""
+    """Everything that a result depends on, besides method, options, seed and machine."""
 
     def rows(batches: list[dict[str, torch.Tensor]]) -> int:
         return sum(len(next(iter(batch.values()))) for batch in batches)
@@ -120,7 +120,7 @@ def settings(args: argparse.Namespace, task: Task, steps: int) -> dict[str, Any]
 def run_all(
     task: Task, points: Points, seeds: list[int], steps: int, where: Precision, record: Record, out: Any
 ) -> None:
-    """Every (method, seed) that is not in the record yet, a seed of all methods before the next one."""
+    """Run every (method, seed) that is not in the record yet: one seed for all methods, then the next seed."""
     from fastpeft.cli.console import progress
 
     total = len(seeds) * len(points)
@@ -150,7 +150,7 @@ def run_all(
 
 
 def measure(task: Task, points: Points, steps: int, where: Precision, rounds: int, record: Record, out: Any) -> None:
-    """Costs of all points of the record, in one go: their steps take turns."""
+    """Measure the costs of all points of the record together: their steps take turns."""
     from fastpeft.cli.console import progress
 
     with progress(out) as bars:
@@ -162,7 +162,7 @@ def measure(task: Task, points: Points, steps: int, where: Precision, rounds: in
 
 
 def as_before(args: argparse.Namespace) -> None:
-    """For ``--retime``: the options that the runs in ``--out`` were made with."""
+    """For ``--retime``: restore the options with which the runs in ``--out`` were made."""
     there = read(args.out / "compare.json")["settings"]
     for name in ("task", "model", "steps", "batch_size", "max_length", "dtype", "autocast", "device"):
         setattr(args, name, there[name])
@@ -170,7 +170,7 @@ def as_before(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Task, Points, list[int], int, Precision, Record]:
-    """All that is refused is refused here, before anything is trained.
+    """Refuse whatever must be refused here, before anything is trained.
 
     Raises     ValueError, OSError, ImportError, AssetError.
     """
@@ -182,7 +182,7 @@ def prepare(args: argparse.Namespace) -> tuple[Task, Points, list[int], int, Pre
     if args.retime:
         as_before(args)
     names = grid.methods(args.methods) if args.methods else None
-    wanted = None if names is None else grid.points(names, grid.grid(args.grid, names))  # told before data is read
+    wanted = None if names is None else grid.points(names, grid.grid(args.grid, names))  # before data is read
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {"args": args, "model": args.model, "data": args.data}
@@ -198,7 +198,7 @@ def prepare(args: argparse.Namespace) -> tuple[Task, Points, list[int], int, Pre
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve ``fastpeft compare``. Returns the exit status: 2 for options that cannot be, 1 where a method failed."""
+    """Serve ``fastpeft compare``. Returns the exit status: 2 for invalid options, 1 if a method failed."""
     args = parser().parse_args(arguments)
     args.autocast = args.autocast or args.dtype == "bfloat16"
     try:
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trained = {key: point for key, point in record.points().items() if point[0] != "none"}
     if trained and (args.retime or trained.keys() - record.data["costs"].get("memory", {}).keys()):
         measure(task, trained, steps, where, args.rounds, record, out)
-    # All that the file knows, what was asked for first.
+    # All points in the file, the requested ones first.
     points = record.points() if args.retime else {**points, **record.points()}
     seeds = record.seeds()
     report.show(record.data, points, seeds, out)

@@ -1,4 +1,4 @@
-"""What a step of each method costs: memory, and time with all methods taking turns in one process."""
+"""The cost of a step of each method: memory, and time with all methods taking turns in one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def width(batch: Batch) -> int:
 
 
 def nbytes(tensors: Any) -> int:
-    """Of all storages, each counted once."""
+    """Bytes of all storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -42,7 +42,7 @@ def memory(trainer: Trainer, batch: Batch) -> dict[str, int]:
     model, device = trainer.adapted.model, trainer.where.device
     batch = {name: tensor.clone() for name, tensor in trainer.where.moved(batch).items()}  # a view keeps a whole epoch
     model.train()
-    trainer.step(batch, 0)  # the optimizer makes its states
+    trainer.step(batch, 0)  # the optimizer allocates its states
     assert trainer.optimizer is not None
     trainer.optimizer.zero_grad(set_to_none=True)
     kept = kept_for_backward(model, lambda: trainer.loss(batch))
@@ -61,7 +61,7 @@ def memory(trainer: Trainer, batch: Batch) -> dict[str, int]:
 
 
 def share(model: nn.Module, held: dict[str, torch.Tensor]) -> nn.Module:
-    """Let the weights of ``model`` be those of the first model that was shown: as many methods, one set of weights."""
+    """Let ``model`` share the weights of the first model given, so that all methods use one set of weights."""
     for name, parameter in model.named_parameters():
         first = held.setdefault(name, parameter.data)
         if first.shape == parameter.shape and first.dtype == parameter.dtype and torch.equal(first, parameter.data):
@@ -70,7 +70,7 @@ def share(model: nn.Module, held: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def sharing(task: Task) -> tuple[Task, Callable[[Trainer], None]]:
-    """A task whose models share their frozen weights, and what gives a trainer trained weights of its own."""
+    """A task whose models share their frozen weights, and a function that gives a trainer its own trained weights."""
     held: dict[str, torch.Tensor] = {}
 
     def apart(trainer: Trainer) -> None:
@@ -84,9 +84,9 @@ def sharing(task: Task) -> tuple[Task, Callable[[Trainer], None]]:
 def times(
     trainers: Mapping[str, Trainer], batch: Batch, rounds: int, on_round: Callable[[int], None] = lambda number: None
 ) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds of a step of each, round after round; who was first in one round is last in the next.
+    """Wall and processor seconds of a step of each trainer, per round; the first of one round is the last of the next.
 
-    Whatever else the machine does hits all methods alike, so that ratios within a round are fair on a busy machine too.
+    Other load on the machine affects all methods alike, so ratios within a round are fair even on a busy machine.
     """
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in trainers}
     order = list(trainers)
@@ -106,8 +106,8 @@ def times(
 
 
 def summary(seconds: Mapping[str, Sequence[tuple[float, float]]], clock: str) -> dict[str, dict[str, Any]]:
-    """Of each method [lower quartile, median, upper quartile] of both clocks' seconds, and of the ratio to the first
-    method within a round by the clock that is named."""
+    """For each method, [lower quartile, median, upper quartile] of both clocks' seconds, and of the ratio to the first
+    method within a round by the named clock."""
     index = CLOCKS.index(clock)
     first = [pair[index] for pair in next(iter(seconds.values()))]
     made: dict[str, dict[str, Any]] = {}
@@ -123,7 +123,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def load() -> float | None:
-    """Processes that ran or waited in the last minute, this one included; None where nobody tells."""
+    """Processes that ran or waited in the last minute, including this one; None if the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -137,7 +137,7 @@ def measure(
 ) -> dict[str, Any]:
     """Memory and step time of every point {key: (method, options)}; a method that fails is left out.
 
-    Memory is that of the widest batch of an epoch, time that of the batch of median width.
+    Memory is measured on the widest batch of an epoch, time on the batch of median width.
     """
     epoch = sorted(task.train(0, 0), key=width)
     widest, median = epoch[-1], epoch[len(epoch) // 2]
@@ -150,7 +150,7 @@ def measure(
             continue
         found[key] = memory(trainer, widest)
         trainers[key] = trainer
-    clock = "cpu" if where.device.type == "cpu" else "wall"  # processor time does not count what neighbours take
+    clock = "cpu" if where.device.type == "cpu" else "wall"  # processor time excludes what other processes take
     seconds = summary(times(trainers, median, rounds, on_round), clock) if trainers else {}
     after = load()
     return {

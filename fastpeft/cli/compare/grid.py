@@ -1,4 +1,4 @@
-"""``--methods`` and ``--grid``: which methods, each with which options."""
+"""``--methods`` and ``--grid``: the methods, and the options of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpeft.cli.compare.record import point_key
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What ``name`` may have been meant for, in words."""
+    """A suggestion, in words, of what ``name`` may have meant."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -25,7 +25,7 @@ def known(option: str, name: str, names: Iterable[str]) -> None:
 
 
 def methods(text: str) -> list[str]:
-    """The names of a list with commas, each once."""
+    """The names in a comma-separated list, each once."""
     chosen = [name.strip() for name in text.split(",") if name.strip()]
     for name in chosen:
         known("--methods", name, METHODS)
@@ -37,7 +37,7 @@ def methods(text: str) -> list[str]:
 def grid(words: Sequence[str], chosen: Sequence[str]) -> dict[str, list[Any]]:
     """``rank=4,8 lr=1e-3`` as {option: values}.
 
-    Raises     ValueError: an option that no chosen method has, no values, one of another kind than the default.
+    Raises     ValueError: an option that no chosen method has, no values, a value of another type than the default.
     """
     options = dict.fromkeys(["lr", *(option for name in chosen for option in METHODS[name].options)])
     found: dict[str, list[Any]] = {}
@@ -62,7 +62,7 @@ def _value(option: str, text: str, chosen: Sequence[str]) -> Any:
 
 
 def points(chosen: Sequence[str], wanted: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{key: (method, options)}: every combination of the options that a method has; once where it has none of them."""
+    """{key: (method, options)}: every combination of a method's options; a method with none of them appears once."""
     made: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in chosen:
         own = [option for option in wanted if option in METHODS[name].options or (option == "lr" and name != "none")]

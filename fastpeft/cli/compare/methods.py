@@ -1,4 +1,4 @@
-"""The methods that are compared: how each is put into a model, its options, and why its learning rate is what it is."""
+"""The compared methods: how each is put into a model, its options, and the reason for its learning rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Method:
     put        put(model, task, options, steps) -> Adapted; trains nothing but the method's own parameters and the head
     rate       default learning rate
     why        where that rate comes from
-    options    the others that it has, with their defaults
+    options    its other options, with their defaults
     virtual    whether it needs a model of transformers that reads token ids
     """
 
@@ -35,7 +35,7 @@ class Method:
 
 
 def _manager(model: nn.Module, word: str, task: Task, **options: Any) -> EfficientFineTuningManager:
-    """What ``apply_…`` of the manager does; the head is trained too."""
+    """Call ``apply_…`` of the manager; the head is trained too."""
     manager = EfficientFineTuningManager(model)
     applied: EfficientFineTuningManager = getattr(manager, f"apply_{word}")(
         modules_to_save=list(task.head) or None, **options
@@ -44,7 +44,7 @@ def _manager(model: nn.Module, word: str, task: Task, **options: Any) -> Efficie
 
 
 def _low_rank(options: Options) -> Options:
-    """Rank, scaling and dropout of a LoRA; alpha is twice the rank unless it is given: the update's scale stays 2."""
+    """Rank, scaling and dropout of a LoRA; alpha defaults to twice the rank, so the update's scale stays 2."""
     alpha = 2.0 * options["rank"] if options["alpha"] is None else options["alpha"]
     return {"rank": options["rank"], "alpha": alpha, "dropout_probability": options["dropout"]}
 
@@ -182,7 +182,7 @@ METHODS: dict[str, Method] = {
 
 
 def rate(name: str, task: Task, options: Options) -> float:
-    """The learning rate: what is asked for, the task's own, or the method's."""
+    """The learning rate: the requested one, else the task's, else the method's."""
     if options.get("lr") is not None:
         return float(options["lr"])
     return task.rates.get(name, METHODS[name].rate)
@@ -191,8 +191,8 @@ def rate(name: str, task: Task, options: Options) -> float:
 def put(name: str, model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
     """Put a method into ``model``.
 
-    options    beside its defaults
-    Raises     ValueError: a model that the method cannot serve, and as the method's own classes do.
+    options    override its defaults
+    Raises     ValueError: a model that the method does not support, and as the method's own classes do.
     """
     method = METHODS[name]
     served = not method.virtual or hasattr(model, "get_input_embeddings")
@@ -206,7 +206,7 @@ def put(name: str, model: nn.Module, task: Task, options: Options, steps: int) -
 
 def groups(name: str, adapted: Adapted, task: Task, options: Options) -> list[dict[str, Any]]:
     """Two groups for an optimizer: the method's own parameters, and the head's, whose rate is the same in all methods
-    but the one that trains it alone."""
+    except the one that trains only the head."""
     own = rate(name, task, options)
     parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for path, parameter in adapted.model.named_parameters():

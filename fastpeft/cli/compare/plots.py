@@ -15,10 +15,10 @@ PARTS = {"weights": ("weights", "#7f8c8d"), "trained": ("gradients, optimizer", 
 
 
 def plot(data: Mapping[str, Any], points: Mapping[str, Any], seeds: list[int], file: Path) -> None:
-    """Write ``file``: whatever suffix matplotlib knows."""
+    """Write ``file``, with any suffix that matplotlib knows."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed to write a file
+    matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
     shown = [line for line in lines(data, points, seeds) if line.metrics]
@@ -45,7 +45,7 @@ def _metric(axis: Any, data: Mapping[str, Any], shown: list[Line], colours: Mapp
         dots.append((y, x, line.key))
     if dots:
         axis.set_xscale("log")
-    # Names in a column beside the points, in the order of their heights: methods that do alike lie on one another.
+    # Names in a column beside the points, ordered by height, because the points of similar methods overlap.
     for i, (y, x, key) in enumerate(sorted(dots)):
         place = (1.03, (i + 0.5) / len(dots))
         thread = {"arrowstyle": "-", "linewidth": 0.4, "color": colours[key]}

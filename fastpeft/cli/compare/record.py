@@ -1,4 +1,4 @@
-"""The file of a comparison: what was asked for, every run as soon as it is done, the costs."""
+"""The file of a comparison: the settings, every run as soon as it is done, the costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 def point_key(name: str, options: Mapping[str, Any]) -> str:
-    """A method and what of it differs from its defaults: ``lora rank=4 lr=0.001``."""
+    """A method and its options that differ from the defaults: ``lora rank=4 lr=0.001``."""
     return " ".join([name, *(f"{option}={_short(value)}" for option, value in options.items())])
 
 
@@ -28,10 +28,10 @@ def run_key(point: str, seed: int) -> str:
 
 
 class Record:
-    """One JSON file, rewritten whole after every run: aside, flushed, renamed. A kill at any moment costs one run.
+    """One JSON file, atomically rewritten after every run. A kill at any moment costs one run.
 
-    settings   all that a number depends on beside method, options and seed
-    Raises     ValueError: the file that is there is of other settings, or none of these files.
+    settings   everything that a result depends on besides method, options and seed
+    Raises     ValueError: an existing file has other settings, or is not a comparison.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Record:
 
     @classmethod
     def found(cls, file: Path) -> Record:
-        """The comparison that is in a file, whatever its settings. Raises ValueError, OSError: there is none."""
+        """The comparison in a file, whatever its settings. Raises ValueError, OSError: there is none."""
         return cls(file, read(file)["settings"])
 
     def _resume(self, settings: dict[str, Any]) -> None:
@@ -71,12 +71,12 @@ class Record:
         self.write()
 
     def on(self, machine: dict[str, Any]) -> None:
-        """Take note of a machine that something was run on."""
+        """Record a machine on which something was run."""
         if machine not in self.data["machines"]:
             self.data["machines"].append(machine)
 
     def write(self) -> None:
-        """A line for each run, so that a diff shows what is new."""
+        """Write one line per run, so that a diff shows what is new."""
         head = {name: value for name, value in self.data.items() if name != "runs"}
         runs = ",\n".join(f"  {json.dumps(key)}: {json.dumps(run)}" for key, run in self.data["runs"].items())
         lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
@@ -84,7 +84,7 @@ class Record:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A comparison's file. Raises ValueError: it is another one."""
+    """Read a comparison's file. Raises ValueError: it is another kind of file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -97,7 +97,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text`` at once: whoever reads it, after a kill too, finds the old one or the new one."""
+    """Replace ``file`` by ``text`` atomically: a reader, even after a kill, finds the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
     try:
         with open(handle, "w", encoding="utf-8") as part:

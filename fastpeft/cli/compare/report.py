@@ -12,12 +12,12 @@ from rich.table import Table
 
 from fastpeft.cli.compare.record import run_key
 
-SHOWN = (0, 1, 4, 5, 6, 7, 8, 9, 11)  # columns that are printed: all of them fit no terminal
+SHOWN = (0, 1, 4, 5, 6, 7, 8, 9, 11)  # printed columns: all of them would not fit a terminal
 
 
 @dataclass(frozen=True)
 class Line:
-    """One point in numbers: None where nothing is known."""
+    """One point in numbers; None for what is unknown."""
 
     key: str
     metrics: list[float]
@@ -85,7 +85,7 @@ def _milliseconds(seconds: list[float]) -> str:
 
 
 def rows(data: Mapping[str, Any], points: Mapping[str, Any], seeds: list[int]) -> list[list[str]]:
-    """Cells of every point, with its error where it has no run."""
+    """Cells of every point, with its error if it has no run."""
     made = []
     for line in lines(data, points, seeds):
         if line.metrics:
@@ -97,7 +97,7 @@ def rows(data: Mapping[str, Any], points: Mapping[str, Any], seeds: list[int]) -
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of the numbers."""
+    """What a reader must know about the numbers."""
     settings, costs = data["settings"], data["costs"]
     machine = data["machines"][-1] if data["machines"] else {}
     precision = f"{settings['dtype']}{', products under bfloat16 autocast' if settings['autocast'] else ''}"

@@ -1,4 +1,4 @@
-"""What the methods are compared on: a frozen model, batches, a loss and a metric."""
+"""A task on which methods are compared: a frozen model, batches, a loss and a metric."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Batch = dict[str, Tensor]
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a model of transformers returns for a batch with labels."""
+    """The loss that a transformers model returns for a batch with labels."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 def right(model: nn.Module, batch: Batch) -> float:
-    """How many rows of a batch the model classifies as their labels say."""
+    """How many rows of a batch the model classifies correctly."""
     return float((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
 
 
 def nats(model: nn.Module, batch: Batch) -> float:
-    """The loss of a batch, for each of its rows."""
+    """The loss of a batch, summed over its rows."""
     return float(model_loss(model, batch)) * len(batch["labels"])
 
 
@@ -43,24 +43,24 @@ def projections(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, the same for every method; what a file of your own returns to ``--task``.
+    """One task, the same for every method; the function given to ``--task`` returns it.
 
     name       of the task, for tables
-    build      build(seed) -> the pretrained model on the CPU, new at each call; the seed draws what no checkpoint fills
+    build      build(seed) -> the pretrained model on the CPU, new at each call; the seed is for weights not pretrained
     train      train(seed, epoch) -> the batches of one epoch in their order: the same for every method
     test       batches that no method is trained on
     loss       loss(model, batch) -> the mean loss, with a gradient
     score      score(model, batch) -> a number that is summed over the batches of ``test`` and divided by their rows
     finish     the metric of that mean
     metric     its name
-    higher     whether more of it is better
+    higher     whether a higher metric is better
     head       names of the modules that every method trains whole
-    head_rate  learning rate of the head in every method but the one that trains it alone
+    head_rate  learning rate of the head in every method except the one that trains only the head
     targets    targets(model) -> names of the layers that LoRA and its variants adapt; None: every one but the head
-    adapter_targets    names of the layers behind which bottleneck adapters are put; None: where the manager puts them
-    rates      {method: learning rate} where the table of the methods does not fit this task
+    adapter_targets    names of the layers after which bottleneck adapters are put; None: the manager's defaults
+    rates      {method: learning rate} if a method's usual rate does not fit this task
     first_tokens    int64 [T >= 1] of ordinary text, from which prompts and prefixes start; None: from random numbers
-    kind       PEFT's task type; None: a model that is none of transformers
+    kind       PEFT's task type; None: not a transformers model
     methods    the default of ``--methods``
     steps      the default of ``--steps``; None: whole epochs
     """
@@ -94,8 +94,8 @@ class Task:
     ) -> float:
         """The metric on ``test``, in eval mode.
 
-        run        calls what it is given, under the precision of the comparison
-        moved      a batch on the model's device
+        run        calls its argument under the precision of the comparison
+        moved      moves a batch to the model's device
         """
         model.eval()
         total, rows = 0.0, 0
@@ -107,14 +107,14 @@ class Task:
 
 
 def exp(mean: float) -> float:
-    """Perplexity of a mean loss in nats; infinite where it is beyond a float."""
+    """Perplexity of a mean loss in nats; infinite if it overflows a float."""
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def own(place: str, options: Mapping[str, Any]) -> Task:
-    """The task that the function of a file makes: ``my_task.py:make``.
+    """The task that a function in a file makes: ``my_task.py:make``.
 
-    The function is called with those of ``options`` that it has parameters for.
+    The function is called with those ``options`` for which it has parameters.
     Raises     ValueError: no such file or function, or it returns no Task.
     """
     file, _, name = place.rpartition(":")

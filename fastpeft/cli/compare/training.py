@@ -17,19 +17,19 @@ from fastpeft.cli.compare.adapted import Adapted
 from fastpeft.cli.compare.task import Batch, Task
 from fastpeft.cli.measure import precision, synchronize
 
-CURVE = 24  # points of a loss curve: each the mean of so large a part of the run
+CURVE = 24  # points of a loss curve, each the mean over one such part of the run
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in what numbers: device, dtype of the frozen weights, whether products run under bf16 autocast."""
+    """Device, dtype of the frozen weights, and whether products run under bf16 autocast."""
 
     device: torch.device
     dtype: torch.dtype
     autocast: bool
 
     def moved(self, batch: Batch) -> Batch:
-        """On the device; floating point inputs in the dtype of the model."""
+        """The batch on the device, with floating-point inputs in the model's dtype."""
         dtypes = {name: self.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in batch.items()}
         return {name: tensor.to(self.device, dtypes[name]) for name, tensor in batch.items()}
 
@@ -40,7 +40,7 @@ class Precision:
 
 @dataclass
 class Trainer:
-    """A method in a model with an optimizer: what a step needs."""
+    """A model with a method in it, and an optimizer: all that a step needs."""
 
     task: Task
     adapted: Adapted
@@ -66,7 +66,7 @@ class Trainer:
 def prepared(task: Task, name: str, options: dict[str, Any], seed: int, steps: int, where: Precision) -> Trainer:
     """A fresh model with the method in it, on its device, and its optimizer: AdamW with a group for the head.
 
-    Frozen weights are in ``where.dtype``; whatever is trained is in fp32 at least.
+    Frozen weights are in ``where.dtype``; trained parameters are at least in fp32.
     """
     torch.manual_seed(seed)
     model = task.build(seed).to(where.dtype)
@@ -95,9 +95,9 @@ def train(
     where: Precision,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
-    """Train one method and test it; what is known of it then, in plain numbers.
+    """Train one method and test it; returns the results in plain numbers.
 
-    The learning rates fall linearly to zero. Every method is given the same batches in the same order.
+    The learning rates fall linearly to zero. Every method gets the same batches in the same order.
     Raises     FloatingPointError: a loss that is not finite.  And as the method does.
     """
     start, cpu = time.perf_counter(), time.process_time()
@@ -141,7 +141,7 @@ def trainable(model: nn.Module) -> int:
 
 
 def curve(losses: list[float]) -> list[list[float]]:
-    """[step, mean loss up to it] of each of ``CURVE`` parts."""
+    """[last step, mean loss] of each of ``CURVE`` parts."""
     size = max(1, -(-len(losses) // CURVE))
     parts = [losses[i : i + size] for i in range(0, len(losses), size)]
     ends = itertools.accumulate(len(part) for part in parts)

@@ -1,9 +1,9 @@
 """PEFT: ``accelerate`` gives the layers of a PEFT model our operators, in place; ``restore`` takes them out.
 
 Only the class of a layer changes, to one built from the layer's own (`kind`): parameters, buffers, keys, attributes,
-saved files, ``isinstance`` and every method stay PEFT's. fastpeft imports neither PEFT nor bitsandbytes: a model that
-holds their layers has. `patch` reaches the models that others make. One file a kind of layer; `kinds` lists them, and
-everything else asks by a loop over the list.
+saved files, ``isinstance`` and every method stay PEFT's. fastpeft imports neither PEFT nor bitsandbytes: whoever made
+the model has imported them. `patch` reaches models that other code makes. Each kind of layer has one file; `kinds`
+lists the kinds, and all other code loops over that list.
 """
 
 from fastpeft.integrations.peft.accelerate import accelerate, restore

@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore``: the class of each layer that a kind knows, changed and changed back."""
+"""``accelerate`` and ``restore`` change the class of each layer that a kind knows, and change it back."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["accelerate", "restore"]
 
 
 def accelerate(model: Any) -> Report:
-    """Compute every PEFT ``lora.Linear`` under ``model`` that can be with `fastpeft.ops.lora_linear`.
+    """Run every PEFT ``lora.Linear`` under ``model`` on `fastpeft.ops.lora_linear`, if the layer allows it.
 
-    And every ``lora.Linear4bit``, over a weight of bitsandbytes, with `fastpeft.ops.linear4bit_lora`. bitsandbytes' own
-    4-bit layers of a model that trains are kept from being repacked in eval mode (`unpacked`).
+    Run every ``lora.Linear4bit``, over a bitsandbytes weight, on `fastpeft.ops.linear4bit_lora`. If the model trains,
+    its 4-bit bitsandbytes layers are kept from being repacked in eval mode (`unpacked`).
 
     model      any module: a PeftModel, a model with injected adapters, a single layer; or a pipeline or a trainer,
-               whose models it takes. Call it again after adding adapters to further layers: a second call changes only
+               whose models are taken. Call it again after adding adapters to further layers: a second call changes only
                what is new
     Returns    a `Report`: what is accelerated, what is left to PEFT's own forward, and why; print it. `status` says
                later what has happened
-    Warns      where no layer is accelerated, or none is new; and later, once, of each reason that the report does not
-               give and for which a layer leaves a call to PEFT
-    Raises     TypeError: neither a module nor something that holds models.  After any error every layer has the class
-               that it had.
+    Warns      if no layer is accelerated, or none is new; and later, once, about each reason missing from the report
+               for which a layer leaves a call to PEFT
+    Raises     TypeError: neither a module nor something that holds models.  After any error every layer has its
+               previous class.
     """
     report = accelerated("accelerate", model)
     if not report.accelerated:
@@ -44,9 +44,9 @@ def accelerate(model: Any) -> Report:
 
 
 def accelerated(op: str, model: Any, told: bool = True) -> Report:
-    """`accelerate` without its warnings, for callers that may be early, or late; ``op`` names the caller in errors.
+    """`accelerate` without its warnings, for callers that may come early or late; ``op`` names the caller in errors.
 
-    told       whether a user sees the report; if not, calls that are left for its reasons are warned of as others are
+    told       whether a user sees the report; if not, its reasons are warned about like any others
     """
     models = models_in(op, model)
     report = Report()
@@ -68,7 +68,7 @@ def accelerated(op: str, model: Any, told: bool = True) -> Report:
 
 
 def _accelerate(model: Module, prefix: str, report: Report, before: list[tuple[Module, type]], told: bool) -> None:
-    """Change the classes in one model; ``before`` learns what each was as soon as it is changed."""
+    """Change the classes in one model; each previous class is appended to ``before`` as soon as it is changed."""
     below: set[Module] | None = None
     ours: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -108,7 +108,7 @@ def _accelerate(model: Module, prefix: str, report: Report, before: list[tuple[M
 def restore(model: Any) -> int:
     """Give every layer under ``model`` the class that it had before `accelerate`; nothing else had changed.
 
-    A forward of ours that something has kept runs PEFT's from then on.
+    From then on a kept reference to our forward runs PEFT's.
 
     Returns    how many PEFT layers were changed back; 0 for a model that was not accelerated
     Raises     TypeError: neither a module nor something that holds models

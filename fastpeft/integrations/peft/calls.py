@@ -1,7 +1,7 @@
-"""How many calls each accelerated layer has served and left, and why: kept beside the layers, nothing on them.
+"""How many calls each accelerated layer has served or left to PEFT, and why: kept beside the layers, not on them.
 
-A copy of a layer counts anew; a layer that is gone takes its counts along. Counting is one step of the interpreter, in
-any thread, and does not exist for torch.compile, whose graphs run none of this: they are counted as they are traced.
+A copy of a layer counts from zero; a deleted layer's counts go with it. Counting is one step of the interpreter, safe
+in any thread. A graph of torch.compile runs none of this: its calls are counted once, when they are traced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Counter:
     __slots__ = ("_read", "add")
 
     def __init__(self) -> None:
-        self.add = itertools.count().__next__  # one step, where += is two that another thread may come between
+        self.add = itertools.count().__next__  # one step; += is two, and another thread may run between them
         self._read = 0
 
     def value(self) -> int:
@@ -42,17 +42,17 @@ class Calls:
 
 
 RECORDS: dict[int, Calls] = {}
-"""id of a living layer -> its counts: the cheapest look-up there is, and none that a deepcopy or a pickle could see."""
+"""id of a living layer -> its counts: the cheapest look-up, and invisible to deepcopy and pickle."""
 
 GRAPHS = {True: Counter(), False: Counter()}
-"""How often torch.compile has traced a call that was (True), or was not (False), one of our operators."""
+"""How often torch.compile has traced a call that one of our operators served (True) or did not serve (False)."""
 
-_lock = threading.RLock()  # a warning may run anything
+_lock = threading.RLock()  # reentrant, as a warning may run any code
 _told: set[str] = set()
 
 
 def open_record(layer: Any, name: str = "", told: set[str] | None = None) -> Calls:
-    """The record of the layer, made if there is none; ``told`` is shared by the layers of one call of accelerate."""
+    """The record of the layer, made if there is none; all layers of one `accelerate` call share ``told``."""
     key = id(layer)
     with _lock:
         record = RECORDS.get(key)
@@ -81,7 +81,7 @@ def uncounted() -> Iterator[None]:
 
 
 def copied(layer: Any, twin: Any) -> None:
-    """A copy's user has been told what the user of ``layer`` has."""
+    """Share with a copy the reasons that the user of ``layer`` has already been told."""
     record = RECORDS.get(id(layer))
     if record is not None:
         open_record(twin, record.name, record.told)
@@ -107,7 +107,7 @@ def left(layer: Any, why: str) -> None:
 
 
 def traced(served: bool) -> None:
-    """Count a call that torch.compile traces: a constant to Dynamo, which runs this instead of tracing it."""
+    """Count a call that torch.compile traces; Dynamo takes the result as a constant and so runs this untraced."""
     GRAPHS[served].add()
 
 

@@ -1,4 +1,4 @@
-"""The modules inside what users hold: a model itself, a pipeline of diffusers or transformers, a trainer."""
+"""The modules inside the object that a user holds: a model, a diffusers or transformers pipeline, a trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import Module
 def models_in(op: str, model: Any) -> list[tuple[str, Module]]:
     """(prefix of the names, module) of each module to look at.
 
-    Raises     TypeError: neither a module, nor an object with ``components`` or ``model``; names the modules it holds.
+    Raises     TypeError: neither a module nor an object with ``components`` or ``model``; the text names its modules.
     """
     if isinstance(model, Module):
         return [("", model)]

@@ -1,7 +1,7 @@
-"""How one active adapter of a PEFT layer gives a call its A, B, bias, scale and dropout; or why it does not.
+"""How to read A, B, bias, scale and dropout of one active adapter of a PEFT layer; or why they cannot be read.
 
-The one place that reads ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling``. `read` runs at every call,
-`unreadable` words what it may find, and the two agree.
+Only this file reads ``lora_A``, ``lora_B``, ``lora_dropout`` and ``scaling``. `read` runs at every call, `unreadable`
+words the reasons for its refusals, and the two agree.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fastpeft.integrations.peft.plain import (
 )
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", Any, float]
-"""x, A [R, K], B [N, R], the bias of lora_B, the scale (float or 0-d tensor), p of the dropout. x is the one given, but
-for what `gathered.ask` adds to its graph."""
+"""x, A [R, K], B [N, R], the bias of lora_B, the scale (float or 0-d tensor), p of the dropout. x is the given tensor,
+except that `gathered.ask` may extend its graph."""
 
 SHARDED = "its weights are sharded (DTensor), unless gathered for the call as FSDP2 does"
 
@@ -44,7 +44,7 @@ def active(layer: Any) -> list[str]:
 
 
 def named(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The one adapter that ``adapter_names``, which PEFT passes to every layer, names for each sample of x; or None."""
+    """The one adapter that ``adapter_names``, PEFT's argument to every layer, gives for all samples of x; or None."""
     names = kwargs.get("adapter_names")
     if args or len(kwargs) != 1 or not isinstance(names, (list, tuple)) or not names or type(x) not in PLAIN:
         return None
@@ -60,8 +60,8 @@ def read(layer: Any, name: str, x: Any) -> Factors | None:
     lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     scale = layer.scaling[name]
-    # Every look-up counts here: an attribute of a module costs three times an item of its dictionary. What follows is
-    # `hooked` three times.
+    # Each look-up costs here, and a module's attribute takes three times as long as an item of its dictionary. So
+    # `hooked` is written out three times.
     of_A, of_B, of_dropout = lora_A.__dict__, lora_B.__dict__, dropout.__dict__
     p = 0.0 if type(dropout) is Identity and Identity.forward is IDENTITY else drop_probability(dropout)
     if (
@@ -114,7 +114,7 @@ def read(layer: Any, name: str, x: Any) -> Factors | None:
         and bias_A is None
     ):
         return None
-    # Whether PEFT would multiply x with these factors without an error, and one operator can.
+    # PEFT must accept x with these factors, and one operator must be able to compute them.
     adapter, dtype, device = a.dtype, x.dtype, x.device
     if (
         dtype in DTYPES
@@ -132,11 +132,11 @@ def read(layer: Any, name: str, x: Any) -> Factors | None:
 
 
 def _asked(lora_A: Any, lora_B: Any, x: Any) -> tuple[Any, Any, Any, Any, Any] | None:
-    """(x, A, B, the biases of B and A) where one of the modules gathers its own; None: another has to see the call."""
+    """(x, A, B, the biases of B and A) if one of the modules gathers its own; None if the modules must be called."""
     if _dynamo() or not (_linear(lora_A) and _linear(lora_B)):
         return None
     if type(x) not in PLAIN or x.dtype not in DTYPES or x.layout is not STRIDED or lora_A.bias is not None:
-        return None  # before hooks have run in vain
+        return None  # before any hook has run for nothing
     a, bias_A, x = _ask(lora_A, x)
     b, bias, a = _ask(lora_B, a)
     return x, a, b, bias, bias_A
@@ -148,12 +148,12 @@ def _linear(part: Any) -> bool:
 
 
 def _ask(part: Any, x: torch.Tensor) -> gathered.Asked:
-    """The weight and the bias of a `_linear` part, and x, by the part's own call where only that has them."""
+    """The weight and the bias of a `_linear` part, and x; by calling the part if they exist only during its call."""
     return gathered.ask(part, x) if hooked(part) or type(part) is not Linear else (part.weight, part.bias, x)
 
 
 def modules_of(layer: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the modules that hold A and B, the dropouts) of these adapters, under the words of a reason."""
+    """(the modules that hold A and B, the dropouts) of these adapters, under the names that a reason uses."""
     parts: dict[str, Any] = {}
     dropouts: dict[str, Any] = {}
     for name in names:
@@ -164,7 +164,7 @@ def modules_of(layer: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def unreadable(layer: Any, names: list[str]) -> str | None:
-    """What keeps these adapters, all that a call uses, from being `read`, whatever the input; weights apart."""
+    """Why these adapters, all that a call uses, cannot be `read` for any input; says nothing about weights."""
     for name in names:
         if name in layer.lora_variant:
             return f"variant {type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
@@ -208,7 +208,7 @@ def weight_elsewhere(role: str, part: Any) -> str | None:
 
 
 def weight_unreadable(role: str, part: Any) -> str | None:
-    """What is wrong with the weight of a module that holds A, B or W, whatever the input."""
+    """What is wrong, for any input, with the weight of a module that holds A, B or W."""
     why = weight_elsewhere(role, part)
     if why is not None:
         return why

@@ -1,11 +1,11 @@
 """Modules that have their parameters only while they are called: FSDP1's wrapper, FSDP2's units, ZeRO-3's modules.
 
 PEFT's wrap policy makes each ``lora_A`` and ``lora_B`` a unit of FSDP1; ZeRO-3 partitions every module. Their hooks
-gather the parameters before the module's forward, free them after it, and reduce the gradients; they do nothing else to
-the tensors that pass. The factors of an adapter are small, so `ask` calls such a module for a copy of its weight: the
-hooks run as in PEFT's own forward, in PEFT's order, and the gradient of the copy flows back through them.
+gather the parameters before the module's forward, free them after it, and reduce the gradients; the hooks do nothing
+else to the tensors that pass. The factors of an adapter are small, so `ask` calls such a module for a copy of its
+weight: the hooks run as in PEFT's own forward, in PEFT's order, and the gradient of the copy flows back through them.
 
-A base that is a unit of its own is not small. It is called as PEFT calls it, and only the adapter is our operator's.
+A base that is a unit of its own is not small: it is called as PEFT calls it, and our operator adds only the adapter.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch.nn import Linear
 from fastpeft.integrations.peft.kind import imported
 from fastpeft.integrations.peft.plain import hooked
 
-# The packages whose hooks gather a module's parameters and do nothing else to what passes. A hook's own module.
-# (DeepSpeed times some of ZeRO-3's in a wrapper of its own, and no other hooks of modules.)
+# Packages whose hooks only gather a module's parameters, matched by the module that defines a hook. (nvtx: DeepSpeed
+# wraps some of ZeRO-3's hooks in its own timer, and no other module hooks.)
 _GATHERERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 
 Asked = tuple[torch.Tensor, "torch.Tensor | None", torch.Tensor]
-"""The weight, the bias, and x as the hooks have handed it on: its gradient is what they wait for."""
+"""The weight, the bias, and x as the hooks passed it on: the hooks wait for the gradient of that x."""
 
 
 def _wrapped(part: Any) -> Any:
-    """What FSDP1 has wrapped; any other module itself."""
+    """The module inside FSDP1's wrapper; any other module itself."""
     kind = imported("torch.distributed.fsdp", "FullyShardedDataParallel")
     return part._modules["_fsdp_wrapped_module"] if kind is not None and type(part) is kind else part
 
 
 def _kind(part: Any) -> type:
-    """The class below the one that FSDP2 builds on top."""
+    """The module's class without the one that FSDP2 builds on top."""
     kind, unit = type(part), imported("torch.distributed.fsdp", "FSDPModule")
     return kind.__bases__[-1] if unit is not None and unit in kind.__bases__ else kind
 
 
 def _only_gather(part: Any) -> bool:
-    """Whether the hooks of ``part`` are those of `_GATHERERS`, and calling it runs nothing else beside its forward."""
+    """Whether all hooks of ``part`` are from `_GATHERERS`, and calling it runs nothing else but its forward."""
     if part._backward_hooks or part._backward_pre_hooks or "forward" in part.__dict__:
         return False
     hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
@@ -47,14 +47,14 @@ def _only_gather(part: Any) -> bool:
 
 
 def passes(dropout: Any) -> bool:
-    """Whether the hooks of a module without parameters, if any, would do nothing."""
+    """Whether a module without parameters has no hooks, or only hooks that do nothing."""
     return _only_gather(dropout)
 
 
 def gathers(part: Any) -> bool:
-    """Whether ``part`` gathers its own parameters when it is called, and does nothing else beside its class's forward.
+    """Whether calling ``part`` gathers its own parameters, runs its class's forward, and does nothing else.
 
-    False for a plain module, whose parameters can be read, and for one that somebody else watches or changes.
+    False for a plain module, whose parameters can be read, and for one with hooks or changes by other code.
     """
     inner = _wrapped(part)
     if inner is not part:
@@ -68,24 +68,24 @@ def factor(part: Any) -> bool:
 
 
 def ask(part: Any, x: torch.Tensor) -> Asked:
-    """Copies of the weight and the bias of a `factor`, had from its own call with ``x``.
+    """Copies of the weight and the bias of a `factor`, taken while it is called with ``x``.
 
-    A copy, because the owner frees the gathered memory when the call ends. x goes through, because FSDP2 and ZeRO-3
-    reduce the gradients of a module when the gradient of its input has come; it comes back as it was where the hooks
-    change its dtype.
+    They are copies because the owner frees the gathered memory when the call ends. x passes through because FSDP2 and
+    ZeRO-3 reduce a module's gradients once the gradient of its input has arrived; if the hooks change the dtype of x,
+    the original x is returned.
     """
     linear = _wrapped(part)
     handed = x
 
     def give(given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nonlocal handed
-        # Not among the results: hooks on a result would be hooks on x, one more at every call of a caller's own tensor.
+        # x is not among the results: a hook on a result would be a hook on x, the caller's tensor, one more per call.
         handed = given
         tensors = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
         return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
 
-    # Not a mode that catches F.linear: ZeRO-3 replaces that function. No other thread can call this module meanwhile:
-    # its owner keeps one state for a module, and orders collectives by the order of calls.
+    # A mode that catches F.linear would not do: ZeRO-3 replaces that function. No other thread can call this module
+    # meanwhile: its owner keeps one state per module and orders collectives by the order of calls.
     linear.__dict__["forward"] = give
     try:
         weight, *bias = part(x)
@@ -95,7 +95,7 @@ def ask(part: Any, x: torch.Tensor) -> Asked:
 
 
 def flat(weight: Any) -> bool:
-    """Whether FSDP1 holds this parameter between two calls, as a part of one flat parameter."""
+    """Whether FSDP1 holds this parameter, between calls, as part of a flat parameter."""
     return bool(getattr(weight, "_fsdp_flattened", False))
 
 
@@ -107,10 +107,10 @@ def below_units(model: Any) -> set[Any]:
 
 
 def become_plain(layer: Any) -> bool:
-    """Whether FSDP2 gathers the sharded parameters of ``layer``, which is `below_units`, to plain tensors.
+    """Whether FSDP2 gathers the sharded parameters of ``layer``, which is `below_units`, into plain tensors.
 
-    Not where another dimension of the mesh splits them too (tensor parallelism): the last dimension shards, and those
-    before it replicate (HSDP).
+    It does not if another mesh dimension splits them too (tensor parallelism): only the last dimension may shard, and
+    those before it must replicate (HSDP).
     """
     sharded = [w.placements for w in layer.parameters() if hasattr(w, "placements")]
     return all(p[-1].is_shard() and all(each.is_replicate() for each in p[:-1]) for p in sharded)

@@ -1,8 +1,8 @@
-"""A ``forward`` in the module's own dictionary: what the hooks of Hugging Face's accelerate put and leave there.
+"""A ``forward`` in the module's own dictionary, put or left there by a hook of Hugging Face's accelerate.
 
 ``device_map`` gives each module with parameters an ``AlignDevicesHook``: a partial in ``module.forward`` that moves the
-arguments to the module's device and calls ``module._old_forward``, the bound method that was there before. With nothing
-to move, the call is the class's own. A hook that is removed leaves that bound method in ``module.forward``.
+arguments to the module's device and calls ``module._old_forward``, the previous bound method. With nothing to move, the
+call equals the class's own. Removing a hook leaves that bound method in ``module.forward``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 
 def _own(module: Any, forward: Any, kind: Any) -> bool:
-    """Whether ``forward`` is the one of ``kind``, bound to ``module``."""
+    """Whether ``forward`` is the method of class ``kind``, bound to ``module``."""
     return type(forward) is MethodType and forward.__self__ is module and forward.__func__ is kind.forward
 
 
 def wraps(module: Any, *kinds: type) -> bool:
-    """Whether ``module.forward`` is that of one of ``kinds``, alone or behind a hook of accelerate, of any sort."""
+    """Whether ``module.forward`` is the method of one of ``kinds``, plain or behind any hook of accelerate."""
     forward = module.__dict__["forward"]
     if type(forward) is partial and len(forward.args) == 1 and forward.args[0] is module and not forward.keywords:
         if getattr(forward.func, "__module__", "") != "accelerate.hooks":
@@ -30,7 +30,7 @@ def wraps(module: Any, *kinds: type) -> bool:
 
 
 def changes_nothing(module: Any) -> bool:
-    """Whether ``module.forward``, which is in its dictionary, does what its class's does for an x on its own device."""
+    """Whether the ``forward`` in the module's dictionary equals its class's for an x on the module's device."""
     kind = type(module)
     if not wraps(module, kind):
         return False
@@ -38,7 +38,7 @@ def changes_nothing(module: Any) -> bool:
 
 
 def _idle(hook: Any, module: Any) -> bool:
-    """Whether a hook of accelerate moves nothing in a call with an x on the device of the module's weight."""
+    """Whether a hook of accelerate moves nothing if x is on the device of the module's weight."""
     kind = type(hook)
     if kind.__module__ != "accelerate.hooks" or hook.no_grad:
         return False
@@ -62,7 +62,7 @@ def _same(wanted: torch.device, found: torch.device) -> bool:
 
 
 def become(module: Any, kind: Any) -> None:
-    """Give ``module`` the class ``kind``, and that class's forward where its dictionary keeps its own class's."""
+    """Give ``module`` the class ``kind``, and replace its old class's forward in its dictionary by ``kind``'s."""
     kept = [key for key in ("forward", "_old_forward") if _own(module, module.__dict__.get(key), type(module))]
     module.__class__ = kind
     module.__dict__.update({key: MethodType(kind.forward, module) for key in kept})

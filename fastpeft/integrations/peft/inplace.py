@@ -1,6 +1,6 @@
-"""A class before a module's own, given in place: built once at run time, under the name of the one that was there.
+"""Put a class before a module's own, in place: a subclass built once at run time, under the original class's name.
 
-Nothing else of the module changes, so that parameters, buffers, keys, attributes, saved files and ``isinstance`` stay.
+Nothing else of the module changes: parameters, buffers, keys, attributes, saved files and ``isinstance`` stay.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 
 
 class InPlace:
-    """A class given in place: copies keep it, pickles name the class before it; adds nothing to the instance."""
+    """Base of classes given in place: copies keep it, pickles name the original class; the instance gains nothing."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the class that was there: what reads the pickle needs no fastpeft."""
+        """Pickle as the original class, so that reading the pickle needs no fastpeft."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        # copyreg.__newobj__, the usual function here, lets pickle insist on the object's own class.
+        # Not copyreg.__newobj__, the usual function here: with it pickle insists on the object's own class.
         make = copyreg._reconstructor  # type: ignore[attr-defined]
         return make, (source(type(self)), object, None), *reduced[2:]
 
     def __copy__(self: Any) -> Any:
-        """torch's own shallow copy, which ``__reduce_ex__`` would otherwise turn into the class that was there."""
+        """torch's own shallow copy; through ``__reduce_ex__`` the copy would have the original class."""
         twin = self.__class__.__new__(self.__class__)
         twin.__setstate__(self.__getstate__())
         self._copied_to(twin)
         return twin
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        """torch's own deep copy, which ``__reduce_ex__`` would otherwise turn into the class that was there."""
+        """torch's own deep copy; through ``__reduce_ex__`` the copy would have the original class."""
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -37,11 +37,11 @@ class InPlace:
         return twin
 
     def _copied_to(self, twin: Any) -> None:
-        """Called with each copy that has been made."""
+        """Called with each new copy."""
 
     @classmethod
     def _given_before(cls, kind: type) -> None:
-        """Called once with the class that this one, just built, has been put before."""
+        """Called once when this class is built, with the original class ``kind``."""
 
 
 _built: dict[tuple[type, type], type] = {}
@@ -49,10 +49,10 @@ _sources: dict[type, type] = {}
 
 
 def built(mixin: type[InPlace], kind: type) -> type:
-    """The class of ``mixin`` before ``kind``, the same one at every call, under the name that ``kind`` has."""
+    """The class with ``mixin`` before ``kind``, under the name of ``kind``; the same class at every call."""
     key = (mixin, kind)
     if key not in _built:
-        # repr, error messages and logs of the library and of its users print these.
+        # The library's and its users' reprs, error messages and logs print these.
         names = {name: vars(kind)[name] for name in ("__module__", "__qualname__", "__doc__") if name in vars(kind)}
         if hasattr(kind, "__deepcopy__"):
             names["__deepcopy__"] = kind.__deepcopy__  # FSDP2 forbids it
@@ -63,7 +63,7 @@ def built(mixin: type[InPlace], kind: type) -> type:
 
 
 def source(kind: type) -> type:
-    """The class without ours: what ``built`` was given, also inside a class made on top since (FSDP2)."""
+    """The original class that ``built`` was given, even under a class added on top since (FSDP2)."""
     if kind not in _sources and issubclass(kind, InPlace):
         bases = tuple(source(base) for base in kind.__bases__)
         body = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}

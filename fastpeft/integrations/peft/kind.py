@@ -1,8 +1,8 @@
 """What a kind of PEFT layer is: the questions that ``accelerate`` and the report ask, and the class that a layer gets.
 
-The class is built at run time from the class that the layer had, with the kind's mixin before it. All state stays in
-PEFT's own attributes and is read at every call, so that merging, switching, adding, loading, rescaling and hot-swapping
-adapters need no notice. Whatever a call cannot prove to be the plain case goes to PEFT's own forward.
+The class is built at run time from the layer's class, with the kind's mixin before it. All state stays in PEFT's own
+attributes and is read at every call, so merging, switching, adding, loading, rescaling and hot-swapping adapters need
+no notification. A call that is not provably the plain case goes to PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastpeft.ops._calls import without_kernels
 TESTED = (Version("0.20"), Version("0.23"))
 """peft from, up to but not including: the releases whose forwards are known to be the ones that we replace."""
 
-# What a layer's class must have from PEFT's own class for its forward to be the one that we replace.
+# A layer's class must inherit these from PEFT's own class, or its forward is not the one that we replace.
 _METHODS = ("forward", "_check_forward_args", "_cast_input_dtype", "merged", "disable_adapters", "active_adapters")
 _BYPASSED = "forward has been replaced on the layer itself"
 
@@ -34,7 +34,7 @@ _records = calls.RECORDS
 
 
 def imported(module: str, name: str) -> Any:
-    """``name`` of a module that somebody has imported, or None: a model can hold its layers only then."""
+    """``name`` of a module if it is already imported, else None: then no model can hold its layers."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -53,9 +53,9 @@ def _devices() -> set[str]:
 
 
 class Kind(ABC):
-    """One kind of PEFT layer, one object in one file.
+    """One kind of PEFT layer: one object in one file.
 
-    Every question answers None for "ours to compute", or the reason why not; none of them changes anything.
+    Every question returns None if our operator may compute, else the reason why not; none changes anything.
     """
 
     mixin: type[Accelerated]
@@ -68,34 +68,34 @@ class Kind(ABC):
 
     @abstractmethod
     def peft_class(self) -> type | None:
-        """PEFT's class of these layers, if PEFT's module of it is imported."""
+        """PEFT's class of these layers, if the module that defines it is imported."""
 
     def register(self) -> None:
-        """Learn what a call compares with: classes of other packages, devices; ``accelerate`` asks, no query does."""
+        """Look up what calls compare with: classes of other packages, devices. Only ``accelerate`` calls this."""
         self.mixin._slow = frozenset(device for device in _devices() if self.slow(device))
 
     def slow(self, device: str) -> str | None:
-        """Why PEFT is as fast on this type of device: what each kernel of ours needs that is not there."""
+        """Why our operator gains nothing on this type of device: what each of our kernels needs and lacks there."""
         missing = without_kernels(self.launcher, device) if device in _devices() else None
         return missing and f"only the eager reference can serve on {device}, which is no faster than PEFT ({missing})"
 
     @abstractmethod
     def adopt(self, layer: Any) -> str | None:
-        """What keeps the layer, whose class and forward are PEFT's own, from being given our class at all."""
+        """Why the layer, whose class and forward are PEFT's own, cannot get our class at all."""
 
     @abstractmethod
     def reason(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What sends this call of a layer that was adopted to PEFT's forward; without x (None), any call."""
+        """Why this call of an adopted layer goes to PEFT's forward; without x (None), why every call does."""
 
 
 def label(module: Module) -> str:
-    """``lora.Linear``: how PEFT's users know the class of a layer."""
+    """``lora.Linear``: the name by which PEFT's users know the class of a layer."""
     kind = source(type(module))
     return f"{kind.__module__.rpartition('.')[0].rpartition('.')[2]}.{kind.__name__}"
 
 
 def unfit(kind: Kind, module: Module) -> str | None:
-    """What keeps ``module``, of this kind, from being given our class at all; None if it may have it."""
+    """Why ``module``, of this kind, cannot get our class at all; None if it can."""
     plain: Any = kind.peft_class()
     own = source(type(module))
     version = imported("peft", "__version__") or "unknown"
@@ -116,7 +116,7 @@ def unfit(kind: Kind, module: Module) -> str | None:
 
 
 def bypassed(module: Module) -> str | None:
-    """Whether a forward kept in an accelerated layer takes its calls away from ours; not if it leads back to ours."""
+    """Whether a forward set on an accelerated layer bypasses ours; not if it wraps ours."""
     found: Any = vars(module).get("forward")
     if found is None or wraps(module, type(module)):
         return None
@@ -128,12 +128,12 @@ def bypassed(module: Module) -> str | None:
 
 
 def changed(module: Any) -> str | None:
-    """Whether the forward of PEFT's class is another than when the layer got ours."""
+    """Whether the forward of PEFT's class has been replaced since the layer got our class."""
     return replaced(label(module), module._source, "forward", module._replaces[0])
 
 
 class Accelerated(InPlace):
-    """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin serves."""
+    """Comes before PEFT's class in the accelerated class; adds nothing to the instance. A kind's mixin computes."""
 
     _kind: Kind
     _slow: frozenset[str]
@@ -144,7 +144,7 @@ class Accelerated(InPlace):
     """The forward that it had when this class was made; in a tuple, so that no instance binds it as a method."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Accelerated):  # after `restore`, called by something that kept this method
+        if not isinstance(self, Accelerated):  # after `restore`, through a kept reference to this method
             return type(self).forward(self, x, *args, **kwargs)
         if _dynamo():
             y = self._served(x, args, kwargs) if self._source.forward is self._replaces[0] else None

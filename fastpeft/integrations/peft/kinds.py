@@ -11,13 +11,13 @@ KINDS: tuple[Kind, ...] = (linear.KIND, linear4bit.KIND)
 
 
 def register() -> None:
-    """Let every kind learn what its calls compare with."""
+    """Let every kind look up what its calls compare with."""
     for kind in KINDS:
         kind.register()
 
 
 def kind_of(module: Module) -> Kind | None:
-    """The kind of this layer, whether it has our class yet or not; None for a layer that no kind knows."""
+    """The kind of this layer, whether or not it already has our class; None for a layer that no kind knows."""
     for kind in KINDS:
         peft_class = kind.peft_class()
         if peft_class is not None and isinstance(module, peft_class):

@@ -19,7 +19,7 @@ from fastpeft.integrations.peft.plain import MISSING, PLAIN, STRIDED, bias_unfit
 from fastpeft.ops import lora_linear
 
 _ADDMM = original(torch, "addmm")
-_conv1d_forward: Any = None  # `LinearKind.register` learns it
+_conv1d_forward: Any = None  # set by `LinearKind.register`
 
 
 def conv1d() -> Any:

@@ -2,11 +2,11 @@
 
     y = (x Wᵀ + bias) in bitsandbytes' compute dtype + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), in x.dtype
 
-The bytes and their scales are read at every call, as views: a few microseconds, so that nothing can be stale and no
-memory is kept that its owner has given up. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that
-loses bits of the scales, and the repacked product has no gradient of x. So it is not called for the plain case, nor for
-the base alone (adapters disabled or merged), and for what is left to PEFT `unpacked` keeps it from repacking. A model
-that holds its layers has imported it; fastpeft does not.
+The bytes and their scales are read as views at every call: that takes a few microseconds, cannot go stale, and keeps no
+memory that its owner has freed. In eval mode on a CPU bitsandbytes' own forward repacks the weight: that loses bits of
+the scales, and the repacked product has no gradient of x. So bitsandbytes' forward is not called for the plain case or
+for the base alone (adapters disabled or merged), and `unpacked` keeps it from repacking in calls left to PEFT. fastpeft
+does not import bitsandbytes: whoever made the model has.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from fastpeft.ops import Weight4bit, linear4bit, linear4bit_lora, lora_adapter
 from fastpeft.ops.weight4bit import NESTED_BLOCK
 
 TESTED = (Version("0.49"), Version("0.51"))
-"""bitsandbytes from, up to but not including: the releases whose ``Linear4bit.forward`` is known to be what we do."""
+"""bitsandbytes from, up to but not including: the releases whose ``Linear4bit.forward`` is known to match ours."""
 
-# The layers of bitsandbytes that are one product with a weight of 4 bits -> whether their bias takes the dtype of the
-# input, as before 0.50, and not that of the product; and the types of that weight: its own, and what FSDP makes of it.
-# Exact types; `Linear4bitKind.register` adds to both.
+# BASES: bitsandbytes' layers that are one product with a 4-bit weight -> whether their bias takes the input's dtype
+# (before 0.50) or the product's. WEIGHTS: exact types of that weight: bitsandbytes' own, and what FSDP makes of it.
+# `Linear4bitKind.register` adds to both.
 BASES: dict[type, bool] = {}
 WEIGHTS: set[type] = set(PLAIN)
 
-# What `Linear4bitKind.register` finds: bitsandbytes, its Linear4bit, the forward of that and the product that it calls.
+# Set by `Linear4bitKind.register`: bitsandbytes, its Linear4bit, that class's forward, and the product it calls.
 _library: Any = None
 _linear4bit: Any = None
 _forward: Any = None
@@ -63,14 +63,14 @@ def _version() -> Version | None:
 
 
 def _bases() -> dict[type, bool]:
-    """What ``BASES`` has to hold, of the bitsandbytes that is imported."""
+    """The value of ``BASES`` for the imported bitsandbytes."""
     modules: Any = sys.modules["bitsandbytes.nn.modules"]
     early = (_version() or TESTED[1]) < Version("0.50")
     return dict.fromkeys((modules.Linear4bit, modules.LinearNF4, modules.LinearFP4), early)
 
 
 def _replaced() -> str | None:
-    """What of bitsandbytes somebody has replaced that our product stands in for."""
+    """Which function of bitsandbytes that our product stands in for has been replaced, if any."""
     kind = imported("bitsandbytes.nn.modules", "Linear4bit")
     library: Any = sys.modules["bitsandbytes"]
     return replaced("bitsandbytes' Linear4bit", kind, "forward", original(kind, "forward")) or replaced(
@@ -79,20 +79,20 @@ def _replaced() -> str | None:
 
 
 def state_of(base: Any) -> Any:
-    """The QuantState of the weight, or the one that the layer remembers where a wrapper (FSDP) has lost it."""
+    """The weight's QuantState, or the layer's own copy if a wrapper (FSDP) has lost it."""
     state = getattr(held(base, "weight"), "quant_state", None)
     return base.quant_state if state is None else state
 
 
 def weight_4bit(base: Any) -> Weight4bit | None:
-    """The weight of a layer in ``BASES`` on the layer's own tensors; None where bitsandbytes must deal with it."""
+    """The weight of a layer in ``BASES``, over the layer's own tensors; None if bitsandbytes must handle it."""
     w, state = held(base, "weight"), state_of(base)
     if type(w) not in WEIGHTS or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     with _plain_torch():  # Params4bit sends every attribute through Python
         if not w.is_contiguous():
             return None
-        # Not .data: that loses the version, by which autograd notices that a saved tensor has been written to.
+        # Not .data, which loses the version counter by which autograd detects that a saved tensor was written to.
         packed = w.detach().view(-1)
         if packed.dtype is not torch.uint8:
             packed = packed.view(torch.uint8)
@@ -102,7 +102,7 @@ def weight_4bit(base: Any) -> Weight4bit | None:
         if nested.blocksize != NESTED_BLOCK:
             return None
         if offset.dtype is not torch.float32 or offset.device != state.absmax.device:
-            # bitsandbytes reads it from JSON in torch's default dtype of that moment.
+            # bitsandbytes reads the offset from JSON in the default dtype that torch has at that moment.
             offset = offset.to(state.absmax.device, torch.float32)
         scales = [state.absmax, nested.code, nested.absmax, offset]
     weight = Weight4bit(packed, scales, state.shape, state.dtype, state.quant_type, state.blocksize)
@@ -110,7 +110,7 @@ def weight_4bit(base: Any) -> Weight4bit | None:
 
 
 def _unserved(x: torch.Tensor, adapter: torch.dtype, compute: torch.dtype | None) -> str | None:
-    """Why PEFT's dtypes for this call are not ours to reproduce."""
+    """Why we do not reproduce PEFT's dtypes for this call."""
     dtype, device = x.dtype, x.device.type
     if compute is not None and compute not in DTYPES:
         return f"the compute dtype of base_layer is {compute}"
@@ -124,7 +124,7 @@ def _unserved(x: torch.Tensor, adapter: torch.dtype, compute: torch.dtype | None
 
 
 def _compute_dtype(base: Any, x: torch.Tensor) -> torch.dtype:
-    """The dtype of bitsandbytes' product; the first input settles it, as there."""
+    """The dtype of bitsandbytes' product; the first input settles it, as in bitsandbytes."""
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
@@ -133,7 +133,7 @@ def _compute_dtype(base: Any, x: torch.Tensor) -> torch.dtype:
 
 
 def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4bit, Any, torch.dtype] | None:
-    """The weight, the bias and the dtype of bitsandbytes' product; None where it is not ours to reproduce."""
+    """The weight, the bias and the dtype of bitsandbytes' product; None if we do not reproduce it."""
     early = BASES.get(source(type(base)))
     if early is None:
         return None
@@ -156,7 +156,7 @@ def _operands(base: Any, x: torch.Tensor, adapter: torch.dtype) -> tuple[Weight4
 
 
 def is_alone(layer: Any) -> bool:
-    """Whether a call of the layer is one of its base: adapters disabled, or merged. (Both: PEFT unmerges first.)"""
+    """Whether a call needs only the base: adapters are disabled or merged. (If both, PEFT unmerges first.)"""
     return bool(layer.merged_adapters) != bool(layer._disable_adapters)
 
 
@@ -199,7 +199,7 @@ class AcceleratedLinear4bit(AcceleratedLoRA):
         elif compute is torch.float32:
             y = linear4bit_lora(x.to(compute), weight, a, b, bias, lora_bias, scale=scale, dropout=p)
         else:
-            # PEFT keeps the adapter in the wider or another dtype than the base: its gradients are as exact.
+            # PEFT computes the adapter in its own dtype, not the base's; so do we, for gradients as exact as PEFT's.
             base_y = linear4bit(x.to(compute), weight, bias).to(dtype)
             y = base_y + lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)
         return y if y.dtype is dtype else y.to(dtype)

@@ -1,9 +1,9 @@
-"""What the kinds share whose adapters are two linear modules: PEFT's LoRA on a layer that is one matrix product.
+"""Shared by the kinds whose adapters are two linear modules: PEFT's LoRA on a layer that is one matrix product.
 
     y = base(x) + Σ_active scale · (dropout(x) Aᵀ Bᵀ + lora_bias)                 PEFT's maths, in one operator
 
-The kind supplies the base: `AcceleratedLoRA._fused` computes the layer over it, and the methods of `LoRAKind` word what
-keeps it from that.
+The kind supplies the base: its `AcceleratedLoRA._fused` computes the layer over that base, and the methods of
+`LoRAKind` say why it cannot.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _dynamo = torch.compiler.is_dynamo_compiling
 
 
 class LoRAKind(Kind):
-    """`Kind` with the questions about adapters answered; what is left is the base."""
+    """`Kind` with the questions about adapters answered; a subclass answers those about the base."""
 
     def alone(self, layer: Any) -> bool:
-        """Whether a call is one of the base that is ours too: no adapter has a say in it."""
+        """Whether a call needs only the base and our operator computes that too: no adapter is involved."""
         return False
 
     @abstractmethod
     def base_changed(self, base: Any) -> str | None:
-        """What the base has become since `adopt`."""
+        """What has changed about the base since `adopt`."""
 
     @abstractmethod
     def base_unreadable(self, base: Any) -> str | None:
-        """What is wrong with the weight of the base, whatever the input."""
+        """What is wrong with the weight of the base, for any input."""
 
     @abstractmethod
     def base_uncallable(self, layer: Any, x: torch.Tensor, adapter: torch.dtype | None) -> str | None:
-        """What in a call with ``x`` the base cannot serve; ``adapter``: the dtype of A, None where it has no say."""
+        """What the base cannot serve in a call with ``x``; ``adapter``: the dtype of A, None if it does not matter."""
 
     def any_call(self, layer: Any, names: list[str]) -> str | None:
-        """What is wrong with a call whatever its input will be, of a layer whose state is fine."""
+        """What is wrong with every call of a layer whose state is fine, for any input."""
         return None
 
     def reason(self, layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -65,7 +65,7 @@ class LoRAKind(Kind):
             return "extra arguments (adapter_names)"
         base = layer.base_layer
         return (
-            # What is no tensor at all is `_call`'s to name.
+            # If x is not a tensor at all, `_call` reports it.
             self.slow((x if isinstance(x, torch.Tensor) else base.weight).device.type)
             or nested(base)
             or self.base_changed(base)
@@ -78,12 +78,12 @@ class LoRAKind(Kind):
         )
 
     def weights(self, layer: Any, names: list[str]) -> str | None:
-        """What is wrong with the weights of the base and of these adapters, whatever the input."""
+        """What is wrong with the weights of the base and of these adapters, for any input."""
         base = layer.base_layer
         parts, _ = factors.modules_of(layer, names)
         found = [] if gathered.gathers(base) else [self.base_unreadable(base)]
         found += [factors.weight_unreadable(role, part) for role, part in parts.items() if not gathered.gathers(part)]
-        # That weights are sharded comes last: where they will be gathered, nothing else may be wrong.
+        # "Sharded" is reported last: gathering may solve it, but only if nothing else is wrong.
         whys = sorted((why for why in found if why is not None), key=factors.SHARDED.__eq__)
         if whys:
             return whys[0]
@@ -99,7 +99,7 @@ class LoRAKind(Kind):
         return None
 
     def _call(self, layer: Any, names: list[str], x: Any) -> str | None:
-        """What in one call, of a layer whose state is fine, sends it to PEFT's forward."""
+        """Why this one call, of a layer whose state is fine, goes to PEFT's forward."""
         if type(x) not in PLAIN or x.layout is not STRIDED or x.is_nested:
             return "the input is not a plain dense tensor"
         if x.dtype not in DTYPES:
@@ -113,7 +113,7 @@ class LoRAKind(Kind):
 
 
 class AcceleratedLoRA(Accelerated):
-    """The forward of these kinds: reads the plain case, and hands the rest to PEFT."""
+    """The forward of these kinds: computes the plain case and hands the rest to PEFT."""
 
     def _served(self: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         if self._disable_adapters or self.merged_adapters:
@@ -155,26 +155,26 @@ class AcceleratedLoRA(Accelerated):
         return y
 
     def _alone(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The product of the base where adapters are disabled or merged, if it is ours."""
+        """The product of the base while adapters are disabled or merged, if ours to compute."""
         return None
 
     def _fused(
         self, x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float
     ) -> torch.Tensor | None:
-        """The whole layer with one adapter that could be read; None: the base is not the plain case."""
+        """The whole layer with one adapter that was read; None: the base is not the plain case."""
         raise NotImplementedError
 
     def _several(self: Any, x: torch.Tensor, base: Any, active: list[str], fused: Any) -> torch.Tensor | None:
         """Several active adapters. None: not the plain case.
 
-        Those without dropout are one adapter of the summed rank: B takes the scales, which differ. Each of the others
-        draws its own mask, as in PEFT, in the order of the list.
+        Adapters without dropout become one adapter of the summed rank; B absorbs their different scales. Each of the
+        others draws its own mask, as in PEFT, in the order of the list.
         """
         found: list[Adapter] = []
         for name in active:
             if name in self._modules["lora_A"]._modules:
                 read = factors.read(self, name, x)
-                # PEFT casts x to each adapter's dtype in turn, so that an earlier bf16 adapter rounds a later one's x.
+                # PEFT casts x to each adapter's dtype in turn, so an earlier bf16 adapter rounds x for a later one.
                 if read is None or (found and read[1].dtype is not found[0][0].dtype):
                     return None
                 x = read[0]
@@ -194,7 +194,7 @@ class AcceleratedLoRA(Accelerated):
 
 
 def _beside(x: torch.Tensor, base: Any, a: Any, b: Any, lora_bias: Any, scale: Any, p: float) -> torch.Tensor:
-    """The layer over a base that must be called: its result, and the adapter's from one operator."""
+    """The layer over a base that must be called: the base's result plus the adapter's, from one operator."""
     y: torch.Tensor = base(x)
     return (y + lora_adapter(x, a, b, lora_bias, scale=scale, dropout=p)).to(y.dtype)
 

@@ -1,8 +1,8 @@
-"""``patch``: every adapter that PEFT injects from now on is accelerated, for whoever does not hold the model.
+"""``patch``: accelerate every adapter that PEFT injects from now on, for users who do not hold the model.
 
-PEFT puts each adapter into a model by one method, ``BaseTuner.inject_adapter``: `get_peft_model`, files, adapters that
-are added later, transformers, TRL and diffusers come through it. That method is replaced by one that calls it and then
-`accelerate`; nothing else of PEFT changes. Where PEFT is not imported yet, an import hook waits for it.
+PEFT puts each adapter into a model by one method, ``BaseTuner.inject_adapter``: `get_peft_model`, files, later
+adapters, transformers, TRL and diffusers all call it. ``patch`` replaces that method by one that calls it and then
+`accelerate`; nothing else of PEFT changes. If PEFT is not imported yet, an import hook waits for it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MODULE, _CLASS, _METHOD = "peft.tuners.tuners_utils", "BaseTuner", "inject_adap
 
 _lock = threading.RLock()
 _patches: list[Patch] = []
-"""Those in force, in the order of their calls."""
+"""The patches in force, in the order of their calls."""
 _hold: list[_Replaced | _Awaited] = []
-"""What stands in PEFT's method, or waits for its module; empty where nothing is patched."""
+"""Our replacement of PEFT's method, or the finder that waits for its module; empty if nothing is patched."""
 
 
 class Patch:
-    """One call of `patch`, in force at once: until `unpatch`, or where it is a ``with`` block's, until that ends."""
+    """One call of `patch`, in force at once until `unpatch`, or until the end of its ``with`` block."""
 
     def __init__(self, report: Callable[[Report], Any] | None) -> None:
         self._report = report
@@ -72,17 +72,17 @@ class Patch:
 
 
 def patch(report: Callable[[Report], Any] | None = None) -> Patch:
-    """From now on, in every thread, `accelerate` each model that PEFT has injected an adapter into.
+    """From now on, in every thread, `accelerate` each model into which PEFT injects an adapter.
 
     Reached: ``get_peft_model``, ``PeftModel.from_pretrained``, ``add_adapter`` and ``load_adapter`` of PEFT's and of
     transformers' models, ``inject_adapter_in_model``, TRL's ``peft_config``, diffusers' ``load_lora_weights``. PEFT
-    need not be imported yet, and is not imported here. Models that have their adapters already are left alone.
+    need not be imported yet, and is not imported here. Models that already have their adapters are left alone.
 
     report     called with the `Report` of each injection: ``patch(report=print)``
     Returns    a `Patch`: a context manager that ends with its block (``with fastpeft.patch(): ...``); it keeps the
-               reports. Called again, a second one is in force beside the first; a model is accelerated once
-    Warns      where PEFT is not installed; of an injection none of whose layers can be accelerated, and why; and of an
-               error of ours, after which the injection stands, in PEFT's own classes
+               reports. Several may be in force at once; a model is still accelerated once
+    Warns      if PEFT is not installed; if no layer of an injection can be accelerated, and why; and about an error of
+               ours, after which the injection stands, in PEFT's own classes
     """
     made = Patch(report)
     if importlib.util.find_spec("peft") is None:
@@ -94,15 +94,15 @@ def patch(report: Callable[[Report], Any] | None = None) -> Patch:
             _hold.append(finder)
             sys.meta_path.insert(0, finder)
     if _MODULE in sys.modules:
-        importlib.import_module(_MODULE)  # another thread may be in the middle of it
+        importlib.import_module(_MODULE)  # another thread may be in the middle of importing it
         _arrived()
     return made
 
 
 def unpatch() -> int:
-    """End every `patch` that is not a ``with`` block's; after the last one PEFT's method is PEFT's own again.
+    """End every `patch` that is not a ``with`` block's; after the last one PEFT has its own method again.
 
-    Models that were accelerated stay so: `restore` is for them.
+    Models that were accelerated stay accelerated: use `restore`.
 
     Returns    how many were ended
     """
@@ -121,7 +121,7 @@ def _end(patch: Patch) -> None:
 
 
 def _arrived() -> None:
-    """PEFT's module is there: replace its method, if that is still wanted."""
+    """PEFT's module is now imported: replace its method, if that is still wanted."""
     with _lock:
         if _hold and isinstance(_hold[0], _Awaited):
             owner = getattr(sys.modules[_MODULE], _CLASS, None)
@@ -134,7 +134,7 @@ def _arrived() -> None:
 
 
 def _injected(model: Any) -> None:
-    """What follows an injection; only the user's own ``report`` can raise."""
+    """Run after an injection; only the user's own ``report`` can raise."""
     try:
         report = accelerated("patch", model, told=any(each._report is not None for each in _patches))
     except Exception as error:
@@ -148,7 +148,7 @@ def _injected(model: Any) -> None:
 
 
 class _Replaced:
-    """PEFT's method, replaced. Where others have replaced it after us it cannot be put back, and does nothing more."""
+    """PEFT's method, replaced. If others have replaced it since, it cannot be put back; ours then only calls PEFT's."""
 
     def __init__(self, owner: Any) -> None:
         original = vars(owner)[_METHOD]
@@ -170,13 +170,13 @@ class _Replaced:
 
 
 class _Awaited:
-    """A finder that sees PEFT's module being imported; the others find it."""
+    """A finder that notices the import of PEFT's module and lets the other finders find it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _MODULE:
             return None
         for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)  # Python 3.11 takes some without
+            find = None if finder is self else getattr(finder, "find_spec", None)  # Python 3.11 permits finders without
             spec: Any = None if find is None else find(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
@@ -189,7 +189,7 @@ class _Awaited:
 
 
 class _Loader:
-    """The module's own loader, with one word at the end; the module keeps its own."""
+    """Wraps the module's own loader and calls us once it has loaded; the module keeps its own loader."""
 
     def __init__(self, own: Any) -> None:
         self._own = own

@@ -1,8 +1,8 @@
-"""The plain case: what a call must be for one operator to compute what the modules called one by one would.
+"""The plain case: the conditions under which one operator computes the same as calling the modules one by one.
 
-Whatever a fused call would skip is asked for at every call, as it may have come since the layer got our class: hooks,
-functions of torch that somebody has replaced, modes that see each function, transforms that do not know our operators.
-A quick test that runs at every call stands beside the check that words its answer, and the two agree.
+Every call tests for whatever a fused call would skip, since it may appear after the layer got our class: hooks,
+replaced functions of torch, modes that see each function, transforms that do not know our operators. Each quick test
+that runs at every call stands next to the check that words its answer, and the two agree.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastpeft.integrations.peft.hf_hooks import changes_nothing
 
-# Exact types only: a subclass (DTensor, a quantised or a traced tensor) may mean something else by the same attributes.
+# Exact types only: in a subclass (DTensor, a quantised or traced tensor) the same attributes may mean something else.
 PLAIN = frozenset((torch.Tensor, Parameter))
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 STRIDED = torch.strided
-# torch never rebinds these dictionaries, so that the names stay true.
+# torch never rebinds these dictionaries, so these aliases stay valid.
 _global_hooks = torch_module._global_forward_hooks
 _global_pre_hooks = torch_module._global_forward_pre_hooks
 _global_backward_hooks = torch_module._global_backward_hooks
@@ -39,9 +39,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def original(holder: type | ModuleType, name: str) -> Any:
-    """``name`` of a class or module as its library made it; None where somebody has put another function there.
+    """``name`` of a class or module as its library defined it; None if another function has been put there.
 
-    A function of Python counts as the library's if it comes from the same file as any other beside it.
+    A Python function counts as the library's if it comes from the same file as any of its neighbours.
     """
     found = getattr(holder, name)
     if isinstance(found, BuiltinFunctionType):
@@ -54,7 +54,7 @@ def original(holder: type | ModuleType, name: str) -> Any:
 
 
 def replaced(label: str, holder: type | ModuleType, name: str, expected: Any) -> str | None:
-    """What to say where ``name`` of the holder is not what was expected there."""
+    """The reason to give if ``name`` of the holder is not the expected function, else None."""
     found = getattr(holder, name)
     if found is expected and found is not None:
         return None
@@ -81,7 +81,7 @@ def hooked(module: Any) -> bool:
 
 
 def observed() -> bool:
-    """Whether calling a module, or torch's functions, does more than their own arithmetic; hooks of a module apart."""
+    """Whether calling modules or torch's functions does more than their own arithmetic, apart from a module's hooks."""
     return bool(
         _global_hooks
         or _global_pre_hooks
@@ -91,7 +91,7 @@ def observed() -> bool:
         or Linear.__call__ is not _CALL
         or (functional.linear is not _LINEAR and not _same_linear())
         or (_function_modes() and _foreign_function_mode())
-        # Dynamo cannot trace these, and none of them is on inside of it.
+        # Dynamo cannot trace these, and none of them is on while it traces.
         or (
             not _dynamo()
             and (
@@ -121,7 +121,7 @@ def observer() -> str | None:
 
 
 def _same_linear() -> bool:
-    """Whether F.linear is the one that ZeRO-3 puts there: the same product, which saves less."""
+    """Whether F.linear is ZeRO-3's replacement: the same product, which saves less for backward."""
     return getattr(functional.linear, "__module__", "") == "deepspeed.runtime.zero.linear"
 
 
@@ -143,7 +143,7 @@ def _foreign_dispatch_mode() -> Any:
 
 
 def drop_probability(dropout: Any) -> float | None:
-    """p of this call; None where ``dropout`` is a module that we do not know, or drops everything."""
+    """p of this call; None if ``dropout`` is an unknown module or drops everything."""
     kind = type(dropout)
     if kind is Identity:
         return 0.0 if Identity.forward is IDENTITY else None
@@ -169,24 +169,24 @@ def undroppable(role: str, dropout: Any) -> str | None:
 
 
 def held(module: Any, name: str) -> Any:
-    """A parameter of ``module``, or the tensor that FSDP1 has put in its place; `MISSING` if there is neither."""
+    """A parameter of ``module``, or the tensor that FSDP1 puts in its place; `MISSING` if there is neither."""
     parameters = module._parameters
     return parameters[name] if name in parameters else module.__dict__.get(name, MISSING)
 
 
 def scalable(scale: Any) -> bool:
-    """A number, or the 0-d tensor that PEFT's hot-swapping makes of it."""
+    """Whether this is a number, or the 0-d tensor that PEFT's hot-swapping makes of one."""
     if type(scale) in PLAIN:
         return scale.dim() == 0 and not scale.requires_grad
     return isinstance(scale, (int, float))
 
 
 MISSING: Any = object()
-"""What stands for a parameter that a module does not have, not even as None."""
+"""Stands for a parameter that a module does not have, not even as None."""
 
 
 def bias_unfit(role: str, bias: Any) -> str | None:
-    """What keeps a bias from being one that an operator reads; one of a dtype or shape that is not fine, it refuses."""
+    """Why an operator cannot read this bias; the operator itself refuses a wrong dtype or shape."""
     if bias is None or type(bias) in PLAIN:
         return None
     return f"{role} holds no bias" if bias is MISSING else f"the bias of {role} is a {type(bias).__name__}"

@@ -12,7 +12,7 @@ from fastpeft.integrations.peft.kinds import kind_of
 
 
 def unfit(module: Module) -> str | None:
-    """What keeps a PEFT layer from having our class and its calls; None if it may."""
+    """Why a PEFT layer cannot have our class, or loses its calls to another forward; None if neither."""
     kind = kind_of(module)
     if kind is None:
         label = classes.label(module)
@@ -40,7 +40,7 @@ def reason(
 
 
 def grouped(names: list[str]) -> str:
-    """A line that shows some of these layers."""
+    """A line that lists some of these layers."""
     shown = ", ".join(name or "(the model itself)" for name in names[:3])
     return f"         {shown}" + (f", ... {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -1,4 +1,4 @@
-"""What happened: the calls that each accelerated layer has served and left. A report predicts, this has counted."""
+"""The calls that each accelerated layer has served and left to PEFT: a report predicts, this module counts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Status:
 
     @property
     def idle(self) -> list[str]:
-        """Layers that have our class and no counted call: not called, or only inside torch.compile."""
+        """Layers with our class but no counted call: never called, or only inside torch.compile."""
         return [name for name, layer in self.layers.items() if not layer.served and not layer.left]
 
     def __str__(self) -> str:
@@ -76,10 +76,10 @@ class Status:
 
 
 def status(model: Any) -> Status:
-    """The calls of ``model``'s accelerated layers, served and left, by reason, since `accelerate`.
+    """The calls of ``model``'s accelerated layers since `accelerate`: served, and left to PEFT by reason.
 
-    model      as for `accelerate`. A forward that is run again (gradient checkpointing) is a call again; a copy of a
-               layer counts anew; `restore` forgets
+    model      as for `accelerate`. A recomputed forward (gradient checkpointing) counts again; a copy of a layer starts
+               from zero; `restore` drops the counts
     Returns    a `Status`: print it
     Raises     TypeError: neither a module nor something that holds models
     """

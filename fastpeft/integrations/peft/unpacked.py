@@ -1,9 +1,9 @@
 """bitsandbytes' 4-bit layers of a model that trains, kept in the format that has gradients.
 
 In eval mode on a CPU with AVX-512-BF16, ``Linear4bit.forward`` repacks the weight, for good. That rounds the scales,
-and the repacked product has no gradient: after one evaluation nothing below the layer trains. That concerns layers
-without an adapter too: PEFT's default for Llama adapts two of seven. What a layer asks before it repacks is an
-attribute, so its class gets a property of that name: nothing is set and set back that two threads could cross.
+and the repacked product has no gradient: after one evaluation nothing below the layer trains. Layers without an adapter
+are affected too: PEFT's default for Llama adapts two of seven. A layer reads an attribute before it repacks, so its
+class gets a property of that name: no value is set and reset, which two threads could interleave.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ASKED = "support_avx512bf16_for_cpu"
 
 
 class Unpacked(InPlace):
-    """Comes before bitsandbytes' ``Linear4bit``; the instance keeps its own answer for when the class is taken out."""
+    """Comes before bitsandbytes' ``Linear4bit``; the instance keeps its own value for when the class is taken out."""
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
@@ -32,7 +32,7 @@ class Unpacked(InPlace):
 
 
 def keepable(model: Module, bases: list[Any]) -> dict[str, Module]:
-    """The 4-bit layers of ``model`` to keep: ``bases``, and where a parameter of the model trains, all others."""
+    """The 4-bit layers of ``model`` to keep: ``bases`` and, if a parameter of the model trains, all others."""
     kind = imported("bitsandbytes.nn.modules", "Linear4bit")
     if kind is None:
         return {}
@@ -44,7 +44,7 @@ def keepable(model: Module, bases: list[Any]) -> dict[str, Module]:
         if isinstance(module, kind)
         and (trains or id(module) in wanted)
         and vars(module).get(_ASKED)
-        and not hasattr(module, "parametrizations")  # whose removal gives the module its first base class
+        and not hasattr(module, "parametrizations")  # removing those gives the module its first base class
     }
 
 
@@ -55,5 +55,5 @@ def kept(module: Any) -> type:
 
 
 def repacked(module: Any) -> bool:
-    """Whether the layer's weight is in the format without gradients already."""
+    """Whether the layer's weight is already in the format without gradients."""
     return bool(getattr(state_of(module), "packing_format_for_cpu", False))

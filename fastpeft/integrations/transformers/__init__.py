@@ -1,4 +1,4 @@
-"""transformers' trainers: `AccelerateCallback`. transformers is imported when one is made, and not before."""
+"""transformers' trainers: `AccelerateCallback`. transformers is not imported before a callback is made."""
 
 from fastpeft.integrations.transformers.callback import AccelerateCallback
 

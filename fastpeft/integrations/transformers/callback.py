@@ -1,4 +1,4 @@
-"""`AccelerateCallback`: a Trainer's model, accelerated when the trainer has it and before it is wrapped."""
+"""`AccelerateCallback` accelerates a Trainer's model once the trainer has it and before the model is wrapped."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["AccelerateCallback"]
 class AccelerateCallback:
     """A callback for transformers' ``Trainer`` and TRL's trainers: ``callbacks=[fastpeft.AccelerateCallback()]``.
 
-    It accelerates the trainer's model as the trainer is made, when TRL has put its ``peft_config``'s adapter in and
-    nothing is sharded or wrapped yet, and again as training begins: what ``model_init`` has made anew, adapters that
-    were added in between. Saving, loading and merging stay PEFT's. A line after the trainer is made does the same,
-    ``fastpeft.accelerate(trainer)``, but for ``model_init``.
+    It accelerates the trainer's model when the trainer is made: TRL has injected the ``peft_config``'s adapter by then,
+    and nothing is sharded or wrapped yet. It does so again when training begins, for a model that ``model_init`` has
+    remade and adapters that were added in between. Saving, loading and merging stay PEFT's. Except for ``model_init``,
+    calling ``fastpeft.accelerate(trainer)`` once the trainer is made does the same.
 
-    report     called with a `Report` each time that layers were accelerated, in the first of several processes:
+    report     called with a `Report` each time layers were accelerated, in the first of several processes:
                ``AccelerateCallback(report=print)``
-    Warns      as training begins, where no layer of the model can be accelerated, and why
+    Warns      when training begins, if no layer of the model can be accelerated, and why
     Raises     ImportError: transformers is not installed
     """
 
@@ -51,13 +51,13 @@ class AccelerateCallback:
             self._told(report)
         return report
 
-    def __reduce__(self) -> Any:  # the class that the instance has is made at run time
+    def __reduce__(self) -> Any:  # the instance's class is made at run time
         return type(self).__mro__[1], (self._told,)
 
 
 @functools.cache
 def _with_events(kind: type) -> type:
-    """``kind`` over transformers' own callback, which has every event that a trainer may call."""
+    """``kind`` over transformers' own callback class, which has every event that a trainer may call."""
     try:
         base = importlib.import_module("transformers").TrainerCallback
     except ImportError as error:
