@@ -1,13 +1,13 @@
-"""What every Triton kernel of fastpeft shares: tile lookup, the split reduction.
+"""Shared by all Triton kernels of fastpeft: tile lookup, the split reduction.
 
 Tuner interface. Every kernel module exposes
   `TILES`                                a dict literal between the comments `# tiles: begin` and `# tiles: end`,
-                                         one entry a line, so that a tuner rewrites it mechanically;
+                                         one entry per line, so that a tuner can rewrite it mechanically;
                                          key (arch or device name, "half" | "float32", mode, largest rank
                                          served), value a tile dict
   `tile_space(arch, dtype, R, mode)`     candidate tile dicts for that key, each compilable on its own
   `<launcher>(..., *, tile=dict)`        runs with that tile instead of the table's
-A mode is a variant of one kernel that wants its own tile ("plain", "dropout", ...), named in the module's `MODES`.
+A mode is a variant of one kernel that needs its own tile ("plain", "dropout", ...), named in the module's `MODES`.
 """
 
 import itertools
@@ -19,11 +19,11 @@ import triton.language as tl
 
 from fastpeft.kernels._launch import Launch, Start, kept_with_plans, record
 
-MAX_SPLITS = 32  # partial buffers stay a few per cent of the operand that is read
-# A pass is split into as many programs as two on each of an H100's 132 SMs can take at once, and not one more: a second
-# wave would be almost empty. Constants, so that splits depend on the shape only.
+MAX_SPLITS = 32  # keeps partial buffers at a few per cent of the operand that is read
+# A pass is split into at most two programs for each of an H100's 132 SMs: one program more would start an almost empty
+# second wave. These are constants so that splits depend on the shape only.
 TARGET_PROGRAMS = 264  # of four warps
-LEAST_PROGRAMS = 120  # of a pass that is split only where it has too few; each SM but a few has one
+LEAST_PROGRAMS = 120  # for a pass that is split only if it has fewer; almost every SM then has one
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -33,11 +33,11 @@ def dtype_key(dtype):
 
 
 def lookup_tile(tiles, arch, dtype, R, mode="plain"):
-    """The table's tile: the device's own, by name, else those of the nearest lower arch that has this dtype and mode;
-    then the smallest rank bucket that holds R.
+    """The table's tile: by the device's name, else by the nearest lower arch that has this dtype and mode; of those,
+    the smallest rank bucket that holds R.
 
-    A rank beyond the last bucket takes the last. sm_86 and sm_89 take the entries of sm_80, which therefore fit 99 KB
-    of shared memory; so do sm_120 and above, consumer parts with 99 KB and neither wgmma nor tcgen05.
+    A rank beyond the last bucket uses the last. sm_86 and sm_89 use the entries of sm_80, which therefore fit 99 KB of
+    shared memory; so do sm_120 and above, consumer parts with 99 KB and neither wgmma nor tcgen05.
     """
     found = _found.get((id(tiles), arch, dtype, R, mode))
     if found is None:
@@ -45,7 +45,7 @@ def lookup_tile(tiles, arch, dtype, R, mode="plain"):
     return found[1]
 
 
-# (id of a table, what was asked) -> (the table, its tile); a plan for a new number of rows asks again for the same.
+# (id of a table, the key) -> (the table, its tile); a plan for a new number of rows repeats the same look-up.
 _found: dict[tuple, tuple] = {}
 kept_with_plans(_found.clear)
 
@@ -62,17 +62,17 @@ def _nearest(tiles, arch, dtype, R, mode):
 
 
 def ragged(even, *lengths):
-    """Whether rows of these lengths or strides are read an element at a time: Triton only asks if 16 divides a number.
+    """Whether rows of these lengths or strides are read one element at a time: Triton only tests divisibility by 16.
 
     even: whether 16 divides the addresses too.
 
-    Each element then has an address of its own in registers, and a table's tile spills (0.5 to 2 KB a thread, sm_90).
+    Each element then has its own address in registers, and a table's tile spills (0.5 to 2 KB per thread, sm_90).
     """
     return not even or any(length % 16 for length in lengths)
 
 
 def capped(tile, **most):
-    """The tile with no side longer than given."""
+    """The tile with no side longer than the given limits."""
     return {**tile, **{side: min(tile[side], length) for side, length in most.items()}}
 
 
@@ -87,7 +87,7 @@ def rank_block(R, limit):
 
 
 def tile_key(tile):
-    """A tile dict as an argument of a plan; None stays None, for the table's."""
+    """A tile dict as a hashable argument of a plan; None, the table's tile, stays None."""
     return None if tile is None else tuple(tile.items())
 
 
@@ -97,7 +97,7 @@ def dense(*vectors):
 
 
 def narrow(factor):
-    """An adapter's factor as the kernels take it: fp64, whose staged tiles would exceed shared memory, as fp32."""
+    """An adapter's factor in a dtype that the kernels take: fp64 as fp32, as its tiles would exceed shared memory."""
     if factor.dtype != torch.float64:
         return factor
     record("cast", 0, 8 * factor.numel(), 4 * factor.numel())
@@ -107,7 +107,7 @@ def narrow(factor):
 def span_of(total, wanted, quantum, least):
     """(span, splits): the length of a reduction that one program takes, a multiple of `quantum` and at least `least`.
 
-    Splits it `wanted` ways where that leaves spans long enough, at most MAX_SPLITS; depends on shapes only.
+    Makes `wanted` splits, at most MAX_SPLITS, or fewer if spans would get too short; depends on shapes only.
     """
     wanted = min(MAX_SPLITS, max(1, wanted))
     span = max(-(-total // wanted), least)
@@ -117,8 +117,8 @@ def span_of(total, wanted, quantum, least):
 
 @triton.jit
 def mask_bits(mask_ptr, rows, cols, C, inside):
-    """Whether elements (rows, cols) of a parameter of C columns are there: one bit each, rows in whole bytes."""
-    # 32-bit offsets, as a mask has less than 2 GB: 64-bit ones spilled.
+    """Whether elements (rows, cols) of a parameter of C columns are kept: one bit each, rows in whole bytes."""
+    # 32-bit offsets suffice, as a mask has less than 2 GB; 64-bit ones spilled.
     byte = tl.load(mask_ptr + (rows * ((C + 7) // 8) + cols // 8), mask=inside, other=0)
     return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
 
@@ -135,7 +135,7 @@ def _sum_job(part_ptr, out_ptr, numel, splits, pid, BLOCK: tl.constexpr, STEP: t
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
-# No bit of the code depends on how many splits there are, and a multiple of 16 would be another kernel.
+# The code does not depend on the number of splits; specialised, a multiple of 16 would compile another kernel.
 @triton.jit(do_not_specialize=["splits0", "splits1", "splits2"])
 def _reduce_splits_kernel(
     part0_ptr, out0_ptr, part1_ptr, out1_ptr, part2_ptr, out2_ptr, numel0, splits0, numel1, splits1, numel2, splits2,
@@ -153,7 +153,7 @@ def _reduce_splits_kernel(
 
 
 class Reduction(NamedTuple):
-    """The launch that adds split sums; made by `reduction`. kept: which of the pairs were split."""
+    """The launch that adds the sums of splits; made by `reduction`. kept: which of the pairs were split."""
 
     start: Start
     kept: tuple[int, ...]
@@ -165,7 +165,7 @@ class Reduction(NamedTuple):
 
 
 def reduction(name, device, *jobs):
-    """The `Reduction` of up to three (splits, numel of out, dtype of out); None where nothing was split.
+    """The `Reduction` of up to three (splits, numel of out, dtype of out); None if nothing was split.
 
     part  [splits, *out.shape] fp32 contiguous        out  contiguous, any float dtype
     """

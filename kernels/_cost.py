@@ -1,16 +1,17 @@
-"""Time of a LoRA linear from bytes, FLOP, launches and the ceilings of the machine; picks how its two products meet.
+"""Time of a LoRA linear from bytes, FLOP, launches and the machine's ceilings; picks how its two products are combined.
 
 A pass that reads (or writes) an [M, C] activation once, with rank-R products on the way:
 
-    t = launch + (dirty + bytes) / bandwidth + mask uses * M * C * seconds per mask     (FLOP / skinny MMA rate for
+    t = launch + (dirty + bytes) / bandwidth + mask uses * M * C * seconds per mask     (FLOP / skinny MMA rate replaces
                                                                                          bytes / bandwidth, if longer)
     t_GEMM = launch + max(bytes / bandwidth, boost FLOP / boost rate + remaining FLOP / sustained rate)
 
-dirty: what the kernel before left unwritten in the L2, a GEMM's output in training, and a benchmark's flush by writing.
+dirty: bytes that the previous kernel left unwritten in the L2: a GEMM's output in training, a benchmark's flush by
+writing.
 
-The H100 constants are fitted once to the measured rows that `make model` prints beside the predictions; one constant
-serves every row (no constant belongs to a single shape). The other parts are scaled from data sheets by the same
-fractions of peak and say so in `measured`; on them the fused GEMM has no measurement behind it, so they accumulate.
+The H100 constants are fitted once to the measured rows that `make model` prints beside the predictions; each constant
+serves every row (none belongs to a single shape). The other GPUs are scaled from data sheets by the same fractions of
+peak and marked in `measured`; there the fused GEMM has not been measured, so they accumulate.
 
 Strategies (measured: the vendor GEMM costs the same with beta = 1 as with 0; its read of C hides in the epilogue):
     accumulate   shrink, expand, GEMM += | grad_b, grad_a with dx0 = mask * (ds a), GEMM +=
@@ -27,7 +28,7 @@ from fastpeft.kernels._gpu_table import COPY_RATE
 from fastpeft.kernels._strategy_table import TABLE
 
 STRATEGIES = ("accumulate", "fused")
-SIDES = {"forward": "fwd", "backward": "bwd"}  # a strategy is chosen for each pass on its own
+SIDES = {"forward": "fwd", "backward": "bwd"}  # a strategy is chosen separately for each pass
 
 # A GEMM moves 5 % from run to run and with heat, so a smaller predicted gain than this is no reason to leave the
 # vendor's GEMM, which also serves every alignment. A tuned table knows better.
@@ -43,7 +44,7 @@ FUSED_NEEDS = "compute capability 9.0 to 11.x (TMA, and a tile of more shared me
 
 
 def fused_serves(cc) -> bool:
-    """Whether GPUs of a compute capability, 90 or (9, 0), run the fused GEMM; the only test of `FUSED_NEEDS`."""
+    """Whether GPUs of a compute capability, 90 or (9, 0), run the fused GEMM; only this tests `FUSED_NEEDS`."""
     return 90 <= as_gpu(cc) < 120
 
 
@@ -59,17 +60,17 @@ class Arch:
     boost_flop: float  # FLOP a GEMM does before the power limit holds
     gemm_fp32: float  # GEMM of fp32 without TF32
     fused_over_vendor: float | None  # time of the TMA Triton GEMM with its K-step over the vendor's; None: not measured
-    copy_bw: float  # device copy; what a pass over an activation reaches too
-    mma_shared: float  # rank-R product whose wide operand goes from shared memory to the matrix units
+    copy_bw: float  # device copy; a pass over an activation reaches it too
+    mma_shared: float  # rank-R product whose wide operand goes from shared memory to the tensor cores
     mma_registers: float  # ... whose wide operand was masked and so comes from registers
     mask_seconds: float  # to draw and apply one element's keep mask: integer issue slots, not hidden under memory
     launch: float  # from one kernel's last block to the next kernel's first
-    dirty: float  # bytes that the L2 holds for the kernel before and writes back while a pass begins
+    dirty: float  # bytes of the previous kernel that the L2 still holds and writes back while a pass begins
     measured: bool
 
 
-# Fit: facts in the docstring of bench/gpu/model.py. 0.28 ps a mask is 3.6e12 masks/s, that is 4 integer operations an
-# element at 132 SM * 64 lanes * 1.7 GHz, which is what 7 Philox rounds for 8 masks plus compare and select come to.
+# Fit: facts in the docstring of bench/gpu/model.py. 0.28 ps per mask is 3.6e12 masks/s, that is 4 integer operations
+# per element at 132 SM * 64 lanes * 1.7 GHz: the sum of 7 Philox rounds for 8 masks, compare and select.
 H100 = Arch(
     name="H100 80GB HBM3", cc=90, sms=132,
     gemm_boost=765e12, gemm_sustained=700e12, boost_flop=2.75e11, gemm_fp32=50e12, fused_over_vendor=1.057,
@@ -101,7 +102,7 @@ ARCHES = {
     "h200": replace(H100, name="H200", copy_bw=SHARE * 4.8e12, measured=False),
     "b200": _scaled("B200", 100, 148, 2250, 80, 8.0),
 }
-# A word of a device's name is looked up first: compute capability 9.0 is an H100, an H200, a GH200 and more.
+# Words of a device's name are looked up first: compute capability 9.0 may be an H100, an H200, a GH200 and more.
 _BY_NAME = {"A100": "a100", "A10": "a10", "A10G": "a10", "L40S": "l40s", "H100": "h100", "H200": "h200", "B200": "b200"}
 _BY_CC = {80: "a100", 86: "a10", 87: "a10", 89: "l40s", 90: "h100"}
 
@@ -120,10 +121,10 @@ def _named(gpu: Gpu) -> Arch | None:
 
 
 def arch_of(cc) -> Arch:
-    """The Arch standing for a device (`Gpu`) or for a compute capability, 90 or (9, 0).
+    """The Arch that represents a device (`Gpu`) or a compute capability, 90 or (9, 0).
 
-    By name, else by compute capability. Its copy rate is the one measured on a device of that name, else what the
-    device's memory clock and bus give times `SHARE`, else that of the Arch.
+    Found by name, else by compute capability. Its copy rate is the one measured on a device of that name, else the
+    device's memory clock times bus width times `SHARE`, else that of the Arch.
     """
     gpu = as_gpu(cc)
     arch = _named(gpu) or ARCHES[_BY_CC.get(int(gpu), "b200" if gpu > 90 else "a100")]
@@ -132,12 +133,12 @@ def arch_of(cc) -> Arch:
 
 
 def padded_rank(R: int) -> int:
-    """Rank the matrix units see: a power of two, at least 16 (the smallest side of a tl.dot)."""
+    """Rank that the tensor cores see: a power of two, at least 16 (the smallest side of a tl.dot)."""
     return max(16, 1 << (R - 1).bit_length()) if R else 16
 
 
 def pass_bytes(name: str, M: int, N: int, K: int, R: int, itemsize: int) -> int:
-    """Bytes that pass `name` has to move: the wide activation once, the narrow operands once."""
+    """Bytes that pass `name` must move: the wide activation once, the narrow operands once."""
     narrow = itemsize * M * R
     wide = {
         "shrink": M * K, "expand": M * N, "expand_add": 2 * M * N, "grad_b": M * N, "grad_a": M * K,
@@ -167,14 +168,14 @@ def pass_time(name: str, M: int, N: int, K: int, R: int, p: float, dtype, arch: 
     moved = pass_bytes(name, M, N, K, R, _ITEMSIZE[dt])
     seconds = max(moved / arch.copy_bw, pass_flop(name, M, N, K, padded_rank(R)) / rate)
     seconds += arch.launch * _LAUNCHES.get(name, 1)
-    # The kernel before wrote about as much as this one moves. Before an expand that is a shrink, which writes little;
-    # half stands for the first stores, which take a free line each.
+    # The previous kernel wrote about as much as this one moves. Before an expand, that kernel is a shrink, which writes
+    # little; the half stands for the first stores, each of which needs a free line.
     seconds += min(arch.dirty, moved) / arch.copy_bw * (0.5 if name == "expand" else 1.0)
     return seconds + (_MASK_USES[name] * M * K * arch.mask_seconds if masked else 0.0)
 
 
 def _gemm_seconds(flop: float, boost: float, arch: Arch) -> float:
-    """A GEMM's arithmetic: boost clock first, then what the power limit leaves (never faster than `boost`)."""
+    """A GEMM's arithmetic: at the boost clock first, then at the power limit's rate (never faster than `boost`)."""
     head = min(flop, arch.boost_flop)
     return head / boost + (flop - head) / min(boost, arch.gemm_sustained)
 
@@ -183,7 +184,7 @@ def gemm_time(M: int, N: int, K: int, dtype, arch: Arch = H100) -> float:
     """Seconds of the vendor's [M, K] x [K, N] product, with beta 0 or 1 alike."""
     dt = dtype_name(dtype)
     flop, moved = 2 * M * N * K, _ITEMSIZE[dt] * (M * K + K * N + M * N)
-    # 64 x 64 tiles and split K keep the units busy down to small products; below one such tile per SM they idle.
+    # 64 x 64 tiles and split K keep the SMs busy even for small products; below one such tile per SM some idle.
     busy = min(1.0, max(1, ceil(M / 64)) * max(1, ceil(N / 64)) * max(1, K // 1024) / arch.sms)
     seconds = flop / arch.gemm_fp32 if dt == "fp32" else _gemm_seconds(flop, arch.gemm_boost, arch)
     return arch.launch + max(seconds / busy, moved / arch.copy_bw)
@@ -193,7 +194,8 @@ def fused_gemm_time(M: int, N: int, K: int, R: int, dtype, arch: Arch = H100, p:
     """Seconds of the persistent Triton GEMM with a rank-R K-step; p > 0 masks that step (backward's dX, [M, N] out)."""
     if arch.fused_over_vendor is None or dtype_name(dtype) == "fp32":
         return float("inf")
-    # Below one tile an SM they idle, as K is not split. The measured ratio is of some eight waves, the last not full.
+    # Below one tile per SM some SMs idle, as K is not split. The ratio was measured at some eight waves, the last not
+    # full.
     busy = min(1.0, max(1, ceil(M / 128) * ceil(N / 256)) / arch.sms)
     flop = 2 * M * N * (K + padded_rank(R))
     moved = 2 * (M * K + K * N + M * N)
@@ -235,12 +237,12 @@ def predict(M: int, N: int, K: int, R: int, p: float = 0.0, dtype="bf16", arch: 
 
 
 def size_bucket(M: int) -> int:
-    """The power of two nearest to M by ratio. Choices are kept for these: a new batch length asks for nothing new."""
+    """The power of two nearest to M by ratio. Choices are kept per bucket: a new batch length needs no new choice."""
     return 1 << ((M * M).bit_length() // 2) if M else 0
 
 
 def strategy_key(side: str, M: int, N: int, K: int, R: int, p: float, dtype, cc) -> tuple[str, str, str, tuple]:
-    """Key of the tuned table: the pass, device, sizes to the nearest power of two, padded rank, dropout or none."""
+    """Key of the tuned table: pass, device, sizes rounded to a power of two, padded rank, whether there is dropout."""
     near = tuple(round(log2(max(1, n))) for n in (M, N, K))
     return side, table_keys(cc)[0], dtype_name(dtype), (*near, padded_rank(R), p > 0)
 
@@ -249,7 +251,7 @@ def strategy_key(side: str, M: int, N: int, K: int, R: int, p: float, dtype, cc)
 def choose_strategy(side: str, M: int, N: int, K: int, R: int, p: float, dtype, arch_cc) -> str:
     """Strategy of one pass, "accumulate" or "fused": the tuned table first, else the prediction. Cached.
 
-    side   "forward" or "backward";  M  a `size_bucket`, or there is a choice to make for every M
+    side   "forward" or "backward";  M  a `size_bucket`, or every M needs its own choice
     dtype  torch.dtype or its name;  arch_cc  a Gpu, 90 or (9, 0).  What `fused_serves` refuses, and fp32, accumulate.
     """
     gpu = as_gpu(arch_cc)

@@ -1,17 +1,17 @@
-"""Time of a product with a 4-bit weight, straight from its bytes or dequantised for the vendor's GEMM; picks which.
+"""Time of a product with a 4-bit weight, directly from its bytes or dequantised for the vendor's GEMM; picks which.
 
     small     2 launches + start + max(packed bytes / bandwidth, weights * seconds to decode one, FLOP / rate)
-    mid         launch   + start + max(packed bytes / bandwidth, turns of tiles * FLOP of a tile / rate of a
-                processor), and a launch and the fp32 sums / bandwidth where spans of K fill idle processors
+    mid         launch   + start + max(packed bytes / bandwidth, waves of tiles * FLOP per tile / rate of an SM),
+                and a launch and the fp32 sums / bandwidth if spans of K fill idle SMs
     dequant     launch   + start + max(bytes / bandwidth, weights * seconds to decode one) + GEMM
 
-and how a dequantised weight meets the adapter (start: half of `Arch.dirty` is written back):
+and how a dequantised weight is combined with the adapter (start: half of `Arch.dirty` is written back):
 
     accumulate  shrink, expand, GEMM, as in `_cost`
     augmented   shrink   + x written / bandwidth, 2 launches for the thin columns, a GEMM over K + R
 
-Nothing here was measured: the ceilings are those of `_cost`, the decoding is counted in instructions of the compiled
-kernels. Only the standard library is imported, as in `_cost`.
+Nothing here was measured: the ceilings are those of `_cost`, and the cost of decoding is counted in instructions of the
+compiled kernels. Only the standard library is imported, as in `_cost`.
 """
 
 from functools import lru_cache
@@ -20,23 +20,23 @@ from math import ceil
 from fastpeft.kernels._cost import Arch, arch_of, dtype_name, gemm_time, padded_rank, pass_time
 from fastpeft.kernels._gpu import table_keys
 
-# 11 to 12 instructions a weight for sm_90, over integer, floating and shared-memory pipes: 6 slots of the integer pipe
-# alone, of which a mask takes 4 (`_cost.H100`).
+# 11 to 12 instructions per weight for sm_90, over integer, floating-point and shared-memory pipes: 6 slots of the
+# integer pipe alone; a mask takes 4 (`_cost.H100`).
 DECODE_PER_MASK = 1.5
-FP32_DOT = 0.5  # share of the fp32 GEMM's rate that a tile of up to 64 rows reaches without matrix units
+FP32_DOT = 0.5  # share of the fp32 GEMM's rate that a tile of up to 64 rows reaches without tensor cores
 
 # The CUDA kernel of up to 512 rows: rows of x and columns of y in a tile, values of k in a step, and the share of the
 # vendor GEMM's rate that a tile reaches: decoding takes a third, and mma.sync does 0.6 of what Hopper's wgmma does.
 MID_TILE = (128, 256, 64)
 MID_RATE, MID_RATE_HOPPER = 0.7, 0.45
-AUGMENTED_MARGIN = 0.02  # as MID_MARGIN, against a copy of x that stays until the GEMM is done
-MID_MARGIN = 0.2  # a predicted gain below this is no reason to leave the vendor's GEMM for a kernel that no one timed
+AUGMENTED_MARGIN = 0.02  # as MID_MARGIN, to justify a copy of x that stays until the GEMM is done
+MID_MARGIN = 0.2  # a smaller predicted gain does not justify leaving the vendor's GEMM for a kernel that no one timed
 
-# Largest M that goes straight from the packed bytes. Key: (device or arch, dtype, N, K): ("sm90", "bf16", 4096, 4096).
+# Largest M that multiplies the packed bytes directly. Key: (device or arch, dtype, N, K): ("sm90", "bf16", 4096, 4096).
 # tuned: begin
 LARGEST_SMALL: dict[tuple, int] = {}
 LARGEST_MID: dict[tuple, int] = {}
-# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. Key: (device or arch, dtype, N, K, padded R).
+# Smallest M that uses [x | s] [w | scale b]ᵀ; 0: none. Key: (device or arch, dtype, N, K, padded R).
 LEAST_AUGMENTED: dict[tuple, int] = {}
 # tuned: end
 
@@ -62,7 +62,7 @@ def dequantize_time(N: int, K: int, itemsize: int, block_size: int, arch: Arch) 
 
 
 def small_time(M: int, N: int, K: int, dtype, block_size: int, arch: Arch) -> float:
-    """Seconds of linear4bit_small or its dx, the sum of its spans included."""
+    """Seconds of linear4bit_small or its dx, including the sum of its spans."""
     dt = dtype_name(dtype)
     flop = 2 * max(16, M) * N * K
     rate = FP32_DOT * arch.gemm_fp32 if dt == "fp32" else arch.mma_shared
@@ -71,7 +71,7 @@ def small_time(M: int, N: int, K: int, dtype, block_size: int, arch: Arch) -> fl
 
 
 def mid_time(M: int, N: int, K: int, block_size: int, arch: Arch) -> float:
-    """Seconds of the CUDA kernel linear4bit_mid in 16 bits, with the number of spans that suits it best."""
+    """Seconds of the CUDA kernel linear4bit_mid in 16 bits, with its best number of spans."""
     rows, columns, depth = MID_TILE
     tiles, steps = ceil(M / rows) * ceil(N / columns), ceil(K / depth)
     rate = (MID_RATE_HOPPER if arch.cc >= 90 else MID_RATE) * arch.gemm_boost
@@ -102,7 +102,7 @@ def choose_mid(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
 
 @lru_cache(maxsize=4096)
 def choose_small(M: int, N: int, K: int, dtype, block_size: int, arch_cc) -> bool:
-    """Whether M rows go straight from the packed weight [N, K]: the tuned table first, else the prediction. Cached."""
+    """Whether M rows multiply the packed weight [N, K] directly: the tuned table first, else the prediction. Cached."""
     dt = dtype_name(dtype)
     largest = _tuned(LARGEST_SMALL, arch_cc, dt, N, K)
     if largest is not None:
@@ -126,7 +126,7 @@ def augmented_time(M: int, N: int, K: int, R: int, dtype, arch: Arch) -> float:
 
 @lru_cache(maxsize=4096)
 def choose_augmented(M: int, N: int, K: int, R: int, dtype, arch_cc) -> bool:
-    """Whether a dequantised weight [N, K] takes the adapter as R more columns: the table first, else the prediction."""
+    """Whether a dequantised weight [N, K] gets the adapter as R more columns: the table first, else the prediction."""
     dt = dtype_name(dtype)
     least = _tuned(LEAST_AUGMENTED, arch_cc, dt, N, K, padded_rank(R))
     if least is not None:

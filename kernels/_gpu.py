@@ -1,8 +1,8 @@
-"""Which GPU a table or a model is asked about. Only the standard library is imported."""
+"""The GPU for which a table or a model is consulted. Only the standard library is imported."""
 
 
 class Gpu(int):
-    """A compute capability, 90 for 9.0, that knows the device it was read from; a plain 90 stands for any such device.
+    """A compute capability, 90 for 9.0, that knows its device; a plain 90 stands for any device of that capability.
 
     name         as the driver gives it, "NVIDIA H200"
     bytes_per_s  of its memory by clock and bus width; 0.0 where unknown
@@ -26,11 +26,11 @@ class Gpu(int):
 
 
 def as_gpu(cc) -> Gpu:
-    """A Gpu as it is; 90 or (9, 0) without a name."""
+    """A Gpu unchanged; 90 or (9, 0) as a Gpu without a name."""
     return cc if isinstance(cc, Gpu) else Gpu(cc if isinstance(cc, int) else 10 * cc[0] + cc[1])
 
 
 def table_keys(cc) -> tuple[str, ...]:
-    """What a tuned table may have an entry under, in order: the device's own name, then its compute capability."""
+    """Keys to try in a tuned table, in order: the device's own name, then its compute capability."""
     gpu = as_gpu(cc)
     return (gpu.name, f"sm{int(gpu)}") if gpu.name else (f"sm{int(gpu)}",)

@@ -1,13 +1,13 @@
-"""How a kernel is started: the plan of a call, the compiled code it keeps, and what a launch counts.
+"""How a kernel is started: the plan of a call, its compiled code, and the accounting of a launch.
 
 A plan is what a launcher decides before it reads an address: tile, grid, spans, scratch, constants. The function that
-makes it is wrapped in `@plan`, which keeps results by their arguments; so a plan may depend on its arguments and on
-nothing else. A `Start` in a plan is one launch. Its first call goes through Triton's JIT, which specialises, compiles
-or finds the code; later calls go to the launcher of the compiled kernel, with a tenth of the Python.
+makes a plan is wrapped in `@plan`, which caches results by their arguments; so a plan may depend on its arguments and
+on nothing else. A `Start` in a plan is one launch. Its first call goes through Triton's JIT, which specialises,
+compiles or finds the code; later calls go to the launcher of the compiled kernel, with a tenth of the Python.
 
-Triton compiles anew for other dtypes and constants, and by number: 1, a multiple of 16, or more than 31 bits. All of
-that follows from a plan's arguments. By address it tells multiples of 16 from others: what memory a plan's arguments
-say nothing about is checked at each call (`aligned`), and odd addresses go through the JIT every time.
+Triton compiles again for other dtypes and constants, and for a number that is 1, a multiple of 16, or over 31 bits. All
+of that follows from a plan's arguments. Triton also tells addresses that are multiples of 16 from others. A plan's
+arguments say nothing about addresses, so each call checks them (`aligned`); odd ones go through the JIT every time.
 
 Accounting. Inside `with count_launches() as launches:` every launch appends a `Launch`. Bytes are those of the elements
 moved by design, caches ignored. Launchers called with meta tensors record and allocate but launch nothing; inside
@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 from fastpeft.kernels._gpu import Gpu
 
-PLANS = 2048  # kept a launcher, the oldest dropped first: a plan has about a kilobyte
+PLANS = 2048  # kept per launcher, the oldest dropped first; a plan takes about a kilobyte
 
 
 class Launch(NamedTuple):
@@ -52,15 +52,15 @@ class Captured(NamedTuple):
 _counting: list[list[Launch]] = []
 _capturing: list[list[Captured]] = []
 _clear: list = []
-_meta_gpu = (90, 4)  # (arch, processors) that meta tensors and the interpreter count as
+_meta_gpu = (90, 4)  # (arch, SMs) assumed for meta tensors and the interpreter
 
 
 @contextlib.contextmanager
 def count_launches():
     """Collect the launches of this process; nested counts each see the launches inside them.
 
-    Of all threads, as autograd runs the backward of CUDA tensors on a thread of its own: two threads that count at the
-    same time see each other's launches.
+    All threads are counted, because autograd runs the backward of CUDA tensors on its own thread: two threads that
+    count at the same time see each other's launches.
     """
     launches = []
     _counting.append(launches)
@@ -78,7 +78,7 @@ def record(name, flop, read_bytes, written_bytes, weight_bytes=0, scratch_bytes=
 
 @contextlib.contextmanager
 def captured(gpu=_meta_gpu):
-    """Collect what launchers would start for meta tensors, were they on this (arch, processors)."""
+    """Collect what launchers would start if their meta tensors were on this (arch, SMs)."""
     global _meta_gpu
     before, launches = _meta_gpu, []
     _meta_gpu = gpu
@@ -93,26 +93,26 @@ def captured(gpu=_meta_gpu):
 
 
 def plan(function):
-    """Keep what `function` makes, by its arguments."""
+    """Cache the results of `function` by its arguments."""
     kept = lru_cache(maxsize=PLANS)(function)
     kept_with_plans(kept.cache_clear)
     return kept
 
 
 def kept_with_plans(clear):
-    """`clear` forgets something that is made of tile tables, as plans are."""
+    """Register `clear`, which drops something derived from tile tables, as plans are."""
     _clear.append(clear)
 
 
 def clear_plans():
-    """Forget every plan, after a change of a tile table."""
+    """Drop every plan, after a change of a tile table."""
     for clear in _clear:
         clear()
 
 
 @lru_cache
 def _gpu(device):
-    """(Gpu, processors). torch counts the memory's clock in kHz and its bus in bits; two transfers a clock."""
+    """(Gpu, SMs). torch gives the memory clock in kHz and the bus width in bits; there are two transfers per clock."""
     props = torch.cuda.get_device_properties(device)
     clock, width = (getattr(props, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
     found = Gpu(10 * props.major + props.minor, props.name, 2 * 1e3 * clock * width / 8)
@@ -131,7 +131,7 @@ def sm_count(device):
 
 
 def current_gpu():
-    """What `captured` takes for the current CUDA device; without one, for what meta tensors stand for."""
+    """The argument of `captured` for the current CUDA device; without one, for the GPU that meta tensors assume."""
     return _gpu(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else _meta_gpu
 
 
@@ -145,7 +145,7 @@ def aligned(*tensors):
 
 @contextlib.contextmanager
 def _without_compiler():
-    """While a CUDA graph is captured: an error that says so before Triton compiles, which would abort the capture."""
+    """Raise a clear error if a CUDA graph is being captured, before Triton compiles and so aborts the capture."""
     here, before = threading.get_ident(), knobs.runtime.jit_cache_hook
 
     def refuse(**compile):
@@ -164,7 +164,7 @@ def _without_compiler():
 
 
 def _jit(kernel, grid, device, args, constants):
-    """The compiled kernel that Triton launched; None of the interpreter."""
+    """The compiled kernel that Triton launched; None under the interpreter."""
     if device.type != "cuda":
         return kernel[grid](*args, **constants)
     capturing = torch.cuda.is_current_stream_capturing()
@@ -173,7 +173,7 @@ def _jit(kernel, grid, device, args, constants):
 
 
 def _watched():
-    """Whether a profiler asks Triton to tell it of each launch."""
+    """Whether a profiler has hooked Triton's launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
 
@@ -229,5 +229,5 @@ class Start:
 
 
 def launch(kernel, grid, like, args, constants):
-    """Run `kernel` over `grid` on the device of tensor `like`, without a plan; for what runs once in a process."""
+    """Run `kernel` over `grid` on the device of tensor `like`, without a plan; for kernels run once per process."""
     Start(kernel, grid, like.device, args, constants)._through_jit((), (), False)

@@ -1,10 +1,10 @@
-"""What Triton would have to compile for captured launches, and its compilation in another process.
+"""The kernels that Triton must compile for captured launches, and their compilation in another process.
 
-Triton itself says what: each captured launch goes through its JIT, which specialises it, and is stopped where it would
-compile. What it says there is enough to compile without a GPU; the code goes into Triton's cache on disk, from where
-the JIT of the first process then takes it.
+Triton itself names them: each captured launch goes through its JIT, which specialises the kernel and is stopped where
+it would compile. Its description there suffices to compile without a GPU; the code goes into Triton's cache on disk,
+where the JIT of the first process then finds it.
 
-    python -m fastpeft.kernels._warm        a worker: jobs on stdin, one JSON list a line; a line for each on stdout
+    python -m fastpeft.kernels._warm        a worker: one JSON list per line of stdin is a job; each answers by a line
 """
 
 import importlib
@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 
 class Job(NamedTuple):
-    """A kernel to compile. said: by Triton, as `JITFunction.preload` takes it; target: of `GPUTarget`."""
+    """A kernel to compile. said: Triton's description, as `JITFunction.preload` takes it; target: for `GPUTarget`."""
 
     module: str
     name: str
@@ -35,7 +35,7 @@ def _through_jit(launch):
 
 
 def missing(launches):
-    """Every `Job` of these launches that this process has not compiled yet; of the current device."""
+    """Every `Job` of these launches, on the current device, that this process has not compiled yet."""
     target = driver.active.get_current_target()
     here, before, found = threading.get_ident(), knobs.runtime.jit_cache_hook, {}
 
@@ -56,7 +56,7 @@ def missing(launches):
 
 
 def load(launches, on_gpu):
-    """Take the code of these launches from the cache on disk (or compile what is not there), and onto the device."""
+    """Load the code of these launches from the cache on disk (or compile it), and onto the device."""
     for launch in launches:
         compiled = _through_jit(launch)
         if on_gpu:
@@ -68,7 +68,7 @@ def _tuples(value):
 
 
 def compile_job(job):
-    """Into Triton's cache on disk; no GPU is touched."""
+    """Compile a job into Triton's cache on disk; no GPU is touched."""
     said, kernel = json.loads(job.said), getattr(importlib.import_module(job.module), job.name)
     constants = dict(zip(map(tuple, said["constant_keys"]), map(_tuples, said["constant_vals"]), strict=True))
     attrs = dict(zip(map(tuple, said["attrs_keys"]), said["attrs_vals"], strict=True))
@@ -83,7 +83,7 @@ def main():
         try:
             compile_job(job)
             said = ""
-        except Exception as error:  # the first process compiles it again, and raises this where it can be seen
+        except Exception as error:  # the first process compiles it again and raises this error visibly
             said = f"{type(error).__name__}: {error}"
         print(json.dumps([job.name, said]), flush=True)
 

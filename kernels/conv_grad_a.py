@@ -1,11 +1,11 @@
-"""da = conv_wgrad(drop(x), ds) and dx += mask ∘ conv_dgrad(ds, a) / keep: what a convolution's adapter gives backward.
+"""da = conv_wgrad(drop(x), ds) and dx += mask ∘ conv_dgrad(ds, a) / keep: the backward of a convolution's adapter.
 
 x [N, C, *in] channels-last, ds [N · out, groups · R] in x.dtype, a [R, C / groups, *kernel], da like a, dx like x.
 Fused: the gather of windows, both ways, and the mask, drawn again from (row of x, channel). Not stored: windows, mask,
 dropped x, the adapter's own dx.
 da: a program owns a tap, a block of channels and a span of output rows, and reads the rows of x that the tap reads;
-taps are next to each other on the grid, so that an L2 cache serves all but one of them. Spans and groups are then added
-in a fixed order by a second launch. dx: a program owns rows and channels of dx, and gathers ds, which is thin.
+taps are adjacent on the grid, so the L2 cache serves all but one of them. A second launch then adds spans and groups in
+a fixed order. dx: a program owns rows and channels of dx, and gathers ds, which is thin.
 Floor: x read (da), dx read and written, 2 · M · C · taps · R FLOP each.
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3, differentiated.
 """
@@ -166,7 +166,7 @@ def _da_plan(device, where, CT, R, C, dtype, a_dtype, groups, p, tile):
     dropout, M = threshold > 0, where.M
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, MODES[dropout]))
     tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"])
-    # A block of 32 ranks compiles to spills where the next does not.
+    # A block of 32 ranks spills; the next larger one does not.
     block_r = rank_block(64 if 16 < R < 64 else R, MAX_BLOCK_R[dtype_key(dtype)])
     programs = blocks * where.taps * groups
     span, splits = span_of(M, TARGET_PROGRAMS // programs, tile["BLOCK_M"], 4 * tile["BLOCK_M"])
@@ -229,10 +229,10 @@ def _dx(ds, a, dx, where, groups, p, seed, tile):
 def conv_grad_a(
     x, ds, a, dx, stride, padding, dilation, groups, p, seed, need_dx, need_da, *, tile=None, dx_tile=None
 ):  # fmt: skip
-    """da like a in a.dtype, or [0]; dx [N, C, *in], dense and channels-last, is added to where need_dx.
+    """da like a in a.dtype, or [0]; with need_dx, the adapter's share is added to dx [N, C, *in], dense, channels-last.
 
-    x [N, C, *in] is read where need_da; ds [N · out, groups · R] contiguous; a any float dtype and strides; seed int64
-    [1], or None at p = 0.
+    x [N, C, *in] is read only with need_da; ds [N · out, groups · R] contiguous; a any float dtype and strides; seed
+    int64 [1], or None at p = 0.
     """
     shape = (dx if need_dx else x).shape
     where = windows_of(tuple(shape), tuple(a.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))

@@ -1,10 +1,10 @@
 """s = conv(drop(x), a): the thin convolution that every convolution's adapter starts with, an implicit GEMM.
 
 x [N, C, *in] channels-last, a [R, C / groups, *kernel], s [N · out, groups · R] in x.dtype.
-Fused: the gather of each window as the sum runs over its taps, dropout, zeros of the padding. Not stored: the windows,
-taps times as many elements as x; the mask; dropped x. A mask is drawn at each tap that reads its element: taps times.
-Memory: x once, as a program's taps read rows that it or its neighbours on the grid have just read, and which an L2
-cache holds: channel blocks are the outer loop, taps the inner. Floor: x read, s written, 2 · M · C · taps · R FLOP.
+Fused: the gather of each window as the sum runs over its taps, dropout, zeros of the padding. Not stored: the windows
+(taps times as many elements as x), the mask, dropped x. An element's mask is drawn for each tap that reads it.
+Memory: x is read once, because taps are the inner loop and channel blocks the outer: a program's taps read rows that it
+or its neighbours on the grid have just brought into L2. Floor: x read, s written, 2 · M · C · taps · R FLOP.
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3. Implicit GEMM: Chetlur et al. 2014, arXiv:1410.0759, section 3.
 """
 
@@ -112,7 +112,7 @@ def _plan(device, shape, a_shape, dtype, stride, padding, dilation, groups, p, t
     tile["SUBS"], blocks = column_blocks(C, CT, groups, tile["SUBS"])
     block_r = rank_block(R, MAX_BLOCK_R[dtype_key(dtype)])
     chunks, tiles_m, count = -(-R // block_r), -(-M // tile["BLOCK_M"]), blocks * where.taps
-    # One program an SM is wanted: where none is split, a second launch is saved.
+    # Aim at one program per SM: if nothing is split, the second launch is saved.
     span, splits = span_of(count, -(-LEAST_PROGRAMS // (tiles_m * groups)), 1, 4)
     item, wide, numel = dtype.itemsize, where.rows * CT, M * groups * R
     launch = Launch(

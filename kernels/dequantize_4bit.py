@@ -1,9 +1,9 @@
 """w = code[nibble] * absmax of a packed 4-bit weight, both forms of scales, in one launch.
 
-packed uint8 [ceil(n / 2)], scales as in _fourbit.py, out n elements of fp32, bf16 or fp16, in rows of `width` that lie
-`stride_out` apart; bit for bit what
-bitsandbytes writes. Fused: the second quantisation of absmax, the cast. Not stored: absmax in fp32.
-A tile row is a run of one block, so absmax is computed once a run.
+packed uint8 [ceil(n / 2)], scales as in _fourbit.py, out n elements of fp32, bf16 or fp16, in rows of `width` elements,
+`stride_out` apart; bit-identical to bitsandbytes.
+Fused: the second quantisation of absmax, the cast. Not stored: absmax in fp32.
+A tile row is a run inside one block, so absmax is computed once per run.
 Memory-bound. Floor: n / 2 bytes and the scales read, n elements written.
 Dettmers et al. 2023, arXiv:2305.14314, eq. 6.
 """
@@ -54,10 +54,10 @@ def _dequantize_4bit_kernel(
 
 @plan
 def _plan(device, n, dtype, width, stride, moved, nested, quant_type, block_size, tile):
-    """A `Start`. width, stride: of rows that lie apart, or None; moved: bytes of the scales."""
+    """A `Start`. width, stride: of rows that are not adjacent, or None; moved: bytes of the scales."""
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, 0))
     run, apart = min(block_size, tile["BLOCK"]), width is not None
-    # Where no run spans two rows: one 64-bit division a run, not one a weight.
+    # If no run spans two rows, one 64-bit division per run suffices instead of one per weight.
     constants = {"RUN": run, "ROWS": apart, "WHOLE_RUNS": apart and width % run == 0}
     constants |= packed_flags(nested, quant_type, block_size)
     numbers = (n, (n + 1) // 2, width if apart else n, stride if apart else n)

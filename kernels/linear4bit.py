@@ -1,14 +1,13 @@
 """y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, with w [N, K] kept in 4 bits.
 
-small       up to 64 rows: shrink, one kernel on the packed bytes       | grad_b, grad_a writes dx, the like adds dy w
+small       up to 64 rows: shrink, one kernel on the packed bytes       | grad_b, grad_a writes dx, its twin adds dy w
 accumulate  shrink, expand writes y, dequantise, vendor GEMM y += x wᵀ  | grad_b, grad_a, dequantise, dx += dy w
 augmented   shrink writes [x | s], dequantise [w | scale b], one vendor GEMM; backward as accumulate
-Which one is taken is data: `_fourbit_cost.choose_small` and `choose_augmented`. Elements moved beside those of
-lora_linear's "accumulate": all but small write and read NK of x's dtype once a pass; augmented writes MK more, but y
-only once.
-The dequantised weight lives from one launch to the next, in memory of torch's allocator: that is a cache by device and
-stream which grows, empties and follows CUDA graph capture by itself; a buffer kept here would outlive a graph's private
-pool, and two threads on one stream would share it.
+`_fourbit_cost.choose_small` and `choose_augmented` decide by data. Elements moved beyond those of lora_linear's
+"accumulate": all but small write and read NK of x's dtype once per pass; augmented writes MK more, but y only once.
+The dequantised weight lives from one launch to the next, in memory of torch's allocator, a cache by device and stream
+that grows, empties and follows CUDA graph capture by itself. A buffer kept here would outlive a graph's private pool,
+and two threads on one stream would share it.
 QLoRA: Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
 """
 
@@ -29,9 +28,9 @@ from fastpeft.kernels.lora_shrink import lora_shrink
 
 
 class Primitives(NamedTuple):
-    """The kernels on packed bytes; a backend that has its own composes them in the same way.
+    """The kernels on packed bytes; a backend with its own kernels composes them in the same way.
 
-    takes    (K, packed) -> whether its products of few rows take such a weight; where not, it is dequantised
+    takes    (K, packed) -> whether its products of few rows support such a weight; if not, it is dequantised
     """
 
     dequantize_4bit: Callable
@@ -44,7 +43,7 @@ TRITON = Primitives(dequantize_4bit, linear4bit_small, linear4bit_small_dx, lamb
 
 
 def use_small(x, N, K, block_size):
-    """Whether the packed weight is multiplied as it is by these rows, x in forward and dy in backward."""
+    """Whether these rows, x in forward and dy in backward, multiply the packed weight without dequantising it."""
     M = x.shape[0]
     if small_unmet(M, K, block_size):
         return False
@@ -52,7 +51,7 @@ def use_small(x, N, K, block_size):
 
 
 def use_augmented(x, N, R):
-    """Whether [x | s] is multiplied by the dequantised [w | scale b], and y written once."""
+    """Whether [x | s] is multiplied by the dequantised [w | scale b], so that y is written once."""
     M, K = x.shape
     return M > 0 and N > 0 and R > 0 and choose_augmented(size_bucket(M), N, K, R, x.dtype, arch_of(x))
 
@@ -60,7 +59,7 @@ def use_augmented(x, N, R):
 def linear4bit_fwd_strategy(
     x, packed, scales, quant_type, block_size, N, a, b, bias, lora_bias, scale, p, seed, primitives=TRITON
 ):
-    """What ``linear4bit_fwd`` of these arguments does, in words."""
+    """What ``linear4bit_fwd`` does with these arguments, in words."""
     if use_small(x, N, x.shape[1], block_size) and primitives.takes(x.shape[1], packed):
         return "small: one kernel reads the packed weight"
     if a is not None and use_augmented(x, N, a.shape[0]):
@@ -99,7 +98,7 @@ def _augmented(x, weight, N, a, b, bias, lora_bias, scale, p, seed, primitives):
 
 
 def _product(left, right, out=None, bias=None):
-    """left right by the vendor's GEMM: added to `out` in place, or with a bias [N] in its epilogue, or as it is."""
+    """left right by the vendor's GEMM: added to `out` in place, or with a bias [N] in the epilogue, or plain."""
     item = left.element_size()
     (M, J), N = left.shape, right.shape[1]
     read = (M * J + M * N * (out is not None) + N * (bias is not None)) * item
@@ -130,7 +129,7 @@ def linear4bit_bwd(
     dy, x, packed, scales, quant_type, block_size, K, a, b, s, scale, p, seed,
     need_dx, need_da, need_db, need_bias, primitives=TRITON,
 ):  # fmt: skip
-    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for."""
+    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for a gradient that is not needed."""
     if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
         dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
     da, db = (dy.new_empty(0), dy.new_empty(0)) if a is None else (a.new_empty(0), b.new_empty(0))

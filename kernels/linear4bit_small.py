@@ -1,11 +1,11 @@
-"""y = x wᵀ + bias + scale * (s bᵀ + lora_bias) and dx += dy w for few rows, straight from the packed 4-bit weight.
+"""y = x wᵀ + bias + scale * (s bᵀ + lora_bias) and dx += dy w for few rows, directly from the packed 4-bit weight.
 
 x [M, K], dy [M, N], packed and scales of w [N, K] as in _fourbit.py, s [M, R], b [N, R], y [M, N], dx [M, K].
-Fused: decoding, both forms of scales, the rank-R term, both biases. Not stored: any of w; what is multiplied are the
-values that dequantize_4bit would write. A program owns a block of output columns and a span of the reduction; spans are
-added in a fixed order by a second launch.
-Forward multiplies w [BLOCK_N, BLOCK_K] by xᵀ, so that the decoded tile is the left operand, which matrix units take
-from registers; its two halves are interleaved there, so that x is read as it lies.
+Fused: decoding, both forms of scales, the rank-R term, both biases. Not stored: any of w; the multiplied values are
+those that dequantize_4bit would write. A program owns a block of output columns and a span of the reduction; a second
+launch adds the spans in a fixed order.
+Forward multiplies w [BLOCK_N, BLOCK_K] by xᵀ, so that the decoded tile is the left operand, which tensor cores take
+from registers; its two halves are interleaved there, so that x needs no reordering.
 Bound by the integer units that decode. Floor: n / 2 bytes, the scales, x and y; 2MNK FLOP.
 Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
 """
@@ -39,8 +39,8 @@ from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan
 MODES = ("fwd", "dx")
 MAX_M = 64
 MIN_GROUP = 32  # columns that share an absmax in a tile; fewer cost more loads of scales than of weights
-MAX_BLOCK_R = {"half": 64, "float32": 16}  # with more, a step of fp32 multiplied without matrix units spills
-# Keyed by the rows of a tile where the other tables have the rank: 16, 32 or 64.
+MAX_BLOCK_R = {"half": 64, "float32": 16}  # beyond that, an fp32 step, multiplied without tensor cores, spills
+# Keyed by the rows of a tile (16, 32 or 64) where the other tables have the rank.
 # tiles: begin
 TILES = {
     (80, "half", "fwd", 16): dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
@@ -63,12 +63,12 @@ def tile_space(arch, dtype, R, mode):
 
 
 def group_of(K, block_size):
-    """Columns of a row, from any multiple of it on, that share an absmax: the power of two in K, at most block_size."""
+    """Length of aligned groups of columns that share an absmax: the power of two in K, at most block_size."""
     return min(block_size, K & -K)
 
 
 def small_unmet(M, K, block_size):
-    """Why the packed weight cannot be multiplied as it is; an empty string when it can."""
+    """Why the packed weight cannot be multiplied without dequantising it; an empty string if it can."""
     if M > MAX_M:
         return f"needs at most {MAX_M} rows, got {M}"
     if group_of(K, block_size) < MIN_GROUP:
@@ -172,7 +172,7 @@ def _spans(device, dtype, mode, M, N, K, block_size, tile):
     out_cols, depth, names = (N, K, ("BLOCK_N", "BLOCK_K")) if mode == "fwd" else (K, N, ("BLOCK_K", "BLOCK_N"))
     tile["GROUP"] = min(group_of(K, block_size), tile["BLOCK_K"])
     columns = -(-out_cols // tile[names[0]])
-    # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split weighs more than idle SMs.
+    # At most, not at least, TARGET_PROGRAMS: with few rows the second launch of a split costs more than idle SMs.
     span, splits = span_of(depth, TARGET_PROGRAMS // columns, tile[names[1]], 512)
     return tile, columns, span, splits
 
@@ -188,7 +188,7 @@ def _fwd_plan(
     device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_xm, stride_sm, stride_b, weight_bytes,
     nested, quant_type, block_size, tile,
 ):  # fmt: skip
-    """R is 0 without an adapter, the biases' dtypes None where there is none."""
+    """R is 0 without an adapter; the dtype of a missing bias is None."""
     tile, columns, span, splits = _spans(device, dtype, "fwd", M, N, K, block_size, tile)
     item = dtype.itemsize
     thin = sum(N * each.itemsize for each in (bias_dtype, lora_bias_dtype) if each is not None)
@@ -208,7 +208,7 @@ def _fwd_plan(
 
 
 def linear4bit_small(x, packed, scales, quant_type, block_size, N, s, b, bias, lora_bias, scale, *, tile=None):
-    """y [M, N]; shapes as `small_unmet` asks, x with contiguous rows; b any float dtype and strides, or None."""
+    """y [M, N]; shapes as `small_unmet` requires, x with contiguous rows; b any float dtype and strides, or None."""
     M, K = x.shape
     R = 0 if b is None else b.shape[1]
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
@@ -247,7 +247,7 @@ def _dx_plan(device, M, N, K, dtype, add, stride_dym, weight_bytes, nested, quan
 
 
 def linear4bit_small_dx(dy, packed, scales, quant_type, block_size, K, dx, *, tile=None):
-    """dx [M, K] += dy w in place, or a new dx = dy w; shapes as `small_unmet` asks, dy with contiguous rows."""
+    """dx [M, K] += dy w in place, or a new dx = dy w; shapes as `small_unmet` requires, dy with contiguous rows."""
     M, N = dy.shape
     add = dx is not None
     dx = dx if add else torch.empty((M, K), device=dy.device, dtype=dy.dtype)

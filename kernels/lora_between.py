@@ -1,8 +1,8 @@
-"""y = x wᵀ + bias + scale * (s bᵀ + lora_bias) for an s that is given, and dx, da from ds: from the primitives.
+"""y = x wᵀ + bias + scale * (s bᵀ + lora_bias) for a given s, and dx, da from ds: composed of the primitives.
 
 x [M, K], w [N, K] frozen, s [M, R], b [N, R], y [M, N]; a [R', K] and ds [M, R'] belong to the shrink before s.
-What lora_linear does after its shrink and after grad_b, for callers that compute something between the two
-projections (a gate over the rank, an activation). The same two strategies, by the same choice: see lora_linear.py.
+This is the part of lora_linear after its shrink and after grad_b, for callers that compute something between the two
+projections (a gate over the rank, an activation). The two strategies and their choice are those of lora_linear.py.
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
@@ -22,7 +22,7 @@ def lora_between_fwd(x, w, s, b, bias, lora_bias, scale, *, strategy="auto"):
 
 
 def lora_between_bwd(dy, x, w, ds, a, p, seed, need_dx, need_da, *, strategy="auto"):
-    """(dx [M, K], da [R, K]); an empty tensor for what was not asked for. Without need_da x is not read."""
+    """(dx [M, K], da [R, K]); an empty tensor for a gradient that is not needed. Without need_da x is not read."""
     if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
         dy = dy.contiguous()  # autograd hands over expanded and transposed gradients
     if need_dx and resolve_strategy("backward", strategy, dy, w, a.shape[0], p) == "fused":

@@ -49,7 +49,7 @@ def _lora_expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LORA_BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs write neighbouring columns of the same rows, whose s they share in L2.
+    # Neighbouring programs write neighbouring columns of the same rows, so they share those rows of s in L2.
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     rows = (pid // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -79,7 +79,7 @@ def _lora_expand_kernel(
 def _plan(
     name, device, M, N, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, stride_ym, stride_sm, stride_b, even, tile
 ):
-    """One `Start`. The biases' dtypes are None where there is none; even: as of `ragged`."""
+    """One `Start`. The dtype of a missing bias is None; even: as in `ragged`."""
     if tile is None:
         tile = lookup_tile(TILES, arch_of(device), dtype, R)
         tile = capped(tile, BLOCK_M=32, BLOCK_N=128) if ragged(even, N, stride_ym) else tile
@@ -109,7 +109,7 @@ def _launch(name, y, s, b, bias, lora_bias, scale, tile):
 
 
 def lora_expand(s, b, bias, lora_bias, scale, *, tile=None):
-    """y [M, N] = bias + scale * (s bᵀ + lora_bias); biases [N] or None and b of any float dtype and strides."""
+    """y [M, N] = bias + scale * (s bᵀ + lora_bias); biases ([N] or None) and b in any float dtype and strides."""
     y = torch.empty((s.shape[0], b.shape[0]), device=s.device, dtype=s.dtype)
     _launch("lora_expand", y, s, b, bias, lora_bias, scale, tile)
     return y

@@ -1,11 +1,11 @@
-"""y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, from the primitives of this folder.
+"""y = x wᵀ + bias + scale * (drop(x) aᵀ bᵀ + lora_bias), forward and backward, composed of this folder's primitives.
 
 x [M, K], w [N, K] frozen, a [R, K], b [N, R], y [M, N]; s = drop(x) aᵀ [M, R] is all that forward keeps beyond x.
 accumulate  shrink, expand writes y, vendor GEMM y += x wᵀ   | grad_b, grad_a writes dx, vendor GEMM dx += dy w
 fused       shrink, GEMM with the rank-R product inside      | grad_b, grad_a, GEMM with the masked product inside
-Elements moved, forward and backward, beside the frozen weight and terms of rank R: accumulate 2MK + 3MN, 4MK + 2MN;
-fused 2MK + MN, 2MK + 2MN. Which one `strategy="auto"` takes is data, for each pass on its own: the tuned table, else
-the cost model (`_cost.choose_strategy`).
+Elements moved, forward and backward, besides the frozen weight and terms of rank R: accumulate 2MK + 3MN, 4MK + 2MN;
+fused 2MK + MN, 2MK + 2MN. `strategy="auto"` decides by data, separately for each pass: the tuned table, else the cost
+model (`_cost.choose_strategy`).
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
@@ -42,7 +42,7 @@ def resolve_strategy(side, strategy, x, w, R, p):
 
 
 def lora_linear_fwd_strategy(x, w, a, b, bias, lora_bias, scale, p, seed):
-    """What ``lora_linear_fwd`` of these arguments does, in words."""
+    """What ``lora_linear_fwd`` does with these arguments, in words."""
     if resolve_strategy("forward", "auto", x, w, a.shape[0], p) == "fused":
         return "fused: the rank-R product first, then one GEMM that takes it into its sum"
     return "accumulate: rank-R product first, then the vendor GEMM with beta = 1"
@@ -70,7 +70,7 @@ def lora_linear_bwd(
     dy, x, w, a, b, s, scale, p, seed, need_dx, need_da, need_db, need_bias, mask_a=None, mask_b=None, *,
     strategy="auto",
 ):  # fmt: skip
-    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for what was not asked for.
+    """(dx [M, K], da [R, K], db [N, R], dbias [N] fp32); an empty tensor for a gradient that is not needed.
 
     mask_a, mask_b    bits of da and of dbᵀ, as in lora_grad_a and lora_grad_b, or None
     """

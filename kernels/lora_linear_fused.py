@@ -1,14 +1,14 @@
 """y = x wᵀ + scale * (s bᵀ + lora_bias) + bias and dx = dy w + mask ∘ (ds a) / keep, each one persistent GEMM.
 
 x [M, K], w [N, K], s and ds [M, R], a [R, K], b [N, R], y and dy [M, N]; fp16 or bf16, sums in fp32.
-The accumulator starts from the rank-R product, scaled or masked in fp32, then runs over the base product; so nothing is
-rounded in between, and neither s bᵀ nor the mask is stored. The tiles of x, w, y come and go through TMA descriptors;
-the rank-R operands through pointers, in any stride and dtype.
+The accumulator starts from the rank-R product, scaled or masked in fp32, and then adds the base product; so nothing is
+rounded in between, and neither s bᵀ nor the mask is stored. The tiles of x, w and y move through TMA descriptors, the
+rank-R operands through pointers, in any stride and dtype.
 Compute-bound. Floor of forward: MK + NK elements read, MN written, 2MNK + 2MNR FLOP; of dx: MN + NK read, MK written.
 LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
-# ruff: noqa: C408, E501 (tile tables: dict() calls, one entry a line)
+# ruff: noqa: C408 (tile tables: dict() calls, one entry a line)
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from fastpeft.kernels._launch import Launch, Start, aligned, arch_of, plan, sm_c
 from fastpeft.kernels.dropout import dropout_args, keep_bytes
 
 MODES = ("fwd", "dx")
-MAX_BLOCK_R = 16  # of one unpipelined step; 32 spills beside the mask (Triton 3.6)
+MAX_BLOCK_R = 16  # of one unpipelined step; with the mask, 32 spills (Triton 3.6)
 # tiles: begin
 TILES = {
     (90, "half", "fwd", 64): dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, HALVES=1, num_warps=8, num_stages=3),
@@ -47,21 +47,21 @@ def tile_space(arch, dtype, R, mode):
 
 
 def _row_stride(t):
-    """A single row may carry any stride; TMA still checks it."""
+    """A row stride for TMA: a single row may carry any stride, but TMA still checks it."""
     return t.stride(0) if t.shape[0] > 1 else t.shape[1]
 
 
 def gpus_unmet():
-    """What the GPUs of this machine lack for the fused GEMM, or None; of several one suffices, as `fuse_unmet` asks it."""
+    """What the GPUs of this machine lack for the fused GEMM; None if one of them can run it, as `fuse_unmet` needs."""
     found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     return f"a GPU of {FUSED_NEEDS}" if found and not any(map(fused_serves, found)) else None
 
 
 def fuse_unmet(x, w, name="x"):
-    """(argument, rule, value) of what keeps the fused GEMM from x [M, K] (or dy [M, N]) with w [N, K]; None if it serves.
+    """Why the fused GEMM cannot take x [M, K] (or dy [M, N]) with w [N, K], as (argument, rule, value); None if it can.
 
-    x, which an error calls `name`, and w are read by TMA: 16-byte aligned base and row stride, contiguous rows; the
-    output's rows likewise.
+    TMA reads x, which an error calls `name`, and w: base address and row stride must be 16-byte aligned, rows
+    contiguous; the same holds for the output.
     """
     arch = arch_of(x)
     if not fused_serves(arch):
@@ -106,7 +106,7 @@ def _rank_product(
 ):  # fmt: skip
     """s bᵀ [BLOCK_M, BLOCK_N] in fp32."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Not pipelined: the buffers of the base product fill the shared memory.
+    # Not pipelined, because the buffers of the base product fill the shared memory.
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :]
@@ -119,7 +119,7 @@ def _rank_product(
 
 @triton.jit
 def _store_tile(y_desc, acc, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
-    """Two stores of half the columns need half the staging memory, which buys a pipeline stage."""
+    """Two stores of half the columns need half the staging memory, which makes room for a pipeline stage."""
     if HALVES:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         y_desc.store([m, n], left.to(y_desc.dtype))
@@ -186,14 +186,14 @@ def _lora_linear_fused_dx_kernel(
 
 
 def _descriptor(shape, stride, dtype, block):
-    """A TMA descriptor of rows `stride` apart in no memory yet; Triton's constructor checks it once for all calls."""
+    """A TMA descriptor of rows `stride` apart, without memory; Triton's constructor checks it once for all calls."""
     made = TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [stride, 1], block)
     made.base = None
     return made
 
 
 def _descriptors(templates, *tensors):
-    """The templates in the memory of `tensors`; asserts what `fuse_unmet` words, for a graph that met no such check."""
+    """The templates on the memory of `tensors`; asserts what `fuse_unmet` checks, for graphs that skip that check."""
     assert aligned(*tensors), "TMA reads from multiples of 16 bytes"
     out = []
     for template, tensor in zip(templates, tensors, strict=True):
@@ -207,7 +207,7 @@ def _descriptors(templates, *tensors):
 
 @plan
 def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, strides, stride_b, tile):
-    """(Start, descriptors of x, w and y); the biases' dtypes are None where there is none; strides: of x, w, s."""
+    """(Start, descriptors of x, w and y); the dtype of a missing bias is None; strides: of x, w, s."""
     tile = dict(tile or lookup_tile(TILES, arch_of(device), dtype, R, "fwd"))
     item = dtype.itemsize
     thin = sum(N * each.itemsize for each in (bias_dtype, lora_bias_dtype) if each is not None)
@@ -228,7 +228,7 @@ def _fwd_plan(device, M, N, K, R, dtype, b_dtype, bias_dtype, lora_bias_dtype, s
 
 
 def lora_linear_fused_fwd(x, w, s, b, bias, lora_bias, scale, *, tile=None):
-    """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w as `fuse_unmet` asks, b any float dtype and strides."""
+    """y [M, N] = x wᵀ + scale * (s bᵀ + lora_bias) + bias; x, w pass `fuse_unmet`; b any float dtype and strides."""
     (M, K), (N, R) = x.shape, b.shape
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if y.numel() == 0:
@@ -267,7 +267,7 @@ def _dx_plan(device, M, N, K, R, dtype, a_dtype, p, strides, stride_a, tile):
 
 
 def lora_linear_fused_dx(dy, w, ds, a, p, seed, *, tile=None):
-    """dx [M, K] = dy w + mask ∘ (ds a) / keep; dy and w as `fuse_unmet` asks, a any float dtype and strides."""
+    """dx [M, K] = dy w + mask ∘ (ds a) / keep; dy and w pass `fuse_unmet`; a any float dtype and strides."""
     (M, N), (R, K) = dy.shape, a.shape
     dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     if dx.numel() == 0:

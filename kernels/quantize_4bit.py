@@ -1,9 +1,9 @@
-"""packed, absmax = 4-bit blocks of w; codes, scale = 8-bit blocks of its absmax; the bytes of bitsandbytes on a CPU.
+"""packed, absmax = 4-bit blocks of w; codes, scale = 8-bit blocks of its absmax; as bitsandbytes' bytes on a CPU.
 
 w any float dtype, contiguous, n elements; packed uint8 [ceil(n / 2)], absmax fp32 [ceil(n / block_size)]; values fp32
 [nblocks], code fp32 [256] ascending, codes uint8 [nblocks], scale fp32 [ceil(nblocks / 256)].
-A value goes to the nearest code, halfway to the lower one; -0 and +0 of fp4 are told apart by sign. Every division is
-rounded to nearest, as a block's last bit decides bytes.
+A value is rounded to the nearest code, a tie to the lower one; fp4's -0 and +0 differ by sign. Every division is
+rounded to nearest, because its last bit decides bytes.
 Memory-bound. Floor: n elements read, n / 2 bytes written.
 Dettmers et al. 2023, arXiv:2305.14314, section 3; 8-bit blocks: Dettmers et al. 2022, arXiv:2110.02861.
 """
@@ -29,13 +29,13 @@ TILES = {
 }
 # tiles: end
 
-LEAST = tl.constexpr(1e-38)  # what divides in the place of a smaller absmax
-# The 8-bit code is searched from one of 65536 evenly spaced values, the table that bitsandbytes looks up on a CPU.
+LEAST = tl.constexpr(1e-38)  # the divisor if absmax is smaller
+# The 8-bit code is that of the nearest of 65536 evenly spaced values, like the table that bitsandbytes uses on a CPU.
 STEPS = tl.constexpr(65535.0)
 
 
 def _fp32(value):
-    """Rounded to 24 bits. No tensor does it: this module may be imported while a compiler traces."""
+    """Round to 24 bits, without a tensor: this module may be imported while a compiler traces."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(mantissa * 2**24), exponent - 24)
 
@@ -48,7 +48,7 @@ def _bounds(code):
     return tuple(_fp32(middle) for middle in middles), tuple(order)
 
 
-# -0.0 sorts as equal to 0.0 and so behind it.
+# -0.0 compares equal to 0.0 and so sorts after it.
 _BOUNDS = {name: _bounds(code) for name, code in CODES.items()}
 _NF4_BOUNDS, _FP4_BOUNDS = (tl.constexpr(_BOUNDS[name][0]) for name in ("nf4", "fp4"))
 _FP4_ORDER = tl.constexpr(_BOUNDS["fp4"][1])
@@ -61,14 +61,14 @@ def tile_space(arch, dtype, R=0, mode="plain"):
 
 @triton.jit
 def _max_abs(values):
-    """Largest magnitude of each row; NaN where the row holds one, which tl.max leaves to the hardware."""
+    """Largest magnitude of each row; NaN if the row holds one, a case that tl.max leaves to the hardware."""
     poisoned = tl.max((values != values).to(tl.int32), axis=1) > 0
     return tl.where(poisoned, float("nan"), tl.max(tl.abs(values), axis=1))
 
 
 @triton.jit
 def _interval(scaled, FP4: tl.constexpr):
-    """Nibble of each value of `scaled`: the bounds below it, counted. A NaN is above all of them."""
+    """Nibble of each value of `scaled`: the number of bounds below it. A NaN is above all of them."""
     index = tl.zeros(scaled.shape, tl.int32)
     for i in tl.static_range(15):
         index += (scaled <= (_FP4_BOUNDS[i] if FP4 else _NF4_BOUNDS[i])).to(tl.int32) ^ 1
@@ -91,13 +91,13 @@ def _quantize_4bit_kernel(
     offs = first[:, None] + tl.arange(0, BLOCK_SIZE)[None, :]
     w = tl.load(w_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)  # [blocks, BLOCK_SIZE]
     absmax = _max_abs(w)
-    # A NaN is no less than LEAST: it stays.
+    # A NaN is not less than LEAST, so it stays.
     divisor = tl.where(absmax < LEAST, LEAST, absmax)
     # The last, shorter block divides; the others multiply by the reciprocal; the two differ in the last bit.
     partial = first + BLOCK_SIZE > n
     scaled = w * tl.div_rn(1.0, divisor)[:, None]
     scaled = tl.where(partial[:, None], tl.div_rn(w, divisor[:, None]), scaled)
-    scaled = tl.where(offs < n, scaled, 0.0)  # the low nibble behind an odd n is that of zero, even beside a NaN
+    scaled = tl.where(offs < n, scaled, 0.0)  # after an odd n the low nibble is that of zero, even beside a NaN
     absmax = tl.where(partial, divisor, absmax)
     nibbles = _interval(scaled, FP4)
     high, low = tl.split(tl.reshape(nibbles, (blocks, BLOCK_SIZE // 2, 2)))
@@ -117,7 +117,7 @@ def _quantize_absmax_kernel(values_ptr, code_ptr, codes_ptr, scale_ptr, n, BLOCK
     scaled = tl.where(known, tl.minimum(tl.maximum(scaled, -1.0), 1.0), 0.0)
     step = tl.fma((scaled + 1.0) * 0.5, STEPS, 0.0)
     value = tl.div_rn((step + 0.5).to(tl.int32).to(tl.float32), STEPS) * 2.0 - 1.0
-    # The number of midpoints below the value, bit by bit: the code ascends.
+    # Binary search, bit by bit, for the number of midpoints below the value: the code is sorted.
     index = tl.zeros((BLOCK,), tl.int32)
     for bit in tl.static_range(7, -1, -1):
         probe = index + (1 << bit)
