@@ -29,7 +29,7 @@ MAX_BLOCK_R = 64
 # tiles: begin
 TILES = {
     (80, "half", "plain", 16): dict(BLOCK_M=32, BLOCK_N=128, num_warps=4, num_stages=2),
-    (80, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2),
+    (80, "half", "plain", 64): dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
     (80, "float32", "plain", 64): dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1),
     (90, "half", "plain", 16): dict(BLOCK_M=64, BLOCK_N=256, num_warps=4, num_stages=2),
     (90, "half", "plain", 64): dict(BLOCK_M=64, BLOCK_N=256, num_warps=8, num_stages=2),

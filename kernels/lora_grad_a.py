@@ -63,7 +63,7 @@ TILES = {
     (100, "half", "plain", 64): dict(BLOCK_M=128, BLOCK_K=128, ONE_PASS=False, num_warps=8, num_stages=2),
     (100, "half", "plain", 128): dict(BLOCK_M=64, BLOCK_K=128, ONE_PASS=False, num_warps=8, num_stages=1),
     (100, "half", "dropout", 16): dict(BLOCK_M=32, BLOCK_K=128, ONE_PASS=True, num_warps=4, num_stages=2),
-    (100, "half", "dropout", 64): dict(BLOCK_M=32, BLOCK_K=128, ONE_PASS=True, num_warps=4, num_stages=2),
+    (100, "half", "dropout", 64): dict(BLOCK_M=128, BLOCK_K=128, ONE_PASS=False, num_warps=8, num_stages=2),
     (100, "half", "dropout", 128): dict(BLOCK_M=64, BLOCK_K=128, ONE_PASS=False, num_warps=8, num_stages=1),
 }
 # tiles: end
