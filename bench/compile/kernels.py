@@ -31,7 +31,7 @@ from fastpeft.kernels._launch import captured
 EXCEPTIONS = {
     "fp32": "products without TF32 are R multiplications an element on the general cores",
     "ragged": "rows that 16 does not divide are read and written an element at a time",
-    "sm_100": "8 TB/s leave ten instructions an element, of which the mask takes five",
+    "sm_100": "8 TB/s leave ten instructions an element: a mask takes five, rank 64 as many, an output with biases 11",
     "rank": "128 and more ranks a block: the products of an element take longer than its bytes, whatever the code",
 }
 
@@ -96,7 +96,8 @@ def kind(job, item):
         return "rank"
     if (list(job["signature"]).index(stride),) not in job["attrs"]:
         return "ragged"
-    return "sm_100" if job["arch"] == 100 and job["constexprs"].get("DROPOUT") else None
+    heavy = job["constexprs"].get("DROPOUT") or job["constexprs"]["BLOCK_R"] > 16 or "expand" in job["kernel"]
+    return "sm_100" if job["arch"] == 100 and heavy else None
 
 
 def measures(job, row, code):
