@@ -62,7 +62,7 @@ def native_schemas(root: Path) -> dict[str, str]:
     """What csrc/library.cpp defines."""
     file = root / "csrc" / "library.cpp"
     text = re.sub(r'"\s*\n\s*"', "", file.read_text()) if file.exists() else ""
-    return {text.split("(")[0]: text for text in re.findall(r'm\.def\("([^"]*)"\)', text)}
+    return {text.split("(")[0]: text for text in re.findall(r'm\.def\(\s*"([^"]*)"\)', text)}
 
 
 def _python(op: str, row: dispatch.Row, house: House) -> list[str]:
