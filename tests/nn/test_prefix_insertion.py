@@ -159,7 +159,9 @@ def test_a_cache_of_ones_own(name):
         ours(ids, cache=transformers.StaticCache(config=ours.config, max_cache_len=10))
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = ours.generate(ids, max_new_tokens=2, **options)
-    more = ours.generate(first.sequences, max_new_tokens=3, cache=first.cache, **options)
+    # Without a mask generate takes a token that it has drawn for padding, where it is the padding token.
+    seen = torch.ones_like(first.sequences)
+    more = ours.generate(first.sequences, max_new_tokens=3, cache=first.cache, attention_mask=seen, **options)
     assert torch.equal(more.sequences, ours.generate(ids, max_new_tokens=5, do_sample=False))
 
 
