@@ -62,13 +62,17 @@ constexpr int call_of(int lane) {
 #endif
 }
 
+#if FP_ISA >= 2
+// A function, as a lambda's conversion to a function pointer would be compiled without the target.
+inline __m512i pair(__m512i low, __m512i high) {
+  return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
+}
+#endif
+
 // Stores the keep bits of kLanes calls, a byte of eight columns each, in the order of the calls. The words of a call
 // are put side by side, so that one comparison of 16-bit integers makes whole bytes.
 inline void store_bits(uint8_t* out, const Counter (&word)[4], KeepRule rule) {
 #if FP_ISA >= 2
-  const auto pair = [](__m512i low, __m512i high) {
-    return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
-  };
   const __m512i even[2] = {pair(word[0].even, word[1].even), pair(word[2].even, word[3].even)};
   const __m512i odd[2] = {pair(word[0].odd, word[1].odd), pair(word[2].odd, word[3].odd)};
   const __m512i calls[4] = {_mm512_unpacklo_epi64(even[0], even[1]), _mm512_unpacklo_epi64(odd[0], odd[1]),
