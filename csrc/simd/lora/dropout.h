@@ -38,11 +38,14 @@ struct Counter {
     lo.v = reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
     hi.v = reinterpret_cast<vu>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
 #else
+    vu high{}, low{};
     for (int i = 0; i < kLanes; ++i) {
       const uint64_t product = static_cast<uint64_t>(a.v[i]) * m;
-      hi.v[i] = static_cast<uint32_t>(product >> 32);
-      lo.v[i] = static_cast<uint32_t>(product);
+      high[i] = static_cast<uint32_t>(product >> 32);
+      low[i] = static_cast<uint32_t>(product);
     }
+    hi.v = high;
+    lo.v = low;
 #endif
   }
 };
