@@ -33,7 +33,7 @@ ROWS = {
     "LEAST_AUGMENTED": (8192, 2048, 512),
 }
 COMMENTS = {
-    "LEAST_AUGMENTED": "# The smallest M that takes [x | s] [w | scale b]ᵀ; 0: none. "
+    "LEAST_AUGMENTED": "# Smallest M that uses [x | s] [w | scale b]ᵀ; 0: none. "
     "Key: (device or arch, dtype, N, K, padded R).",
 }
 
