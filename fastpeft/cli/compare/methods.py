@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.cli.compare.adapted import Adapted, adalora, keys_and_values, peft_lora, pruned, sparsity
+from fastpeft.cli.compare.adapted import Adapted, adalora, peft_lora, pruned, sparsity
 from fastpeft.cli.compare.task import Task
 from fastpeft.manager import EfficientFineTuningManager
 from fastpeft.ops import _checks
@@ -90,10 +90,14 @@ def _adapter(model: nn.Module, task: Task, options: Options, steps: int) -> Adap
     return Adapted(model)
 
 
-def _prompt(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
+def _start(task: Task) -> Options:
+    """Virtual tokens start from the task's real ones, if it has any."""
     first = task.first_tokens
-    start = {} if first is None else {"init": "text", "text": "", "tokenizer": lambda text: first}
-    _manager(model, "prompt_tuning", task, num_virtual_tokens=options["tokens"], **start)
+    return {} if first is None else {"init": "text", "text": "", "tokenizer": lambda text: first}
+
+
+def _prompt(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
+    _manager(model, "prompt_tuning", task, num_virtual_tokens=options["tokens"], **_start(task))
     return Adapted(model)
 
 
@@ -104,12 +108,8 @@ def _p_tuning(model: nn.Module, task: Task, options: Options, steps: int) -> Ada
 
 
 def _prefix(model: nn.Module, task: Task, options: Options, steps: int) -> Adapted:
-    first = task.first_tokens
-    cache = None if first is None else keys_and_values(model, first, options["tokens"])
     given = {"prefix_length": options["tokens"], "dropout_probability": options["dropout"]}
-    manager = _manager(model, "prefix_tuning", task, **given)
-    if cache is not None:
-        manager.prefix_tuning.copy_past_key_values(cache)
+    _manager(model, "prefix_tuning", task, **given, **_start(task))
     return Adapted(model)
 
 
