@@ -131,7 +131,7 @@ def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
 
 
 def test_a_reader_never_sees_two_versions(tmp_path):
-    """A folder that is replaced all the time, while it is read file by file."""
+    """A folder that is replaced again and again, at times twice at once, while it is read file by file."""
     folder, done = tmp_path / "a", threading.Event()
     write(folder, "0")
 
@@ -140,6 +140,7 @@ def test_a_reader_never_sees_two_versions(tmp_path):
         while not done.is_set():
             number += 1
             write(folder, str(number))
+            time.sleep(0.01 * (number % 3))  # never at rest, no read of three files would ever be of one version
 
     def slowly(path):
         return {(path / name).read_text() for name in "abc" if time.sleep(0.0005) is None}
